@@ -1,0 +1,1 @@
+"""Latent diffusion in MindSpore: networks, diffusion mathematics, data, training and checkpoints."""

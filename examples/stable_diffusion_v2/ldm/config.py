@@ -1,0 +1,257 @@
+"""The configuration of a model: one YAML file that training and sampling both read, so they cannot disagree.
+
+Typed sections whose defaults are those of Stable Diffusion 2.x; strict reading, where whatever is not known is an
+error; exact writing, also as text to be carried inside a checkpoint. The names of prediction types and of noise
+schedules belong to `ldm.diffusion` and are checked there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import UserError
+from ldm.mindone_config import find_model_file, from_mindone
+from ldm.yaml_file import dump_yaml, nearest, parse_yaml, read_yaml, save_yaml
+
+GROUPS = 32  # every group norm of Stable Diffusion has 32 groups
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_positive(section: object, where: str) -> None:
+    for field in fields(section):
+        value = getattr(section, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                _require(number > 0, f"{where}.{field.name} must be positive, got {number}")
+        _require(value != (), f"{where}.{field.name} must not be empty")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule; `name` and `spacing` are explained in `ldm.diffusion.schedule`."""
+
+    name: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+    timesteps: int = 1000
+    zero_terminal_snr: bool = False
+    spacing: str = "leading"
+
+    def __post_init__(self):
+        _require_positive(self, "model.schedule")
+        ordered = self.beta_start <= self.beta_end < 1
+        _require(ordered, f"model.schedule needs beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoising network. Give `num_heads` (SD 1.x) or `num_head_channels`, the width of one (SD 2.x; 64)."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 320
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsampling factors that have attention
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    use_linear_in_transformer: bool = True  # False: 1x1 convolutions, as in SD 1.x
+    transformer_depth: int = 1
+    context_dim: int = 1024
+    use_checkpoint: bool = False  # recompute activations while training: half the memory, a third more time
+
+    def __post_init__(self):
+        where = "model.unet"
+        given = (self.num_heads is not None) + (self.num_head_channels is not None)
+        _require(given < 2, f"{where}: give num_heads or num_head_channels, not both")
+        if not given:
+            object.__setattr__(self, "num_head_channels", 64)
+        _require_positive(self, where)
+        width = self.model_channels
+        _require(width % GROUPS == 0, f"{where}.model_channels must be a multiple of {GROUPS}, got {width}")
+        factors = [2**level for level in range(len(self.channel_mult))]
+        strange = sorted(set(self.attention_resolutions) - set(factors))
+        _require(not strange, f"{where}.attention_resolutions: {strange} are none of its factors {factors}")
+        divisor = self.num_heads or self.num_head_channels
+        for factor, mult in zip(factors, self.channel_mult):
+            if factor in self.attention_resolutions or factor == self.factor:  # the middle block always attends
+                name = "num_heads" if self.num_heads else "num_head_channels"
+                _require(width * mult % divisor == 0, f"{where}: {name} {divisor} does not divide width {width * mult}")
+
+    @property
+    def factor(self) -> int:
+        """How much smaller each side of the deepest level is than the latent's."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder between pictures and latents (AutoencoderKL)."""
+
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 4
+    embed_dim: int = 4
+    double_z: bool = True
+
+    def __post_init__(self):
+        _require_positive(self, "model.vae")
+        _require(self.ch % GROUPS == 0, f"model.vae.ch must be a multiple of {GROUPS}, got {self.ch}")
+        _require(self.double_z, "model.vae.double_z must be true: the encoder gives a mean and a variance")
+
+    @property
+    def factor(self) -> int:
+        """How much smaller each side of the latent is than the picture's."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder: "openclip" (SD 2.x: GELU, padded with 0) or "clip" (SD 1.x: quick GELU, with the end token)."""
+
+    variant: str = "openclip"
+    vocab_size: int = 49408
+    context_length: int = 77
+    width: int = 1024
+    layers: int = 23  # blocks that run; the final layer norm follows. SD 2.x stops one short of its encoder's 24
+    heads: int = 16
+    mlp_ratio: int = 4
+
+    def __post_init__(self):
+        where = "model.text"
+        known = ("openclip", "clip")
+        _require(self.variant in known, f"{where}.variant must be one of {', '.join(known)}, got {self.variant!r}")
+        _require_positive(self, where)
+        divides = self.width % self.heads == 0
+        _require(divides, f"{where}: heads {self.heads} does not divide width {self.width}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model. `image_size` is the side in pixels that it is trained and sampled at where nothing else is said;
+    `scale_factor` brings the autoencoder's latents to unit variance."""
+
+    prediction_type: str
+    image_size: int = 512
+    scale_factor: float = 0.18215
+    schedule: ScheduleConfig = ScheduleConfig()
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+    text: TextConfig = TextConfig()
+
+    def __post_init__(self):
+        _require_positive(self, "model")
+        unet, vae, text = self.unet, self.vae, self.text
+        fits = text.width == unet.context_dim
+        _require(fits, f"model.text.width {text.width} and model.unet.context_dim {unet.context_dim} must be equal")
+        fits = unet.out_channels == vae.embed_dim <= unet.in_channels
+        _require(fits, "model.unet.out_channels must equal model.vae.embed_dim, and in_channels must not be smaller")
+        step = vae.factor * unet.factor
+        fits = self.image_size % step == 0
+        _require(fits, f"model.image_size {self.image_size} must be a multiple of {step} (VAE's factor times UNet's)")
+
+
+_SECTIONS = {
+    "model": ModelConfig,
+    "model.schedule": ScheduleConfig,
+    "model.unet": UNetConfig,
+    "model.vae": VAEConfig,
+    "model.text": TextConfig,
+}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_KINDS = {  # a field's type: what to call it, and whether a value is one
+    "str": ("a word", lambda v: isinstance(v, str)),
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "int": ("a whole number", _is_int),
+    "int | None": ("a whole number", lambda v: v is None or _is_int(v)),
+    "float": ("a number", lambda v: _is_int(v) or (isinstance(v, float) and math.isfinite(v))),
+    "tuple[int, ...]": ("a list of whole numbers", lambda v: isinstance(v, (list, tuple)) and all(map(_is_int, v))),
+}
+
+
+def _build(data: Any, where: str) -> Any:
+    """The section whose dotted path is `where`, from plain data."""
+    _require(isinstance(data, dict), f"{where} must be a section with keys of its own, got {data!r}")
+    cls = _SECTIONS[where]
+    known = {field.name: field for field in fields(cls)}
+    for key in data:
+        _require(key in known, f"unknown key '{where}.{key}'; the nearest known key is '{_nearest_path(key, where)}'")
+    for name, field in known.items():
+        _require(name in data or field.default is not MISSING, f"the key '{where}.{name}' is missing")
+    return cls(**{key: _value(known[key].type, value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _value(kind: str, value: Any, path: str) -> Any:
+    if path in _SECTIONS:
+        return _build(value, path)
+    name, is_one = _KINDS[kind]
+    _require(is_one(value), f"{path} must be {name}, got {value!r}")
+    if kind == "float":
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _nearest_path(key: object, where: str) -> str:
+    names = {section: [field.name for field in fields(cls)] for section, cls in _SECTIONS.items()}
+    for section in names:  # the right key in the wrong section
+        if key in names[section]:
+            return f"{section}.{key}"
+    return f"{where}.{nearest(key, names[where])}"
+
+
+def load_model_config(path: str | Path) -> ModelConfig:
+    """The model described by a YAML file, ours or MindONE's; which of the two it is, its content tells.
+
+    Raises UserError, naming the file, where it is missing or not YAML, or where a key or value is unknown, of the
+    wrong type, in contradiction to another, or asks for something that is not supported.
+    """
+    file = find_model_file(path)
+    return from_dict(read_yaml(file), str(file))
+
+
+def save_model_config(cfg: ModelConfig, path: str | Path) -> None:
+    """Writes the file that `load_model_config` reads back as the same config."""
+    save_yaml(to_dict(cfg), path)
+
+
+def to_yaml(cfg: ModelConfig) -> str:
+    """The config as text, every key written out; the same text for the same config."""
+    return dump_yaml(to_dict(cfg))
+
+
+def from_yaml(text: str, source: str) -> ModelConfig:
+    """The inverse of `to_yaml`; `source` says in messages where the text came from, e.g. a checkpoint's name."""
+    return from_dict(parse_yaml(text, source), source)
+
+
+def to_dict(cfg: ModelConfig) -> dict:
+    """The config as plain data, every key written out: {"model": {...}}."""
+    return {"model": asdict(cfg)}
+
+
+def from_dict(data: dict, source: str) -> ModelConfig:
+    """A config from plain data as in a model file; `source` as in `from_yaml`."""
+    try:
+        for key in data:
+            _require(key == "model", f"unknown key '{key}'; the only key at the top is 'model'")
+        model = data.get("model")
+        if isinstance(model, dict) and "target" in model:
+            model = from_mindone(model)
+        return _build(model, "model")
+    except UserError as e:
+        raise UserError(f"{source}: {e}") from None
