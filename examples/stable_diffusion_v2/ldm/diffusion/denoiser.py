@@ -1,0 +1,65 @@
+"""The denoiser: what a sampler sees of the network, its schedule, its prediction type and the guidance."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
+
+
+class Denoiser:
+    """denoise(x, t) -> (x0, eps): the clean latents and the noise that the network sees in x.
+
+    With classifier-free guidance (arXiv 2207.12598) the network runs once per step on the batch (without caption, with
+    caption), and its raw output is uncond + guidance_scale (cond - uncond). Conversion to x0 and eps is linear, so this
+    is guidance of both.
+
+    Args:
+        network: Cell, network(x float32 [N, C, H, W], t int32 [N], context [N, L, D]) -> [N, C, H, W].
+        schedule: the noise schedule that the network was trained with.
+        prediction: what the network predicts.
+        cond: [B, L, D], the encoded prompts.
+        uncond: [B, L, D], the encoded negative or empty prompts; not used where guidance_scale is 1.
+        guidance_scale: 1 is no guidance and half the work, 0 ignores the prompts.
+
+    Raises:
+        UserError: the prediction type does not go with the schedule.
+    """
+
+    def __init__(
+        self,
+        network: nn.Cell,
+        schedule: NoiseSchedule,
+        prediction: Prediction,
+        cond: Tensor,
+        uncond: Tensor | None = None,
+        guidance_scale: float = 1.0,
+    ):
+        schedule.check(prediction)
+        contexts = [cond] if guidance_scale == 1 else [uncond, cond]
+        assert all(context.shape == cond.shape for context in contexts), "one negative prompt per prompt"
+        self.network, self.schedule, self.prediction = network, schedule, prediction
+        self.guidance_scale = guidance_scale
+        self.copies = len(contexts)
+        self.context = ops.concat(contexts)  # [copies * B, L, D]
+
+    def __call__(self, x: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """(x0, eps), float64 [B, C, H, W] each, for x [B, C, H, W] at the training step t.
+
+        Raises:
+            UserError: the network returned NaN or infinity.
+        """
+        assert t == int(t), "the network knows whole steps only"
+        batch = np.concatenate([x] * self.copies).astype(np.float32)  # [copies * B, C, H, W]
+        assert len(batch) == len(self.context), "as many latents as prompts"
+        times = np.full(len(batch), t, np.int32)
+        output = self.network(Tensor(batch), Tensor(times), self.context).astype(ms.float32).asnumpy()
+        if not np.isfinite(output).all():
+            raise UserError(f"the network returned NaN or infinity at t = {t}: check the checkpoint, or run in float32")
+        outputs = np.split(output.astype(np.float64), self.copies)  # the last one is with caption, the first without
+        output = outputs[0] + self.guidance_scale * (outputs[-1] - outputs[0])  # [B, C, H, W]
+        return self.prediction.to_x0_eps(output, x, self.schedule.alpha(t), self.schedule.sigma(t))

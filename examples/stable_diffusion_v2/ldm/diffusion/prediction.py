@@ -1,0 +1,90 @@
+"""What the network predicts: the noise eps, the clean latents x0, or the velocity v. No other file names them.
+
+With z = alpha x0 + sigma eps and alpha^2 + sigma^2 = 1, any of the three gives the other two (arXiv 2202.00512,
+section 2.4 and appendix D). The functions are plain arithmetic: they take NumPy arrays, and MindSpore tensors inside a
+compiled graph. alpha and sigma are scalars or arrays that broadcast against z, of shape [B, C, H, W].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ldm.errors import UserError
+
+
+class Prediction(NamedTuple):
+    """One meaning of the network's output.
+
+    Fields:
+        target(x0, eps, alpha, sigma): what the network should return, [B, C, H, W].
+        to_x0_eps(output, z, alpha, sigma): the pair (x0, eps) that an output at z stands for, [B, C, H, W] each.
+        x0_factor(alpha, sigma): squared error of the output / squared error of the x0 that it stands for. The error of
+            eps is always SNR = alpha^2 / sigma^2 times that of x0, so losses of all types can be compared.
+        needs_signal: x0 cannot be had where alpha = 0.
+    """
+
+    name: str
+    target: Callable
+    to_x0_eps: Callable
+    x0_factor: Callable
+    needs_signal: bool
+
+
+def eps_target(x0, eps, alpha, sigma):
+    return eps
+
+
+def eps_to_x0_eps(output, z, alpha, sigma):
+    return (z - sigma * output) / alpha, output
+
+
+def eps_x0_factor(alpha, sigma):
+    return alpha**2 / sigma**2
+
+
+def x0_target(x0, eps, alpha, sigma):
+    return x0
+
+
+def x0_to_x0_eps(output, z, alpha, sigma):
+    return output, (z - alpha * output) / sigma
+
+
+def x0_x0_factor(alpha, sigma):
+    return 1.0 + 0.0 * alpha  # one in the shape of alpha
+
+
+def v_target(x0, eps, alpha, sigma):
+    return alpha * eps - sigma * x0
+
+
+def v_to_x0_eps(output, z, alpha, sigma):
+    # Straight to x0: by way of eps it would be divided by alpha, 0.068 at SD's last step, and lose a digit.
+    return alpha * z - sigma * output, sigma * z + alpha * output
+
+
+def v_x0_factor(alpha, sigma):
+    return 1.0 / sigma**2  # = SNR + 1
+
+
+PREDICTIONS = {
+    prediction.name: prediction
+    for prediction in (
+        Prediction("eps", eps_target, eps_to_x0_eps, eps_x0_factor, needs_signal=True),
+        Prediction("x0", x0_target, x0_to_x0_eps, x0_x0_factor, needs_signal=False),
+        Prediction("v", v_target, v_to_x0_eps, v_x0_factor, needs_signal=False),
+    )
+}
+
+
+def choose(table: dict, name: str, what: str):
+    """table[name]; UserError listing the choices where there is no such name."""
+    if name not in table:
+        raise UserError(f"unknown {what} '{name}': choose one of {', '.join(table)}")
+    return table[name]
+
+
+def get_prediction(name: str) -> Prediction:
+    """The prediction type of that name; UserError listing the choices."""
+    return choose(PREDICTIONS, name, "prediction type")

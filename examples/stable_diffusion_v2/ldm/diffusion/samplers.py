@@ -1,0 +1,129 @@
+"""Samplers: one loop, of which each sampler is a set of data.
+
+Each step asks the denoiser for (x0, eps) at time t and puts them together again at the next time s:
+
+    x_s = alpha_s x0 + sqrt(sigma_s^2 - spread^2) eps + spread noise      (DDIM, arXiv 2010.02502, eq. 12)
+    spread = eta sigma_s / sigma_t sqrt(1 - alpha_t^2 / alpha_s^2)        (eq. 16)
+
+eta = 0 is DDIM; eta = 1 is the ancestral step of DDPM (arXiv 2006.11239, eqs. 6 and 7), between any two times.
+
+The second order of DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (2M; arXiv 2211.01095, algorithm 2) draws a line in
+log-SNR through the last two eps, or x0, and takes the value in the middle of the step; the other of the two follows, so
+that alpha_t x0 + sigma_t eps is still x. This is their update: with h the step in log(alpha / sigma) one has
+exp(-h) = alpha_t sigma_s / (sigma_t alpha_s), and (sigma_s / sigma_t) x - alpha_s (exp(-h) - 1) x0 is alpha_s x0 +
+sigma_s eps. Written so, it needs no exponential of an infinite h at a clean end or at a beginning without signal. With
+eta = 1 the second is SDE-DPM-Solver++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ldm.diffusion.prediction import choose
+from ldm.diffusion.schedule import CLEAN, NoiseSchedule
+from ldm.errors import UserError
+
+
+def data_form(x0, eps, previous, slope, noise_to_signal):
+    """Move x0 along the line through the previous one; eps gives way. (DPM-Solver++)"""
+    change = slope * (x0 - previous[0])
+    return x0 + change, eps - change / noise_to_signal
+
+
+def noise_form(x0, eps, previous, slope, noise_to_signal):
+    """Move eps along the line through the previous one; x0 gives way. (DPM-Solver)"""
+    change = slope * (eps - previous[1])
+    return x0 - change * noise_to_signal, eps + change
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler of this family.
+
+    Fields:
+        end: the time after the last step: CLEAN, or 0 to keep the least noise of the schedule.
+        eta: fresh noise per step, from 0 (none; the result is a function of x) to 1 (the whole ancestral step).
+        second_order: what 2M does to (x0, eps); None for first order.
+    """
+
+    end: int
+    eta: float = 0.0
+    second_order: Callable | None = None
+
+    def __call__(
+        self,
+        denoise: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
+        x: np.ndarray,
+        times: np.ndarray,
+        schedule: NoiseSchedule,
+        noise: Callable[[int], np.ndarray] | None = None,
+        progress: Callable[[Iterable], Iterable] = iter,
+    ) -> np.ndarray:
+        """Sample from times[0] to the end.
+
+        Args:
+            denoise: (x, t) -> (x0, eps).
+            x: [B, C, H, W], latents at times[0]; unit Gaussian noise at the last training step.
+            times: [n], falling; see NoiseSchedule.timesteps.
+            schedule: the noise schedule.
+            noise: step number from 0 -> unit Gaussian noise [B, C, H, W]; needed where eta is not 0.
+            progress: wraps the iterable of times, e.g. tqdm.
+
+        Returns:
+            Latents, float64 [B, C, H, W].
+        """
+        assert noise or not self.eta, "a sampler with eta needs noise"
+        ends = np.append(times, self.end)  # [n + 1]
+        alpha, sigma = schedule.alpha(ends), schedule.sigma(ends)
+        spread = self.eta * sigma[1:] / sigma[:-1] * np.sqrt(1 - (alpha[:-1] / alpha[1:]) ** 2)  # [n]
+        keep = np.sqrt(sigma[1:] ** 2 - spread**2)
+        slope = self._slope(schedule.log_snr(ends))
+        x, previous = np.asarray(x, np.float64), None
+        for i, t in enumerate(progress(times)):
+            estimate = x0, eps = denoise(x, t)
+            if slope[i]:
+                x0, eps = self.second_order(x0, eps, previous, slope[i], sigma[i] / alpha[i])
+            x = alpha[i + 1] * x0 + keep[i] * eps
+            if spread[i]:
+                x = x + spread[i] * noise(i)
+            previous = estimate
+        return x
+
+    def _slope(self, log_snr: np.ndarray) -> np.ndarray:
+        """How far to follow the line in each step, [n], in units of the step before; 0 where the order is one.
+
+        That is in the first step, in steps to or from infinite log-SNR, and, since a long last step is unstable, in the
+        last of fewer than 15 (as in DPM-Solver's own code).
+        """
+        step = np.diff(log_snr)
+        slope = np.zeros_like(step)
+        if self.second_order:
+            slope[1:] = np.where(np.isfinite(step[1:]), step[1:], 0) / step[:-1] / 2
+            if len(step) < 15:
+                slope[-1] = 0
+        return slope
+
+
+SAMPLERS = {
+    "ddpm": Sampler(end=CLEAN, eta=1.0),
+    "ddim": Sampler(end=0),
+    "dpm_solver": Sampler(end=0, second_order=noise_form),
+    "dpm_solver_pp": Sampler(end=CLEAN, second_order=data_form),
+}
+
+
+def get_sampler(name: str, eta: float | None = None) -> Sampler:
+    """The sampler of that name, with another eta where one is given.
+
+    Raises:
+        UserError: unknown name (the choices are listed), eta outside [0, 1].
+    """
+    sampler = choose(SAMPLERS, name, "sampler")
+    if eta is None:
+        return sampler
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta {eta} is out of range: 0 adds no noise, 1 is the most")
+    return replace(sampler, eta=eta)

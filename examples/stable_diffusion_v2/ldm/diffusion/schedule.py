@@ -1,0 +1,152 @@
+"""The noise schedule: how much of the image and how much noise there is at each of the T training steps.
+
+z_t = alpha_t x0 + sigma_t eps with alpha_t^2 = alpha_bar_t = prod(1 - beta) up to t, and sigma_t^2 = 1 - alpha_bar_t
+(DDPM, arXiv 2006.11239, eq. 4). Time t counts from 0, the least noise, to T - 1, the most; CLEAN is the time before the
+first noise. Everything is float64 on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ldm.diffusion.prediction import PREDICTIONS, Prediction, choose
+from ldm.errors import UserError
+
+CLEAN = -1  # alpha = 1, sigma = 0
+
+
+def scaled_linear(start: float, end: float, steps: int) -> np.ndarray:
+    """Square roots in equal steps: Stable Diffusion's schedule, with 0.00085 to 0.0120 in 1000 steps."""
+    return np.linspace(start**0.5, end**0.5, steps) ** 2
+
+
+def linear(start: float, end: float, steps: int) -> np.ndarray:
+    """Equal steps (DDPM, arXiv 2006.11239, section 4)."""
+    return np.linspace(start, end, steps)
+
+
+def squaredcos_cap_v2(start: float, end: float, steps: int) -> np.ndarray:
+    """Squared cosine (arXiv 2102.09672, eq. 17), each beta at most 0.999; it has no start and no end to choose."""
+    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+BETAS = {"scaled_linear": scaled_linear, "linear": linear, "squaredcos_cap_v2": squaredcos_cap_v2}
+
+
+def leading(n: int, steps: int) -> np.ndarray:
+    """Multiples of T // n, plus Stable Diffusion's offset 1 where there is room for it.
+
+    The first one is well below T - 1 where n does not divide T; that is what SD's samples have always been made with.
+    """
+    stride = steps // n
+    return np.arange(n)[::-1] * stride + min(1, steps - 1 - (n - 1) * stride)
+
+
+def trailing(n: int, steps: int) -> np.ndarray:
+    """From T - 1 down in strides of T / n (arXiv 2305.08891, section 3.3)."""
+    # Where T / n is rounded down, the range ends one element late.
+    return np.round(np.arange(steps, 0, -steps / n)[:n]).astype(np.int64) - 1
+
+
+def linspace(n: int, steps: int) -> np.ndarray:
+    """From T - 1 to 0 in equal strides; one step is at T - 1."""
+    return np.round(np.linspace(0 if n > 1 else steps - 1, steps - 1, n)).astype(np.int64)[::-1]
+
+
+SPACINGS = {"leading": leading, "trailing": trailing, "linspace": linspace}
+
+
+def rescale_zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
+    """Shift and scale sqrt(alpha_bar) so that it ends at exactly 0 and begins as before (arXiv 2305.08891, alg. 1)."""
+    alpha = np.sqrt(alpha_bar)
+    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """A noise schedule and the times that are sampled with it.
+
+    Its functions of time take integers or fractions in [CLEAN, T - 1], scalars or arrays, and return float64 of the
+    same shape. Between whole steps alpha_bar is linear in t.
+
+    Args:
+        alpha_bar: [T], strictly falling, in [0, 1).
+        spacing: one of SPACINGS.
+
+    Raises:
+        UserError: unknown spacing, or one that does not begin at the last step though the SNR is zero there.
+    """
+
+    alpha_bar: np.ndarray
+    spacing: str
+
+    def __post_init__(self):
+        assert self.alpha_bar[0] < 1 and self.alpha_bar[-1] >= 0 and (np.diff(self.alpha_bar) < 0).all()
+        first = choose(SPACINGS, self.spacing, "timestep spacing")(1, len(self))[0]
+        if self.zero_terminal_snr and first != len(self) - 1:
+            raise UserError(
+                f"zero_terminal_snr does not go with spacing '{self.spacing}', which never reaches the last step, "
+                "the only one without signal: set spacing to 'trailing'"
+            )
+
+    def __len__(self) -> int:
+        """The number of training steps T."""
+        return len(self.alpha_bar)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """The last step is noise alone."""
+        return bool(self.alpha_bar[-1] == 0)
+
+    def _alpha_bar(self, t) -> np.ndarray:
+        if np.min(t) < CLEAN or np.max(t) > len(self) - 1:
+            raise ValueError(f"time {t} is outside [{CLEAN}, {len(self) - 1}]")
+        return np.interp(t, np.arange(CLEAN, len(self)), np.concatenate([[1.0], self.alpha_bar]))
+
+    def alpha(self, t) -> np.ndarray:
+        """The image's share at time t."""
+        return np.sqrt(self._alpha_bar(t))
+
+    def sigma(self, t) -> np.ndarray:
+        """The noise's share at time t."""
+        return np.sqrt(1 - self._alpha_bar(t))
+
+    def log_snr(self, t) -> np.ndarray:
+        """log(alpha^2 / sigma^2) at time t: infinite at CLEAN, minus infinite at a last step without signal."""
+        alpha_bar = self._alpha_bar(t)
+        with np.errstate(divide="ignore"):
+            return np.log(alpha_bar) - np.log1p(-alpha_bar)
+
+    def timesteps(self, n: int) -> np.ndarray:
+        """Exactly n times to sample at, int64 [n], strictly falling, in [0, T - 1]; UserError unless 1 <= n <= T."""
+        if not 1 <= n <= len(self):
+            raise UserError(f"{n} sampling steps are not possible: choose 1 to {len(self)}")
+        return SPACINGS[self.spacing](n, len(self))
+
+    def check(self, prediction: Prediction) -> None:
+        """UserError where this schedule has a step that a network with this prediction type cannot be used at."""
+        if self.zero_terminal_snr and prediction.needs_signal:
+            others = " or ".join(f"'{other.name}'" for other in PREDICTIONS.values() if not other.needs_signal)
+            raise UserError(
+                f"prediction_type '{prediction.name}' does not go with zero_terminal_snr: the last step is noise "
+                f"alone, where it says nothing about the image; use {others}"
+            )
+
+
+def build_schedule(config) -> NoiseSchedule:
+    """The schedule of a model's configuration.
+
+    Args:
+        config: ldm.config.ScheduleConfig, which has seen to it that 0 < beta_start <= beta_end < 1.
+
+    Raises:
+        UserError: unknown name or spacing, or zero_terminal_snr with a spacing that cannot serve it.
+    """
+    betas = choose(BETAS, config.name, "noise schedule")
+    alpha_bar = np.cumprod(1 - betas(config.beta_start, config.beta_end, config.timesteps))
+    if config.zero_terminal_snr:
+        alpha_bar = rescale_zero_terminal_snr(alpha_bar)
+    return NoiseSchedule(alpha_bar, config.spacing)

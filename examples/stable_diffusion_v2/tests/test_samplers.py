@@ -1,0 +1,242 @@
+"""Every sampler against solutions in closed form: Gaussian data and a mixture of two Gaussians, with no network.
+
+For data N(0, s^2) the best denoiser is linear, and the probability-flow ODE takes x at time t to
+x sqrt(var_s / var_t) with var = alpha^2 s^2 + sigma^2. In one dimension that ODE keeps every point's quantile for any
+data, which solves the mixture too.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from ldm.config import ScheduleConfig
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.samplers import SAMPLERS, get_sampler
+from ldm.diffusion.schedule import CLEAN, build_schedule
+from ldm.errors import UserError
+from ldm.randomness import generator
+
+SD = build_schedule(ScheduleConfig())
+ZERO = build_schedule(ScheduleConfig(zero_terminal_snr=True, spacing="trailing"))
+ORDERS = {"ddim": 1, "dpm_solver": 2, "dpm_solver_pp": 2}
+MEANS, SCALES, SHARES = np.array([-1.2, 0.9]), np.array([0.5, 0.3]), np.array([0.35, 0.65])
+
+
+def gaussian(s, schedule, prediction="v"):
+    """The best denoiser for data N(0, s^2), by way of the output that a network of that type would give."""
+    prediction = PREDICTIONS[prediction]
+
+    def denoise(x, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        var = alpha**2 * s**2 + sigma**2
+        output = prediction.target(alpha * s**2 / var * x, sigma / var * x, alpha, sigma)
+        return prediction.to_x0_eps(output, x, alpha, sigma)
+
+    return denoise
+
+
+def gaussian_flow(x, t, s, schedule, scale):
+    """Where the ODE takes x from time t to time s."""
+    var_t, var_s = (schedule.alpha(u) ** 2 * scale**2 + schedule.sigma(u) ** 2 for u in (t, s))
+    return x * np.sqrt(var_s / var_t)
+
+
+def mixture(schedule):
+    """The best denoiser for the mixture of two Gaussians."""
+
+    def denoise(x, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        var = alpha**2 * SCALES**2 + sigma**2  # [2]
+        gap = x[..., None] - alpha * MEANS  # [..., 2]
+        share = SHARES * norm.pdf(gap, scale=np.sqrt(var))
+        x0 = (share * (MEANS + alpha * SCALES**2 / var * gap)).sum(-1) / share.sum(-1)
+        return x0, (x - alpha * x0) / sigma
+
+    return denoise
+
+
+def mixture_flow(x, t, s, schedule):
+    """Where the ODE takes x from time t to time s: to the same quantile."""
+
+    def quantile(y, u):
+        alpha, sigma = schedule.alpha(u), schedule.sigma(u)
+        return (SHARES * norm.cdf(y, alpha * MEANS, np.sqrt(alpha**2 * SCALES**2 + sigma**2))).sum()
+
+    return np.array([brentq(lambda y, p=p: quantile(y, s) - quantile(p, t), -9, 9, xtol=1e-14) for p in x])
+
+
+def even_log_snr(schedule, n, first):
+    """n fractional times from `first`, the next after the last of which is 0, even in log-SNR."""
+    t = np.arange(first, -1, -1)
+    even = np.linspace(schedule.log_snr(first), schedule.log_snr(0), n + 1)[:-1]
+    alpha_bar = 1 / (1 + np.exp(-even))
+    times = np.interp(alpha_bar, schedule.alpha(t) ** 2, t)
+    times[0] = first
+    return times
+
+
+def measured_order(name, denoise, exact, x, first=999):
+    """The slope of log(error) over log(number of steps), with the sign turned."""
+    sampler, steps = replace(SAMPLERS[name], end=0), np.array([64, 128, 256, 512])
+    errors = [np.abs(sampler(denoise, x, even_log_snr(SD, n, first), SD) - exact).max() for n in steps]
+    return -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+
+
+@pytest.mark.parametrize(("name", "order"), ORDERS.items())
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_order_on_gaussian_data(name, order, prediction):
+    x = np.array([-1.5, -0.2, 0.7, 2.0])
+    slope = measured_order(name, gaussian(0.5, SD, prediction), gaussian_flow(x, 999, 0, SD, 0.5), x)
+    assert slope == pytest.approx(order, abs=0.1 * order)
+
+
+@pytest.mark.parametrize(("name", "order"), ORDERS.items())
+def test_order_on_a_mixture(name, order):
+    x = np.array([-1.5, -0.2, 0.7, 2.0])
+    slope = measured_order(name, mixture(SD), mixture_flow(x, 999, 0, SD), x)
+    assert slope == pytest.approx(order, abs=0.1 * order)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_the_same_for_every_prediction_type(name, spacing):
+    schedule = build_schedule(ScheduleConfig(spacing=spacing))
+    x, noise = np.linspace(-2, 2, 9), lambda i: generator(7, "noise", i).standard_normal(9)
+    eps, x0, v = (
+        SAMPLERS[name](gaussian(0.5, schedule, prediction), x, schedule.timesteps(20), schedule, noise)
+        for prediction in PREDICTIONS
+    )
+    np.testing.assert_allclose(x0, eps, atol=1e-9)
+    np.testing.assert_allclose(v, eps, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("n", [1, 2, 3, 14, 15, 27, 30, 1000])
+@pytest.mark.parametrize("schedule", [SD, ZERO], ids=["sd", "zero_terminal_snr"])
+def test_any_number_of_steps_is_finite_and_meets_the_data(name, n, schedule):
+    """Data of one point have a straight flow, along which one step is as good as a thousand; from noise alone too."""
+    where, z = 0.7, np.linspace(-2, 2, 9)
+
+    def denoise(x, t):
+        return np.full_like(x, where), (x - schedule.alpha(t) * where) / schedule.sigma(t)
+
+    times, end = schedule.timesteps(n), SAMPLERS[name].end
+    x = schedule.alpha(times[0]) * where + schedule.sigma(times[0]) * z
+    result = SAMPLERS[name](denoise, x, times, schedule, lambda i: np.zeros(9))
+    np.testing.assert_allclose(result, schedule.alpha(end) * where + schedule.sigma(end) * z, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_zero_terminal_snr_converges(name):
+    """The first step, with an infinite h, spoils nothing."""
+    x = np.array([-1.5, -0.2, 0.7, 2.0])
+    sampler = replace(SAMPLERS[name], end=0)
+    exact = gaussian_flow(x, 999, 0, ZERO, 0.5)
+    errors = [np.abs(sampler(gaussian(0.5, ZERO), x, ZERO.timesteps(n), ZERO) - exact).max() for n in (25, 100, 400)]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+
+def in_exponentials(form, denoise, x, times, schedule):
+    """2M as its papers write it: exponentials of h, the step in lambda = log(alpha / sigma).
+
+    The last step is of first order where there are fewer than 15.
+    """
+    held = h_held = None
+    for t, s in zip(times[:-1], times[1:]):
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = schedule.alpha([t, s]), schedule.sigma([t, s])
+        h = np.log(alpha_s / sigma_s) - np.log(alpha_t / sigma_t)
+        now = denoise(x, t)[form == "noise"]
+        first_order = held is None or (s == times[-1] and len(times) <= 15)
+        middle = now if first_order else now + h / (2 * h_held) * (now - held)
+        if form == "noise":
+            x = alpha_s / alpha_t * x - sigma_s * (np.exp(h) - 1) * middle
+        else:
+            x = sigma_s / sigma_t * x - alpha_s * (np.exp(-h) - 1) * middle
+        held, h_held = now, h
+    return x
+
+
+@pytest.mark.parametrize("n", [1, 14, 15, 30])
+@pytest.mark.parametrize(("name", "form"), [("dpm_solver", "noise"), ("dpm_solver_pp", "data")])
+def test_second_order_is_the_papers_update(name, form, n):
+    x, times = np.linspace(-2, 2, 9), SD.timesteps(n)
+    ours = replace(SAMPLERS[name], end=0)(mixture(SD), x, times, SD)
+    np.testing.assert_allclose(ours, in_exponentials(form, mixture(SD), x, np.append(times, 0), SD), rtol=1e-12)
+
+
+@pytest.mark.parametrize("end", [0, CLEAN])
+def test_dpm_solver_pp_of_first_order_is_ddim(end):
+    x, times = np.linspace(-2, 2, 9), SD.timesteps(20)
+    ddim = replace(SAMPLERS["ddim"], end=end)(mixture(SD), x, times, SD)
+    first = replace(SAMPLERS["dpm_solver_pp"], end=end, second_order=None)(mixture(SD), x, times, SD)
+    np.testing.assert_array_equal(first, ddim)
+    second = replace(SAMPLERS["dpm_solver_pp"], end=end)(mixture(SD), x, times, SD)
+    assert np.abs(second - ddim).max() > 1e-3
+
+
+@pytest.mark.parametrize("n", [10, 50, 300])
+def test_ddpm_step_is_the_posterior(n):
+    """Mean and variance of q(x_s | x_t, x0) (arXiv 2006.11239, eqs. 6 and 7), also between times far apart."""
+    times = np.append(SD.timesteps(n), CLEAN)
+    x0, x = 0.3, np.array([0.8])
+
+    def denoise(x, t):
+        return np.full_like(x, x0), (x - SD.alpha(t) * x0) / SD.sigma(t)
+
+    for t, s in zip(times[:-1], times[1:]):
+        (bar_t, bar_s), sampler = SD.alpha([t, s]) ** 2, replace(SAMPLERS["ddpm"], end=s)
+        beta = 1 - bar_t / bar_s
+        mean = np.sqrt(bar_s) * beta / (1 - bar_t) * x0 + np.sqrt(1 - beta) * (1 - bar_s) / (1 - bar_t) * x
+        var = (1 - bar_s) / (1 - bar_t) * beta
+        still, moved = (sampler(denoise, x, np.array([t]), SD, lambda i, z=z: np.array([z])) for z in (0.0, 1.0))
+        np.testing.assert_allclose(still, mean, rtol=1e-9)
+        np.testing.assert_allclose((moved - still) ** 2, var, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "eta"), [("ddpm", None), ("ddim", 0.5), ("ddim", 1.0), ("dpm_solver", 1.0), ("dpm_solver_pp", 1.0)]
+)
+def test_random_samplers_give_the_distribution(name, eta):
+    """Mean, variance and the share of each half, from 20,000 samples of the mixture."""
+    count, schedule = 20_000, build_schedule(ScheduleConfig(spacing="trailing"))
+    x = generator(0, "latents").standard_normal(count)
+    noise = lambda i: generator(0, "noise", i).standard_normal(count)  # noqa: E731
+    x = get_sampler(name, eta)(mixture(schedule), x, schedule.timesteps(100), schedule, noise)
+    mean = (SHARES * MEANS).sum()
+    var = (SHARES * (SCALES**2 + MEANS**2)).sum() - mean**2
+    assert x.mean() == pytest.approx(mean, abs=0.03)
+    assert x.var() == pytest.approx(var, rel=0.03)
+    assert (x < -0.1).mean() == pytest.approx((SHARES * norm.cdf(-0.1, MEANS, SCALES)).sum(), abs=0.01)
+
+
+def test_noise_is_keyed_by_step_and_the_bar_sees_every_time():
+    asked, shown = [], []
+
+    def noise(i):
+        asked.append(i)
+        return np.zeros(3)
+
+    def progress(times):
+        for t in times:
+            shown.append(t)
+            yield t
+
+    times = SD.timesteps(6)
+    SAMPLERS["ddpm"](gaussian(1.0, SD), np.ones(3), times, SD, noise, progress)
+    assert asked == [0, 1, 2, 3, 4]  # the last step ends clean
+    assert shown == times.tolist()
+    with pytest.raises(AssertionError, match="needs noise"):
+        SAMPLERS["ddpm"](gaussian(1.0, SD), np.ones(3), times, SD)
+
+
+def test_names():
+    assert list(SAMPLERS) == ["ddpm", "ddim", "dpm_solver", "dpm_solver_pp"]
+    for name in ("plms", "uni_pc", "DDIM"):
+        with pytest.raises(UserError, match="ddpm, ddim, dpm_solver, dpm_solver_pp"):
+            get_sampler(name)
+    for eta in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UserError, match="eta"):
+            get_sampler("ddim", eta)
