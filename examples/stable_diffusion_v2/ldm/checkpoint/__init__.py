@@ -1,0 +1,181 @@
+"""Checkpoints in and out: the one place that knows files, foreign names, and what files say about themselves.
+
+``load`` gives Stability's names whatever the file is, ``match`` checks them against a network's parameters, ``save``
+writes one of FORMATS. A checkpoint's ``meta`` is a table of strings; these keys have a meaning here:
+
+* ``prediction_type``: the name that ldm.diffusion.prediction gives it. load() returns it under this key whatever a file
+  wrote; where a file says nothing the key is absent.
+* ``schedule``: the noise schedule's fields as JSON, of which only ``zero_terminal_snr`` is read here.
+* ``resolution``: "WIDTHxHEIGHT" in pixels.
+
+Everything else (model config, step, ...) is carried along.
+
+.safetensors files also say it in the ways that other tools look for: Stability's ModelSpec 1.0.0
+(https://github.com/Stability-AI/ModelSpec), and the empty tensors ``v_pred`` and ``ztsnr`` that ComfyUI, A1111 and
+Forge take as a sign. In MindSpore's files the table is strings among the parameters, as
+``mindspore.save_checkpoint(append_dict=...)`` writes them; MindONE's loader passes over them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ldm.checkpoint import formats, names
+from ldm.checkpoint.formats import FORMATS
+from ldm.errors import UserError
+
+__all__ = ["FORMATS", "Checkpoint", "load", "match", "save"]
+
+Tensors = dict[str, np.ndarray]
+Strings = dict[str, str]
+
+# What files call the prediction types, and the name each has here. It is a vocabulary of file formats, no more: what a
+# type means stands in ldm.diffusion.prediction alone, and a word that is not in the table passes through as it is.
+FOREIGN_TYPE_NAMES = {
+    "epsilon": "eps",
+    "noise": "eps",
+    "v_prediction": "v",
+    "velocity": "v",
+    "sample": "x0",
+}
+_MODELSPEC_TYPE_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample"}
+
+_V_MARK, _ZERO_SNR_MARK = "v_pred", "ztsnr"  # of these tensors only the presence counts
+_MARKED_TYPE = FOREIGN_TYPE_NAMES["v_prediction"]
+_MODELSPEC = "modelspec."
+_DERIVED = ("sai_model_spec", "architecture", "implementation", "title", "resolution", "prediction_type", "hash_sha256")
+_VARIANT = "checkpoint.text_encoder"  # in MindSpore's files, where the names of the two text encoders are the same
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``tensors`` by Stability's names, what the file says of itself, and the format it came in (one of FORMATS)."""
+
+    tensors: Tensors
+    meta: Strings
+    format: str
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint of any format, recognised by its content.
+
+    The arrays are views of the file wherever they can be: float16 stays float16, bfloat16 becomes float32. Names that
+    nobody knows are kept; ``match`` reports them. Raises UserError for a file that cannot be read whole.
+    """
+    tensors, strings, kind = formats.read(path)
+    try:
+        tensors = names.from_mindone(tensors, strings.pop(_VARIANT, None))
+        meta = _stated(tensors, strings)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} contradicts itself: {error}") from None
+    tensors = {name: array for name, array in tensors.items() if name not in (_V_MARK, _ZERO_SNR_MARK)}
+    return Checkpoint(tensors, meta, kind)
+
+
+def save(path: str | Path, tensors: Tensors, meta: Strings, format: str) -> None:
+    """Write ``tensors`` (Stability's names) and ``meta`` to ``path``, whole or not at all.
+
+    ``format`` is "mindspore" (MindONE's names, ``.ckpt``) or "safetensors" (Stability's names). No value of ``meta``
+    may be empty. Raises UserError where the file cannot be written; what was there before is then still there.
+    """
+    if format == "mindspore":
+        variant = names.text_variant(tensors)
+        strings = {**meta, _VARIANT: variant} if variant else meta
+        formats.write(path, names.to_mindone(tensors), strings, format)
+    else:
+        formats.write(path, {**tensors, **_marks(meta)}, {**meta, **_modelspec(tensors, meta, path)}, format)
+
+
+def match(
+    tensors: Tensors, expected: dict[str, tuple[int, ...]], path: str | Path, prefixes: tuple[str, ...] = ("",)
+) -> Tensors:
+    """The arrays for a network's parameters, or a UserError that says in one line what does not fit.
+
+    Args:
+        tensors: what ``load`` gave.
+        expected: name -> shape of every parameter of the network.
+        path: the file's, for the message.
+        prefixes: only parameters that begin with one of these are taken and checked, on both sides; with
+            ``("model.diffusion_model.",)`` a file of a UNet alone will do.
+
+    Entries that files are known to carry beside the parameters (``names.EXTRAS``) are passed over.
+    """
+    wanted = {name: tuple(shape) for name, shape in expected.items() if name.startswith(prefixes)}
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = [n for n in tensors if n.startswith(prefixes) and n not in wanted and not names.is_extra(n)]
+    wrong = [
+        f"{name} has {tensors[name].shape}, model wants {shape}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    faults = [("missing", missing, ", "), ("unexpected", unexpected, ", "), ("wrong shape", wrong, "; ")]
+    if missing or unexpected or wrong:
+        told = [f"{what} {len(which)} (first: {sep.join(which[:3])})" for what, which, sep in faults if which]
+        raise UserError(f"{path} does not fit this model: {', '.join(told)}; is it of another model config?")
+    return {name: tensors[name] for name in wanted}
+
+
+def _stated(tensors: Tensors, strings: Strings) -> Strings:
+    """The table ``meta`` from the strings in a file and the marks among its tensors."""
+    derived = [_MODELSPEC + key for key in _DERIVED]
+    meta = {key: text for key, text in strings.items() if text and key not in derived and key != "format"}
+
+    words = [strings.get("prediction_type"), strings.get(_MODELSPEC + "prediction_type")]
+    words += [_MARKED_TYPE] if _V_MARK in tensors else []
+    said = {FOREIGN_TYPE_NAMES.get(word, word) for word in words if word}
+    if len(said) > 1:
+        places = f"prediction_type and modelspec.prediction_type in its metadata, its tensor {_V_MARK}"
+        raise ValueError(f"its prediction type is {' and '.join(sorted(said))}; correct one of {places}")
+    if said:
+        meta["prediction_type"] = said.pop()
+
+    if _MODELSPEC + "resolution" in strings:
+        meta.setdefault("resolution", strings[_MODELSPEC + "resolution"])
+    if _ZERO_SNR_MARK in tensors:
+        meta.setdefault("schedule", json.dumps({"zero_terminal_snr": True}))
+    if not isinstance(json.loads(meta.get("schedule", "{}")), dict):
+        raise ValueError("its schedule is no table of names and values")
+    return meta
+
+
+def _marks(meta: Strings) -> Tensors:
+    """The empty tensors by which ComfyUI, A1111 and Forge know a v model and a zero-terminal-SNR schedule."""
+    if meta.get("prediction_type") != _MARKED_TYPE:
+        return {}
+    marks = [_V_MARK]
+    if json.loads(meta.get("schedule", "{}")).get("zero_terminal_snr"):
+        marks.append(_ZERO_SNR_MARK)
+    return {mark: np.zeros(0, np.float32) for mark in marks}
+
+
+def _modelspec(tensors: Tensors, meta: Strings, path: str | Path) -> Strings:
+    """The ModelSpec entries of a .safetensors file; "format" is what transformers and diffusers insist on."""
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": _architecture(tensors, meta.get("prediction_type")),
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": Path(path).stem,
+    }
+    if "resolution" in meta:
+        spec["resolution"] = meta["resolution"]
+    if "prediction_type" in meta:
+        spec["prediction_type"] = _MODELSPEC_TYPE_NAMES.get(meta["prediction_type"], meta["prediction_type"])
+    return {"format": "pt", **{_MODELSPEC + key: text for key, text in spec.items()}}
+
+
+def _architecture(tensors: Tensors, prediction_type: str | None) -> str:
+    """ModelSpec's name of a Stable Diffusion, told by the shapes of its UNet."""
+    block = "model.diffusion_model.input_blocks."
+    first, keys = (
+        tensors[block + name].shape if block + name in tensors else ()
+        for name in ("0.0.weight", "1.1.transformer_blocks.0.attn2.to_k.weight")
+    )
+    if first == (320, 4, 3, 3) and keys == (320, 768):
+        return "stable-diffusion-v1"
+    if first == (320, 4, 3, 3) and keys == (320, 1024):
+        return "stable-diffusion-v2-768-v" if prediction_type == _MARKED_TYPE else "stable-diffusion-v2-512"
+    return "latent-diffusion"

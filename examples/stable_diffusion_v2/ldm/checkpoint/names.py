@@ -1,0 +1,341 @@
+"""What each project calls the same parameters. Inside, the names are those of Stability's single-file checkpoints.
+
+* MindONE (MindSpore ``.ckpt``): an ordered list of name patterns, read in either direction.
+* SD 1.x text encoders (Hugging Face's names, three projections) and SD 2.x ones (OpenCLIP's names, one ``in_proj``) are
+  the same network; MindONE writes both in OpenCLIP's way.
+* diffusers' folders: blocks are numbered by level and place instead of counted through, so a table is built for the
+  depth at hand, from the UNet of CompVis (https://github.com/CompVis/latent-diffusion, openaimodel.py) and the
+  autoencoder beside it. Any width, depth and choice of attention levels.
+
+Names that no rule knows stay as they are: whoever fills a network reports them (``ldm.checkpoint.match``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from ldm.errors import UserError
+
+Tensors = dict[str, np.ndarray]
+
+# Entries that SD files are known to carry and no network here has.
+EXTRAS = re.compile(
+    "|".join(
+        (
+            r"model_ema\..*",  # a second copy of the UNet; the copy under model.* is the one that is used
+            r"betas|(sqrt_)?(one_minus_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod",  # the noise schedule
+            r"sqrt_recip(m1)?_alphas_cumprod|posterior_.*|lvlb_weights|logvar|scale_factor",
+            r"cond_stage_model\..*(logit_scale|text_projection(\.weight)?|position_ids|attn_mask)",  # CLIP's other half
+            r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x stops at the layer before the last
+            r"(first_stage_model\.)?loss\..*",  # the autoencoder's discriminator
+            r"epoch_num|step_num|global_step|learning_rate|loss_scale",  # MindSpore's training loop
+        )
+    )
+)
+
+
+def is_extra(name: str) -> bool:
+    """Whether a parameter is one of the entries that files carry and networks do not have."""
+    return EXTRAS.fullmatch(name) is not None
+
+
+class Rules:
+    """Pairs of name patterns, translated in either direction; the first pair that fits decides.
+
+    In a pattern ``{path}`` is any text, ``{i}``, ``{j}`` numbers, ``{leaf}`` weight or bias, ``{norm}`` weight or bias
+    on the left and gamma or beta on the right, ``{fc}`` c_fc or c_proj, ``{kind}`` what a norm's name ends in.
+    """
+
+    _TOKENS = {
+        "path": ".+",
+        "i": r"\d+",
+        "j": r"\d+",
+        "leaf": "weight|bias",
+        "norm": "weight|bias|gamma|beta",
+        "fc": "c_fc|c_proj",
+        "kind": r"\d|_out|",
+    }
+    _GAMMA = {"weight": "gamma", "bias": "beta"}
+    _WEIGHT = {"gamma": "weight", "beta": "bias"}
+
+    def __init__(self, *pairs: tuple[str, str]):
+        self._to_right = [(self._compile(left), right) for left, right in pairs]
+        self._to_left = [(self._compile(right), left) for left, right in pairs]
+
+    def right(self, name: str) -> str:
+        """The right-hand name of a left-hand one; any other name as it is."""
+        return self._translate(self._to_right, self._GAMMA, name)
+
+    def left(self, name: str) -> str:
+        """The left-hand name of a right-hand one; any other name as it is."""
+        return self._translate(self._to_left, self._WEIGHT, name)
+
+    def _compile(self, pattern: str) -> re.Pattern:
+        parts = re.split(r"\{(\w+)\}", pattern)  # text, token, text, token, ..., text
+        parts[::2] = [re.escape(text) for text in parts[::2]]
+        parts[1::2] = [f"(?P<{token}>{self._TOKENS[token]})" for token in parts[1::2]]
+        return re.compile("".join(parts))
+
+    @staticmethod
+    def _translate(rules: list, norms: dict[str, str], name: str) -> str:
+        for pattern, template in rules:
+            found = pattern.fullmatch(name)
+            if found:
+                values = found.groupdict()
+                if "norm" in values:
+                    values["norm"] = norms.get(values["norm"], values["norm"])
+                return template.format(**values)
+        return name
+
+
+_UNET, _VAE = "model.diffusion_model.", "first_stage_model."
+_OPENCLIP, _CLIP = "cond_stage_model.model.", "cond_stage_model.transformer.text_model."  # SD 2.x, SD 1.x
+_MINDONE_TEXT = "cond_stage_model.transformer."
+_BLOCK, _LAYER = _OPENCLIP + "transformer.resblocks.{i}.", _CLIP + "encoder.layers.{i}."
+_MINDONE_BLOCK = _MINDONE_TEXT + "transformer_layer.resblocks.{i}."
+
+STABILITY_MINDONE = Rules(
+    (_UNET + "{path}.in_layers.0.{norm}", _UNET + "{path}.in_layers_norm.{norm}"),
+    (_UNET + "{path}.in_layers.2.{leaf}", _UNET + "{path}.in_layers_conv.conv.{leaf}"),
+    (_UNET + "{path}.out_layers.0.{norm}", _UNET + "{path}.out_layers_norm.{norm}"),
+    (_UNET + "{path}.out_layers.3.{leaf}", _UNET + "{path}.out_layers_conv.conv.{leaf}"),
+    (_UNET + "{path}.skip_connection.{leaf}", _UNET + "{path}.skip_connection.conv.{leaf}"),
+    (_UNET + "{path}.op.{leaf}", _UNET + "{path}.op.conv.{leaf}"),
+    (_UNET + "input_blocks.0.0.{leaf}", _UNET + "input_blocks.0.0.conv.{leaf}"),
+    (_UNET + "output_blocks.{i}.{j}.conv.{leaf}", _UNET + "output_blocks.{i}.{j}.conv.conv.{leaf}"),
+    (_UNET + "out.0.{norm}", _UNET + "out.0.{norm}"),
+    (_UNET + "out.2.{leaf}", _UNET + "out.2.conv.{leaf}"),
+    ("{path}.norm{kind}.{norm}", "{path}.norm{kind}.{norm}"),
+    (_OPENCLIP + "token_embedding.weight", _MINDONE_TEXT + "embedding_table"),
+    (_OPENCLIP + "positional_embedding", _MINDONE_TEXT + "positional_embedding"),
+    (_OPENCLIP + "ln_final.{norm}", _MINDONE_TEXT + "ln_final.{norm}"),
+    (_BLOCK + "attn.in_proj_{leaf}", _MINDONE_BLOCK + "attn.attn.in_proj.{leaf}"),
+    (_BLOCK + "attn.out_proj.{leaf}", _MINDONE_BLOCK + "attn.attn.out_proj.{leaf}"),
+    (_BLOCK + "mlp.{fc}.{leaf}", _MINDONE_BLOCK + "{fc}.{leaf}"),
+    (_BLOCK + "ln_{j}.{norm}", _MINDONE_BLOCK + "ln_{j}.{norm}"),
+)
+
+OPENCLIP_CLIP = Rules(
+    (_OPENCLIP + "token_embedding.weight", _CLIP + "embeddings.token_embedding.weight"),
+    (_OPENCLIP + "positional_embedding", _CLIP + "embeddings.position_embedding.weight"),
+    (_OPENCLIP + "ln_final.{leaf}", _CLIP + "final_layer_norm.{leaf}"),
+    (_BLOCK + "attn.in_proj_{leaf}", _LAYER + "self_attn.in_proj_{leaf}"),  # merged and split elsewhere
+    (_BLOCK + "attn.out_proj.{leaf}", _LAYER + "self_attn.out_proj.{leaf}"),
+    (_BLOCK + "mlp.c_fc.{leaf}", _LAYER + "mlp.fc1.{leaf}"),
+    (_BLOCK + "mlp.c_proj.{leaf}", _LAYER + "mlp.fc2.{leaf}"),
+    (_BLOCK + "ln_{j}.{leaf}", _LAYER + "layer_norm{j}.{leaf}"),
+)
+
+
+# ---- MindONE ----
+
+
+# Some SD 1.x files lack one part of Hugging Face's names.
+_SHORT_CLIP = re.compile(r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")
+
+
+def text_variant(tensors: Tensors) -> str | None:
+    """Which text encoder (``TextConfig.variant``) Stability's names speak of; None where there is none."""
+    if any(name.startswith(_OPENCLIP) for name in tensors):
+        return "openclip"
+    return "clip" if any(name.startswith(_CLIP) for name in tensors) else None
+
+
+def from_mindone(tensors: Tensors, variant: str | None = None) -> Tensors:
+    """Stability's names for MindONE's; names that are Stability's already stay.
+
+    MindONE calls both text encoders by the same names. Without ``variant`` the width decides: 768 is SD 1.x's.
+    """
+    table = tensors.get(_MINDONE_TEXT + "embedding_table")
+    if table is not None and variant is None:
+        variant = "clip" if table.shape[1:] == (768,) else "openclip"
+    tensors = _renamed(tensors, STABILITY_MINDONE.left)
+    if table is not None and variant == "clip":
+        tensors = _split(_renamed(tensors, OPENCLIP_CLIP.right))
+    return _renamed(tensors, lambda name: _SHORT_CLIP.sub(_CLIP, name))
+
+
+def to_mindone(tensors: Tensors) -> Tensors:
+    """MindONE's names for Stability's."""
+    tensors = _renamed(_merged(tensors), OPENCLIP_CLIP.left)
+    return _renamed(tensors, STABILITY_MINDONE.right)
+
+
+def _renamed(tensors: Tensors, rename: Callable[[str], str]) -> Tensors:
+    renamed = {}
+    for name, array in tensors.items():
+        new = rename(name)
+        if new in renamed:
+            raise ValueError(f"it holds {new} twice, under two names")
+        renamed[new] = array
+    return renamed
+
+
+_PROJECTION = re.compile(r"(.+\.self_attn\.)([qkv])_proj\.(weight|bias)")
+_IN_PROJECTION = re.compile(r"(.+\.self_attn\.)in_proj_(weight|bias)")
+
+
+def _merged(tensors: Tensors) -> Tensors:
+    """q_proj, k_proj, v_proj [W, W] of Hugging Face's CLIP as one in_proj [3 W, W], as OpenCLIP has it."""
+    merged = {}
+    for name, array in tensors.items():
+        found = _PROJECTION.fullmatch(name)
+        trio = [tensors.get(f"{found[1]}{x}_proj.{found[3]}") for x in "qkv"] if found else []
+        if not found or len({part is not None and part.shape for part in trio}) > 1:
+            merged[name] = array
+        elif found[2] == "q":
+            merged[f"{found[1]}in_proj_{found[3]}"] = np.concatenate(trio)
+    return merged
+
+
+def _split(tensors: Tensors) -> Tensors:
+    """The opposite of _merged; the parts are views."""
+    split = {}
+    for name, array in tensors.items():
+        found = _IN_PROJECTION.fullmatch(name)
+        if not found or not array.ndim or len(array) % 3:
+            split[name] = array
+            continue
+        for x, part in zip("qkv", np.split(array, 3)):
+            split[f"{found[1]}{x}_proj.{found[2]}"] = part
+    return split
+
+
+# ---- diffusers ----
+
+_RESNET = {  # inside a residual block of the UNet
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_VAE_PROJECTION = re.compile(r"first_stage_model\.\w+\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
+
+
+def from_diffusers(unet: Tensors, vae: Tensors, text_encoder: Tensors, variant: str) -> Tensors:
+    """Stability's names and shapes for the parameters of a diffusers pipeline's three parts (any may be empty).
+
+    ``variant`` is the text encoder's (``TextConfig.variant``): its parameters do not tell. The autoencoder's attention
+    is linear [C, C] there, of either generation of names, and 1x1 convolutions [C, C, 1, 1] here.
+    """
+    levels, depth = _count(unet, r"down_blocks\.#\."), _count(unet, r"down_blocks\.0\.resnets\.#\.")
+    attended = [f"up_blocks.{level}.attentions.0.norm.weight" in unet for level in range(levels)]
+    rename = _by_module(_swapped(_unet_modules(levels, depth, attended)))
+    tensors = {_UNET + name: array for name, array in _renamed(unet, rename).items()}
+
+    old = re.compile(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+    vae = _renamed(vae, lambda name: old.sub(lambda found: _OLD_VAE_ATTENTION[found[0]], name))
+    levels, depth = _count(vae, r".+_blocks\.#\."), _count(vae, r".+\.resnets\.#\.")
+    for name, array in _renamed(vae, _by_module(_swapped(_vae_modules(levels, depth)))).items():
+        name = _VAE + name
+        tensors[name] = array[:, :, None, None] if _VAE_PROJECTION.fullmatch(name) and array.ndim == 2 else array
+
+    text = {_CLIP + re.sub(r"^text_model\.", "", name): array for name, array in text_encoder.items()}
+    if variant == "openclip":
+        text = _renamed(_merged(text), OPENCLIP_CLIP.left)
+    return {**tensors, **text}
+
+
+def to_diffusers(tensors: Tensors) -> dict[str, Tensors]:
+    """The opposite of from_diffusers: {"unet": ..., "vae": ..., "text_encoder": ...} in diffusers' newer names.
+
+    Extras are left out; any other parameter that is in none of the three raises UserError.
+    """
+    tensors = {name: array for name, array in tensors.items() if not is_extra(name)}
+    tensors = _split(_renamed(tensors, OPENCLIP_CLIP.right))
+    unet, vae, text = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in (_UNET, _VAE, _CLIP))
+    lost = [name for name in tensors if not name.startswith((_UNET, _VAE, _CLIP))]
+    if lost:
+        raise UserError(f"{len(lost)} parameters have no place in a diffusers pipeline (first: {', '.join(lost[:3])})")
+
+    blocks = _count(unet, r"input_blocks\.#\.")
+    depth = next((n for n in range(blocks) if f"input_blocks.{n + 1}.0.op.weight" in unet), max(blocks - 1, 0))
+    levels = blocks // (depth + 1)
+    attended = [f"output_blocks.{level * (depth + 1)}.1.norm.weight" in unet for level in range(levels)]
+    unet = _renamed(unet, _by_module(_unet_modules(levels, depth, attended)))
+
+    vae = {n: a[:, :, 0, 0] if _VAE_PROJECTION.fullmatch(_VAE + n) and a.ndim == 4 else a for n, a in vae.items()}
+    levels, depth = _count(vae, r"\w+\.(?:down|up)\.#\."), _count(vae, r".+\.block\.#\.")
+    vae = _renamed(vae, _by_module(_vae_modules(levels, depth)))
+    return {"unet": unet, "vae": vae, "text_encoder": {f"text_model.{name}": array for name, array in text.items()}}
+
+
+def _unet_modules(levels: int, depth: int, attended: list[bool]) -> dict[str, str]:
+    """{Stability's module: diffusers' module} of a UNet with ``depth`` residual blocks at each of ``levels`` levels.
+
+    ``attended`` says which of the upward levels, deepest first, have attention: there the upsampler is one place
+    further on.
+    """
+    modules = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
+    for level in range(levels):
+        down, up, first = f"down_blocks.{level}", f"up_blocks.{level}", level * (depth + 1)
+        for n in range(depth):
+            resnets[f"input_blocks.{first + n + 1}.0"] = f"{down}.resnets.{n}"
+            modules[f"input_blocks.{first + n + 1}.1"] = f"{down}.attentions.{n}"
+        modules[f"input_blocks.{first + depth + 1}.0.op"] = f"{down}.downsamplers.0.conv"
+        for n in range(depth + 1):
+            resnets[f"output_blocks.{first + n}.0"] = f"{up}.resnets.{n}"
+            modules[f"output_blocks.{first + n}.1"] = f"{up}.attentions.{n}"
+        modules[f"output_blocks.{first + depth}.{2 if attended[level] else 1}.conv"] = f"{up}.upsamplers.0.conv"
+    for block, resnet in resnets.items():
+        modules.update({f"{block}.{ours}": f"{resnet}.{theirs}" for ours, theirs in _RESNET.items()})
+    return modules
+
+
+def _vae_modules(levels: int, depth: int) -> dict[str, str]:
+    """{Stability's module: diffusers' module} of an autoencoder with at most ``depth`` residual blocks at a level."""
+    modules = {}
+    for half in ("encoder", "decoder"):
+        modules[f"{half}.norm_out"] = f"{half}.conv_norm_out"
+        modules[f"{half}.mid.block_1"] = f"{half}.mid_block.resnets.0"
+        modules[f"{half}.mid.block_2"] = f"{half}.mid_block.resnets.1"
+        for ours, theirs in _VAE_ATTENTION.items():
+            modules[f"{half}.mid.attn_1.{ours}"] = f"{half}.mid_block.attentions.0.{theirs}"
+    for level in range(levels):
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
+        modules[f"encoder.down.{level}.downsample"] = f"{down}.downsamplers.0"
+        modules[f"decoder.up.{level}.upsample"] = f"{up}.upsamplers.0"
+        for ours, theirs in ((f"encoder.down.{level}", down), (f"decoder.up.{level}", up)):
+            for n in range(depth):
+                modules[f"{ours}.block.{n}"] = f"{theirs}.resnets.{n}"
+                modules[f"{ours}.block.{n}.nin_shortcut"] = f"{theirs}.resnets.{n}.conv_shortcut"
+    return modules
+
+
+def _count(tensors: Tensors, pattern: str) -> int:
+    """One more than the largest number (of at most two digits) where ``#`` stands in the pattern, at a name's start."""
+    numbered = re.compile(pattern.replace("#", r"(\d{1,2})"))
+    return 1 + max((int(found[1]) for found in map(numbered.match, tensors) if found), default=-1)
+
+
+def _swapped(modules: dict[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in modules.items()}
+
+
+def _by_module(modules: dict[str, str]) -> Callable[[str], str]:
+    """A renaming that exchanges the longest beginning of a name that is in ``modules``."""
+
+    def rename(name: str) -> str:
+        parts = name.split(".")
+        for n in range(len(parts) - 1, 0, -1):
+            module = modules.get(".".join(parts[:n]))
+            if module:
+                return ".".join([module, *parts[n:]])
+        return name
+
+    return rename
