@@ -1,0 +1,138 @@
+"""The captioned pictures of a data folder, checked before the first step and held in memory where they fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm.data.captions import read_captions
+from ldm.data.images import LONGEST, BadImageError, check_image, load_image
+from ldm.errors import UserError
+
+ON_BAD_IMAGE = ("error", "skip")
+CACHE_BYTES = 2 << 30
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class CaptionedImages:
+    """A sequence of (picture, caption) pairs; see `__getitem__`.
+
+    Every picture's header and end are checked at once. A set whose scaled pictures fit into `cache_bytes` is also
+    decoded at once and kept, so all damage is known before training and later epochs cost nothing. A larger set is
+    decoded when it is needed; damage in the middle of a file then shows at that time, under the same policy.
+
+    Args:
+        data_path: folder with `img_txt.csv` and the pictures.
+        image_size: length of the short side in pixels.
+        image_filter_size: pictures with a shorter side than this are left out.
+        on_bad_image: "error" stops at an unreadable picture, "skip" counts it and goes on without it.
+        cache_bytes: memory that decoded pictures may take.
+
+    Raises:
+        UserError: as `read_captions`; a picture is unreadable; none is left.
+    """
+
+    def __init__(
+        self,
+        data_path: str | Path,
+        image_size: int,
+        image_filter_size: int = 0,
+        on_bad_image: str = "error",
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise UserError(f"unknown on_bad_image '{on_bad_image}': choose from {', '.join(ON_BAD_IMAGE)}")
+        self.image_size = image_size
+        self.skips_bad = on_bad_image == "skip"
+        self.bad: dict[str, BadImageError] = {}
+        self._pictures: dict[str, np.ndarray] = {}
+
+        samples = read_captions(data_path)
+        paths = list(dict.fromkeys(sample.path for sample in samples))  # several captions may share a picture
+        sizes = self._attempt(check_image, paths, "checking pictures")
+        fitting = {path: size for path, size in sizes.items() if min(size) >= image_filter_size}
+        if sum(_scaled_bytes(size, image_size) for size in fitting.values()) <= cache_bytes:
+            self._pictures = self._attempt(lambda path: load_image(path, image_size), list(fitting), "reading pictures")
+        self.samples = [sample for sample in samples if sample.path in fitting and sample.path not in self.bad]
+        self.small = len(sizes) - len(fitting)
+        if not self.samples:
+            raise UserError(
+                f"no picture of '{data_path}' is left: {self.small} are smaller than image_filter_size "
+                f"{image_filter_size}, {len(self.bad)} are unreadable"
+            )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        """The picture, uint8 [height, width, 3] with min(height, width) == image_size, and its caption.
+
+        Where unreadable pictures are skipped, one that is found late gives way to the next readable one, so the answer
+        depends on the data alone and batches keep their size.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for step in range(len(self)):
+            sample = self.samples[(index + step) % len(self)]
+            try:
+                return self._picture(sample.path), sample.text
+            except BadImageError as error:
+                self._take_note({sample.path: error})
+        raise UserError("all pictures of the data folder are unreadable")
+
+    def summary(self) -> str:
+        """One line: how many captioned pictures there are and how many were left out for what."""
+        left_out = [f"{self.small} smaller than image_filter_size left out"] if self.small else []
+        if self.bad:
+            left_out.append(f"{len(self.bad)} unreadable skipped, the first is '{next(iter(self.bad))}'")
+        return "; ".join([f"{len(self):,} captioned pictures", *left_out])
+
+    def _picture(self, path: str) -> np.ndarray:
+        if path in self.bad:
+            raise self.bad[path]
+        if path in self._pictures:
+            return self._pictures[path]
+        return load_image(path, self.image_size)
+
+    def _attempt(self, read: Callable[[str], T], paths: list[str], title: str) -> dict[str, T]:
+        """Apply `read` to all paths in threads; {path: result} of the good ones, the bad ones are taken note of."""
+
+        def read_or_error(path: str) -> T | BadImageError:
+            try:
+                return read(path)
+            except BadImageError as error:
+                return error
+
+        pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        try:
+            progress = tqdm(pool.map(read_or_error, paths), title, len(paths), leave=False, delay=1, unit=" files")
+            results = dict(zip(paths, progress))
+        finally:
+            pool.shutdown(cancel_futures=True)  # or an interrupt would wait for all files
+        self._take_note({path: result for path, result in results.items() if isinstance(result, BadImageError)})
+        return {path: result for path, result in results.items() if path not in self.bad}
+
+    def _take_note(self, bad: dict[str, BadImageError]) -> None:
+        """The policy for unreadable pictures, in one place: raise the first, or say once that it is skipped."""
+        new = {path: error for path, error in bad.items() if path not in self.bad}
+        if not new:
+            return
+        first = next(iter(new.values()))
+        more = f" ({len(new)} pictures are unreadable)" if len(new) > 1 else ""
+        if not self.skips_bad:
+            raise UserError(f"{first}{more}; mend or remove it, or use --on_bad_image skip") from first
+        self.bad.update(new)
+        _log.warning("skipped: %s%s", first, more)
+
+
+def _scaled_bytes(size: tuple[int, int], image_size: int) -> int:
+    ratio = min(max(size) / min(size), LONGEST)
+    return round(3 * image_size**2 * ratio)

@@ -1,0 +1,121 @@
+"""Picture files as arrays: 8-bit RGB, upright, on white, the short side scaled to the size of training.
+
+Whatever a file holds (palette, transparency, 16 bits, CMYK, a camera's orientation mark) becomes plain RGB here, and
+whatever cannot be read raises; no stand-in picture is ever made up.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ldm.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, for which Pillow starts another program
+LONGEST = 8  # of a picture with longer sides than 8 : 1 only the middle is kept, or scaling could exhaust the memory
+END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+
+
+class BadImageError(UserError):
+    """A picture file that cannot be used; the message names it and says why."""
+
+
+def load_image(path: str, size: int) -> np.ndarray:
+    """Decode a picture and scale its short side to `size` pixels (Lanczos, antialiased).
+
+    Returns:
+        uint8 [height, width, 3] with min(height, width) == size.
+
+    Raises:
+        BadImageError: the file is missing, truncated, of another format or too large to be decoded safely.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction, still twice the size
+            image.load()
+            with suppress(Exception):  # a damaged camera record says nothing against the pixels
+                ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(_scale(_to_rgb(image), size))
+    except Exception as error:  # Pillow's readers raise all sorts of exceptions on a broken file
+        raise BadImageError(f"cannot read the picture '{path}': {_reason(error)}") from error
+
+
+def check_image(path: str) -> tuple[int, int]:
+    """Read a picture's header and look whether its end is there; decode it only where that leaves doubt.
+
+    Returns:
+        (width, height) in pixels as stored.
+
+    Raises:
+        BadImageError: as `load_image`. Damage in the middle of a file is for `load_image` to find.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if not _has_end(path, image.format):
+                image.load()
+            return image.size
+    except Exception as error:
+        raise BadImageError(f"cannot read the picture '{path}': {_reason(error)}") from error
+
+
+def crop(picture: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Cut a square out of uint8 [height, width, 3]: the middle one, or one at a place drawn from `rng`."""
+    room_y, room_x = picture.shape[0] - size, picture.shape[1] - size
+    top, left = (room_y // 2, room_x // 2) if rng is None else (rng.integers(room_y + 1), rng.integers(room_x + 1))
+    return picture[top : top + size, left : left + size]
+
+
+def to_float(pictures: list[np.ndarray]) -> np.ndarray:
+    """uint8 [height, width, 3] each -> float32 [B, 3, height, width] in [-1, 1]."""
+    stacked = np.stack(pictures).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(stacked, dtype=np.float32) / 127.5 - 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range, save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Grey with 16 bits; Pillow's own conversion would clip every value above 255 to white."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixels of more than 16 bits, save it with 8 or 16 bits")
+    return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+
+
+def _scale(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    short = min(width, height)
+    keep_x, keep_y = min(width, LONGEST * short), min(height, LONGEST * short)
+    left, top = (width - keep_x) / 2, (height - keep_y) / 2
+    target = (round(keep_x * size / short), round(keep_y * size / short))
+    return image.resize(target, Image.LANCZOS, box=(left, top, left + keep_x, top + keep_y))
+
+
+def _has_end(path: str, image_format: str) -> bool:
+    """Whether the file's last bytes hold its format's end mark. WebP is checked whole when it is opened."""
+    if image_format == "WEBP":
+        return True
+    if image_format not in END_MARKS:
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 64))
+        return END_MARKS[image_format] in file.read()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a complete picture of a known format ({', '.join(FORMATS)})"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, scale it down"
+    return str(getattr(error, "strerror", None) or error or type(error).__name__).splitlines()[0]

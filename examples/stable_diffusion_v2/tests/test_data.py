@@ -1,0 +1,472 @@
+"""Captions, pictures, batches and the embedded emoji: every refusal, every conversion, and the order of the stream."""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data.batches import Augment, Batches, epoch_order
+from ldm.data.captions import read_captions
+from ldm.data.dataset import CaptionedImages
+from ldm.data.images import LONGEST, BadImageError, check_image, crop, load_image, to_float
+from ldm.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+EMOJI = ROOT / "datasets" / "emoji"
+
+
+def write_csv(folder: Path, text: str, encoding: str = "utf-8") -> None:
+    (folder / "img_txt.csv").write_bytes(text.encode(encoding))
+
+
+def noise_image(seed: int, width: int = 16, height: int = 16) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five noisy pictures of different shapes, captioned "caption 0" to "caption 4"."""
+    for index in range(5):
+        noise_image(index, 16 + 4 * index, 20).save(tmp_path / f"{index}.png")
+    write_csv(tmp_path, "dir,text\n" + "".join(f"{index}.png,caption {index}\n" for index in range(5)))
+    return tmp_path
+
+
+def refusal(*args, **kwargs) -> str:
+    """The message with which a data set is refused: one line."""
+    with pytest.raises(UserError) as error:
+        CaptionedImages(*args, image_size=16, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- captions ---
+
+
+def test_captions_stay_as_written(tmp_path):
+    noise_image(0).save(tmp_path / "a.png")
+    write_csv(
+        tmp_path,
+        'id,text,dir\r\n1,"a ""red"" fox, sitting\r\nin snow",a.png\r\n\r\n2,007,a.png\r\n3,NA,a.png\r\n4,,a.png\r\n',
+        "utf-8-sig",
+    )
+    texts = [sample.text for sample in read_captions(tmp_path)]
+    assert texts == ['a "red" fox, sitting\r\nin snow', "007", "NA", ""]
+
+
+def test_absolute_paths_and_links_within_the_folder_are_accepted(tmp_path):
+    (tmp_path / "sub").mkdir()
+    noise_image(0).save(tmp_path / "sub" / "a.png")
+    (tmp_path / "link.png").symlink_to("sub/a.png")
+    write_csv(tmp_path, f"dir,text\n{tmp_path}/sub/a.png,one\nsub/../link.png,two\n")
+    assert {sample.path for sample in read_captions(tmp_path)} == {str((tmp_path / "sub" / "a.png").resolve())}
+
+
+def test_missing_folder_and_missing_csv(tmp_path):
+    assert "'/no/such/folder' does not exist" in refusal("/no/such/folder")
+    assert "no img_txt.csv" in refusal(tmp_path)
+    (tmp_path / "captions.csv").write_text("dir,text\n")
+    assert "captions.csv: rename" in refusal(tmp_path)
+    assert "is not a folder" in refusal(tmp_path / "captions.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "lacks the column dir and text: it has none"),
+        ("file,text\na.png,x\n", "lacks the column dir: it has file,text"),
+        ("dir,text\n", "no rows"),
+        (
+            "dir,text\na.png,x\nmissing.png,x\ngone.png,x\n",
+            "line 3: 'missing.png' is not a file in the data folder (2 of",
+        ),
+        ('dir,text\na.png,"two\nlines"\nmissing.png,x\n', "line 4: 'missing.png'"),
+        ("dir,text\n,x\n", "line 2: ''"),
+        ("dir,text\nsub,x\n", "line 2: 'sub' is not a file"),
+        ("dir,text\n../outside.png,x\n", "line 2: '../outside.png' lies outside"),
+        ("dir,text\nlink.png,x\n", "line 2: 'link.png' lies outside"),
+        ("dir,text\nlinked/outside.png,x\n", "line 2: 'linked/outside.png' lies outside"),
+        ("dir,text\n/etc/passwd,x\n", "line 2: '/etc/passwd' lies outside"),
+        ("dir,text\na.png,a fox, sitting\n", "line 2 has 3 fields for 2 columns: put a caption with a comma"),
+        ('dir,text\na.png,"never closed\n', "is not CSV"),
+    ],
+)
+def test_broken_csv_is_refused(tmp_path, content, message):
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    noise_image(0).save(data / "a.png")
+    noise_image(0).save(tmp_path / "outside.png")
+    (data / "link.png").symlink_to(tmp_path / "outside.png")
+    (data / "linked").symlink_to(tmp_path)
+    write_csv(data, content)
+    assert message in refusal(data)
+
+
+def test_csv_in_another_encoding_is_refused(folder):
+    write_csv(folder, "dir,text\n0.png,café\n", "latin-1")
+    assert "not UTF-8" in refusal(folder)
+
+
+# --- pictures ---
+
+
+def save(image: Image.Image, path: Path, **options) -> str:
+    image.save(path, **options)
+    return str(path)
+
+
+def test_transparency_lies_on_white(tmp_path):
+    rgba = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    rgba.paste((0, 0, 255, 255), (0, 0, 4, 8))
+    rgba.paste((0, 0, 0, 128), (4, 4, 8, 8))
+    picture = load_image(save(rgba, tmp_path / "a.png"), 8)
+    assert picture[0, 0].tolist() == [0, 0, 255]
+    assert picture[0, 7].tolist() == [255, 255, 255]
+    assert picture[7, 7].tolist() == [127, 127, 127]
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_one_transparent_colour_lies_on_white(tmp_path, mode):
+    image = noise_image(0).convert(mode)
+    image.paste(0, (0, 0, 8, 16))
+    picture = load_image(save(image, tmp_path / "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0), 16)
+    assert (picture[:, :8] == 255).all()
+    assert (picture[:, 8:] < 255).any()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK", "RGBA"])
+def test_opaque_modes_keep_their_colours(tmp_path, mode):
+    image = Image.new("RGB", (8, 8), "white" if mode in ("1", "L", "LA") else (200, 40, 80))
+    stored = image.quantize(4) if mode == "P" else image.convert(mode)
+    path = save(stored, tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
+    picture = load_image(path, 8)
+    assert picture.dtype == np.uint8
+    assert picture.shape == (8, 8, 3)
+    assert np.abs(picture.astype(int) - np.asarray(image)).max() <= 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_are_scaled_not_clipped(tmp_path, suffix):
+    values = np.array([0, 128, 129, 300, 25700, 32768, 65407, 65535], dtype=np.uint16)
+    picture = load_image(save(Image.fromarray(values.repeat(8).reshape(8, 8)), tmp_path / f"a.{suffix}"), 8)
+    assert picture[:, 0, 1].tolist() == [0, 0, 1, 1, 100, 128, 255, 255]
+
+
+def test_pixels_without_a_known_range_are_refused(tmp_path):
+    for name, values in (("f", np.ones((8, 8), np.float32)), ("i", np.full((8, 8), 70000, np.int32))):
+        with pytest.raises(BadImageError, match="8 or 16 bits"):
+            load_image(save(Image.fromarray(values), tmp_path / f"{name}.tif"), 8)
+
+
+def test_camera_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (32, 16), "blue")
+    image.paste("red", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees clockwise to see it upright"
+    picture = load_image(save(image, tmp_path / "a.png", exif=exif), 16)
+    assert picture.shape == (32, 16, 3)
+    assert picture[0, 0].tolist() == [255, 0, 0]
+    assert picture[-1, 0].tolist() == [0, 0, 255]
+
+
+def test_a_damaged_camera_record_is_ignored(tmp_path):
+    for suffix, exif in (("png", b"no record"), ("jpg", b"Exif\0\0no record")):
+        assert load_image(save(noise_image(0), tmp_path / f"a.{suffix}", exif=exif), 16).shape == (16, 16, 3)
+
+
+def test_the_short_side_is_scaled_without_aliasing(tmp_path):
+    checkers = (np.indices((512, 768)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    picture = load_image(save(Image.fromarray(checkers), tmp_path / "a.png"), 64)
+    assert picture.shape == (64, 96, 3)
+    assert abs(picture[8:-8, 8:-8].astype(float) - 127.5).max() < 8
+    assert load_image(save(noise_image(0, 10, 7), tmp_path / "b.png"), 64).shape == (64, 91, 3)
+
+
+def test_a_large_jpeg_read_at_a_fraction_looks_the_same(tmp_path):
+    smooth = noise_image(0, 12, 8).resize((1200, 800), Image.BICUBIC)
+    jpeg = load_image(save(smooth, tmp_path / "a.jpg", quality=95), 64)
+    png = load_image(save(smooth, tmp_path / "a.png"), 64)
+    assert np.abs(jpeg.astype(int) - png).max() <= 8
+
+
+def test_a_ribbon_does_not_exhaust_the_memory(tmp_path):
+    path = save(Image.new("L", (60_000, 1)), tmp_path / "a.png")
+    assert load_image(path, 64).shape == (64, 64 * LONGEST, 3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tif"])
+def test_truncated_files_are_found_by_both_checks(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    noise_image(0, 64, 48).save(path)
+    assert check_image(str(path)) == (64, 48)
+    path.write_bytes(path.read_bytes()[:-200])
+    for read in (check_image, lambda name: load_image(name, 16)):
+        with pytest.raises(BadImageError, match=f"a.{suffix}'"):
+            read(str(path))
+
+
+def test_bytes_behind_the_end_do_no_harm(tmp_path):
+    for suffix in ("png", "jpg"):
+        path = tmp_path / f"a.{suffix}"
+        noise_image(0).save(path)
+        path.write_bytes(path.read_bytes() + b"\0" * 1000)
+        assert check_image(str(path)) == (16, 16)
+
+
+def test_what_is_no_picture_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_text("<html>404</html>")
+    with pytest.raises(BadImageError, match="a.png'.*not a complete picture of a known format"):
+        check_image(str(tmp_path / "a.png"))
+    with pytest.raises(BadImageError, match="No such file"):
+        load_image(str(tmp_path / "gone.png"), 16)
+    path = save(noise_image(0, 64, 64), tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(BadImageError, match="more than 2,000 pixels"):
+        check_image(path)
+
+
+def test_crop_geometry():
+    picture = np.arange(10 * 16 * 3, dtype=np.uint8).reshape(10, 16, 3)
+    np.testing.assert_array_equal(crop(picture, 8), picture[1:9, 4:12])
+    rng = np.random.default_rng(0)
+    corners = {tuple(crop(picture, 8, rng)[0, 0]) for _ in range(500)}
+    assert corners == {tuple(picture[y, x]) for y in range(3) for x in range(9)}
+    np.testing.assert_array_equal(crop(picture[:8, :8], 8, rng), picture[:8, :8])
+
+
+def test_to_float_maps_the_ends_to_one():
+    floats = to_float([np.array([[[0, 255, 51]]], dtype=np.uint8)] * 2)
+    assert floats.dtype == np.float32
+    assert floats.flags.c_contiguous
+    np.testing.assert_allclose(floats, np.array([-1, 1, -0.6]).reshape(1, 3, 1, 1).repeat(2, axis=0), atol=1e-6)
+
+
+# --- the data set ---
+
+
+def damage(path: Path) -> None:
+    """Zero the middle of a file: its header and end stay sound."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+    path.write_bytes(data)
+
+
+def test_a_bad_picture_stops_or_is_skipped(folder, caplog):
+    damage(folder / "3.png")
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:100])
+    assert "1.png" in refusal(folder)
+    assert "--on_bad_image skip" in refusal(folder)
+    dataset = CaptionedImages(folder, 16, on_bad_image="skip")
+    assert [dataset[index][1] for index in range(len(dataset))] == ["caption 0", "caption 2", "caption 4"]
+    assert "3 captioned pictures; 2 unreadable skipped" in dataset.summary()
+    assert len(caplog.records) == 2  # once after the headers, once after decoding
+
+
+def test_damage_found_late_follows_the_same_policy(folder, caplog):
+    damage(folder / "3.png")
+    dataset = CaptionedImages(folder, 16, cache_bytes=0)
+    with pytest.raises(UserError, match=r"3\.png.*--on_bad_image skip"):
+        dataset[3]
+    dataset = CaptionedImages(folder, 16, cache_bytes=0, on_bad_image="skip")
+    for _ in range(3):
+        picture, text = dataset[3]
+        assert text == "caption 4"
+        np.testing.assert_array_equal(picture, load_image(str(folder / "4.png"), 16))
+    noise_image(3).save(folder / "3.png")
+    assert dataset[3][1] == "caption 4"  # what was skipped once stays so, or the stream would change within a run
+    assert list(dataset.bad) == [str(folder / "3.png")]
+    assert len(caplog.records) == 1
+
+
+def test_small_pictures_are_left_out_and_counted(folder):
+    dataset = CaptionedImages(folder, 16, image_filter_size=20)
+    assert [sample.text for sample in dataset.samples] == ["caption 1", "caption 2", "caption 3", "caption 4"]
+    assert "1 smaller than image_filter_size" in dataset.summary()
+    assert "5 are smaller than image_filter_size 99" in refusal(folder, image_filter_size=99)
+
+
+def test_nothing_readable_and_unknown_policy(folder):
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"")
+    assert "5 are unreadable" in refusal(folder, on_bad_image="skip")
+    assert "choose from error, skip" in refusal(folder, on_bad_image="ignore")
+
+
+def test_cached_and_uncached_pictures_are_equal(folder):
+    cached, uncached = CaptionedImages(folder, 16), CaptionedImages(folder, 16, cache_bytes=0)
+    assert len(list(cached)) == 5
+    for (one, _), (other, _) in zip(cached, uncached):
+        np.testing.assert_array_equal(one, other)
+    (folder / "0.png").unlink()
+    assert cached[0][0].shape == (20, 16, 3)
+    with pytest.raises(UserError, match="0.png"):
+        uncached[0]
+
+
+# --- the stream ---
+
+AUGMENT = Augment(random_crop=True, flip=True, caption_dropout=0.3)
+
+
+def stream(batches: Batches, steps: int) -> list[tuple[int, bytes, str]]:
+    """(ordinal, pixels, caption) of every sample in the first `steps` batches."""
+    return [
+        (int(ordinal), image.tobytes(), text)
+        for batch in islice(batches, steps)
+        for ordinal, image, text in zip(batch.ordinals, batch.images, batch.texts)
+    ]
+
+
+def test_batches_have_the_promised_form(folder):
+    batch = next(iter(Batches(CaptionedImages(folder, 16), 3, seed=0)))
+    assert batch.images.shape == (3, 3, 16, 16)
+    assert batch.images.dtype == np.float32
+    assert -1 <= batch.images.min() < -0.9 < 0.9 < batch.images.max() <= 1
+    assert batch.ordinals.dtype == np.int64
+    assert all(text.startswith("caption ") for text in batch.texts)
+
+
+def test_every_sample_comes_once_per_pass(folder):
+    samples = stream(Batches(CaptionedImages(folder, 16), 3, seed=1), 10)  # 6 passes over 5 pictures
+    passes = [[text for _, _, text in samples[first : first + 5]] for first in range(0, 30, 5)]
+    assert all(sorted(texts) == [f"caption {index}" for index in range(5)] for texts in passes)
+    assert len({tuple(texts) for texts in passes}) > 1
+    assert [ordinal for ordinal, _, _ in samples] == list(range(30))
+    assert not np.array_equal(epoch_order(1, 100, 0), epoch_order(2, 100, 0))
+
+
+def test_the_stream_does_not_depend_on_batch_size_ranks_or_restarts(folder):
+    dataset = CaptionedImages(folder, 16)
+    whole = stream(Batches(dataset, 1, 7, AUGMENT), 24)
+    assert stream(Batches(dataset, 8, 7, AUGMENT), 3) == whole  # a batch larger than the data set
+    assert stream(Batches(dataset, 4, 7, AUGMENT, start_step=3), 3) == whole[12:]
+    shares = [stream(Batches(dataset, 3, 7, AUGMENT, rank=rank, ranks=2), 4) for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == whole
+    assert stream(Batches(CaptionedImages(folder, 16, cache_bytes=0), 8, 7, AUGMENT), 3) == whole
+    assert stream(Batches(dataset, 1, 8, AUGMENT), 24) != whole
+
+
+def test_random_changes_happen_as_often_as_asked(folder):
+    dataset = CaptionedImages(folder, 16)
+    plain, flipped = Batches(dataset, 1, 0), Batches(dataset, 1, 0, Augment(flip=True))
+    flips = 0
+    for ordinal in range(400):
+        before, after = plain.sample(ordinal)[0], flipped.sample(ordinal)[0]
+        if not np.array_equal(before, after):
+            np.testing.assert_array_equal(before[:, ::-1], after)
+            flips += 1
+    assert 160 < flips < 240
+    dropping = Batches(dataset, 1, 0, Augment(caption_dropout=0.25))
+    assert 70 < sum(dropping.sample(ordinal)[1] == "" for ordinal in range(400)) < 130
+    always, never = (Batches(dataset, 1, 0, Augment(caption_dropout=p)) for p in (1.0, 0.0))
+    assert all(always.sample(ordinal)[1] == "" != never.sample(ordinal)[1] for ordinal in range(50))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.5, float("nan")])
+def test_caption_dropout_is_a_probability(dropout):
+    with pytest.raises(UserError, match="from 0 to 1"):
+        Augment(caption_dropout=dropout)
+
+
+def test_epochs_are_whole_batches_and_at_least_one_step(folder):
+    dataset = CaptionedImages(folder, 16)
+    steps = {
+        (size, ranks): Batches(dataset, size, 0, ranks=ranks).steps_per_epoch for size in (1, 2, 9) for ranks in (1, 2)
+    }
+    assert steps == {(1, 1): 5, (1, 2): 2, (2, 1): 2, (2, 2): 1, (9, 1): 1, (9, 2): 1}
+
+
+def test_an_error_while_reading_ahead_reaches_the_loop(folder):
+    damage(folder / "3.png")
+    dataset = CaptionedImages(folder, 16, cache_bytes=0)
+    with pytest.raises(UserError, match="3.png"):
+        list(islice(Batches(dataset, 2, seed=0), 3))
+
+
+def test_a_script_that_leaves_the_stream_ends(folder):
+    script = (
+        "import sys; from ldm.data.batches import Batches; from ldm.data.dataset import CaptionedImages\n"
+        f"stream = iter(Batches(CaptionedImages({str(folder)!r}, 16, cache_bytes=0), 4, 0)); next(stream); sys.exit(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=30, check=False).returncode == 7
+
+
+def test_data_code_does_not_wait_for_mindspore():
+    script = "import sys, ldm.data.batches; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=30, check=False).returncode == 0
+
+
+# --- the embedded emoji ---
+
+
+@pytest.mark.parametrize("style", ["noto", "twemoji", "fluent", "openmoji"])
+def test_embedded_sets_are_whole(style):
+    train, test = (read_captions(EMOJI / style / part) for part in ("train", "test"))
+    names = [{Path(sample.path).name for sample in part} for part in (train, test)]
+    assert [len(part) for part in names] == [1156 if style == "openmoji" else 1277, 121]
+    assert names[0].isdisjoint(names[1]) if style == "openmoji" else names[0] > names[1]
+    for part in ("train", "test"):
+        files = {path.name for path in (EMOJI / style / part).glob("*.png")}
+        assert files == names[part == "test"]
+    assert all(sample.text.startswith("a drawing of ") for sample in train + test)
+    assert all(check_image(sample.path) == (64, 64) for sample in test)
+
+
+def test_the_base_csv_joins_the_three_base_sets():
+    joined = {(sample.path, sample.text) for sample in read_captions(EMOJI)}
+    parts = [read_captions(EMOJI / style / "train") for style in ("noto", "twemoji", "fluent")]
+    assert joined == {(sample.path, sample.text) for part in parts for sample in part}
+    assert len(joined) == 3 * 1277
+
+
+def test_every_set_carries_its_licence():
+    for style, words in {
+        "noto": ("Apache License", "Version 2.0"),
+        "twemoji": ("Attribution 4.0 International", "Section 3"),
+        "fluent": ("MIT License", "Microsoft"),
+        "openmoji": ("Attribution-ShareAlike 4.0 International", "Section 3"),
+    }.items():
+        licence, notice = ((EMOJI / style / name).read_text(encoding="utf-8") for name in ("LICENSE", "NOTICE.md"))
+        assert all(word in licence for word in words)
+        assert "Changes made" in notice
+        assert "https://" in notice
+    assert "MIT License" in (EMOJI / "LICENSE-emojibase").read_text(encoding="utf-8")
+
+
+def test_the_preparing_tool_captions_and_draws_as_the_files_show(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import prepare_emoji as tool
+
+    labels = ["red apple", "umbrella with rain drops", "unicorn", "glasses", "octopus", "two hearts", "Aries"]
+    articled = [tool.with_article(label) for label in labels]
+    assert articled == [
+        "a red apple",
+        "an umbrella with rain drops",
+        "a unicorn",
+        "glasses",
+        "an octopus",
+        "two hearts",
+        "Aries",
+    ]
+    assert tool.caption("red apple", "red", "noto") == "a drawing of a red apple, noto style"
+    assert tool.main_colour(Image.new("RGBA", (64, 64), (250, 10, 10, 255))) == "red"
+    drawing = Image.new("RGBA", (256, 256))
+    drawing.paste("blue", (100, 100, 150, 150))
+    picture = np.asarray(Image.open(io.BytesIO(tool.to_png(drawing))).convert("RGB"))
+    assert picture.shape == (64, 64, 3)
+    assert picture[32, 32].tolist() == [0, 0, 255]
+    assert (picture[0] > 250).all()
+    with open(EMOJI / "openmoji" / "test" / "img_txt.csv", encoding="utf-8", newline="") as file:
+        held_out = {row["dir"] for row in csv.DictReader(file)}
+    concepts = {"1F602": "face with tears of joy", "1F923": "rolling on the floor laughing"}
+    for code, label in concepts.items():
+        concept = tool.Concept(code, label)
+        assert concept.is_test == (concept.file_name in held_out)
