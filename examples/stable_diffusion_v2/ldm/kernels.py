@@ -1,0 +1,304 @@
+"""The operators that decide the speed: a plain definition of each, and one table of implementations per device.
+
+`PLAIN` is the documentation and what the tests compare with. `NATIVE` is the CPU's: the kernels of kernels_cpu.cc,
+compiled once per machine (GCC or Clang; without a compiler the plain ones run, and one line says so), and attention
+in slices. `ASCEND` has the NPU's fused attention. Networks take what `select()` returns in their `__init__`. Each
+entry is a class: its arguments are constants of the network, its call is the operator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+SCORE_BYTES = 256 * 2**20  # the most attention scores held at once on a CPU
+SOURCE = Path(__file__).with_name("kernels_cpu.cc")
+COMPILE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+)
+
+
+# ---- plain definitions ----
+
+
+class Attention(nn.Cell):
+    """softmax(q kᵀ + mask) v with the scores in float32 (arXiv 1706.03762, equation 1; q comes already scaled).
+
+    q: [B, H, N, D]; k, v: [B, H, M, D]; mask: [N, M], added to the scores, or None. Returns [B, H, N, D].
+    """
+
+    def construct(self, q, k, v, mask=None):
+        scores = ops.matmul(q.astype(ms.float32), k.astype(ms.float32).swapaxes(-1, -2))
+        if mask is not None:
+            scores = scores + mask
+        return ops.matmul(ops.softmax(scores, -1).astype(v.dtype), v)
+
+
+class GroupNorm(nn.Cell):
+    """Group normalization (arXiv 1803.08494) of x [B, C, ...] with weight and bias [C], then SiLU if asked; float32."""
+
+    def __init__(self, groups: int, eps: float, silu: bool = False):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.act = SiLU() if silu else nn.Identity()
+
+    def construct(self, x, weight, bias):
+        grouped = x.astype(ms.float32).reshape(x.shape[0], self.groups, -1)
+        centred = grouped - grouped.mean(-1, keep_dims=True)
+        normal = (centred * ops.rsqrt((centred * centred).mean(-1, keep_dims=True) + self.eps)).reshape(x.shape)
+        per_channel = (1, -1) + (1,) * (x.ndim - 2)
+        return self.act(normal * weight.reshape(per_channel) + bias.reshape(per_channel))
+
+
+class LayerNorm(nn.Cell):
+    """Layer normalization (arXiv 1607.06450) over the last axis of x [..., C] with weight and bias [C]; float32."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def construct(self, x, weight, bias):
+        x = x.astype(ms.float32)
+        centred = x - x.mean(-1, keep_dims=True)
+        return centred * ops.rsqrt((centred * centred).mean(-1, keep_dims=True) + self.eps) * weight + bias
+
+
+class GELU(nn.Cell):
+    """x Φ(x) with the exact Φ (arXiv 1606.08415)."""
+
+    def construct(self, x):
+        return 0.5 * x * (1.0 + ops.erf(x * math.sqrt(0.5)))
+
+
+class QuickGELU(nn.Cell):
+    """x sigmoid(1.702 x) (arXiv 1606.08415, section 2), what OpenAI's CLIP was trained with."""
+
+    def construct(self, x):
+        return x * ops.sigmoid(1.702 * x)
+
+
+class SiLU(nn.Cell):
+    """x sigmoid(x)."""
+
+    def construct(self, x):
+        return x * ops.sigmoid(x)
+
+
+class GEGLU(nn.Cell):
+    """value * GELU(gate) for x [..., 2C] = (value, gate) (arXiv 2002.05202, equation 6); returns [..., C]."""
+
+    def __init__(self):
+        super().__init__()
+        self.gelu = GELU()
+
+    def construct(self, x):
+        value, gate = ops.split(x, x.shape[-1] // 2, -1)
+        return value * self.gelu(gate)
+
+
+class Upsample2(nn.Cell):
+    """Nearest neighbour, [B, C, H, W] to [B, C, 2H, 2W]."""
+
+    def construct(self, x):
+        b, c, h, w = x.shape
+        return ops.broadcast_to(x.reshape(b, c, h, 1, w, 1), (b, c, h, 2, w, 2)).reshape(b, c, 2 * h, 2 * w)
+
+
+# ---- CPU ----
+
+
+class SlicedAttention(nn.Cell):
+    """`Attention` over slices of the queries, so that at most SCORE_BYTES of scores exist at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend = Attention()
+
+    def construct(self, q, k, v, mask=None):
+        b, heads, n, _ = q.shape
+        rows = max(1, SCORE_BYTES // (4 * b * heads * k.shape[2]))
+        if mask is not None or rows >= n:
+            return self.attend(q, k, v, mask)
+        out = ()
+        for start in range(0, n, rows):
+            out += (self.attend(q[:, :, start : min(start + rows, n)], k, v),)
+        return ops.concat(out, 2)
+
+
+@cache
+def native_library() -> str | None:
+    """The path of the compiled kernels_cpu.cc, made now if this machine has none yet; None where it cannot be made."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None:
+        return _no_native("no C++ compiler was found (install g++)")
+    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
+    model = "".join(line for line in cpu.splitlines() if line.startswith(("flags", "Features", "model name")))
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, COMPILE_FLAGS, model)).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-kernels"
+    library = cache / f"kernels_cpu-{key}.so"
+    if library.exists():
+        return str(library)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch) / library.name
+            subprocess.run([compiler, *COMPILE_FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
+            os.replace(made, library)
+    except OSError as error:
+        return _no_native(f"{cache}: {error.strerror}")
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        return _no_native(lines[0] if lines else f"{compiler} failed")
+    return str(library)
+
+
+def _no_native(reason: str) -> None:
+    print(f"warning: CPU kernels not compiled, the plain ones are several times slower: {reason}", file=sys.stderr)
+
+
+def _native(name: str, out) -> ops.Custom:
+    """The operator `name` of the library; `out` maps the inputs' shapes (or types) to the outputs'."""
+    return ops.Custom(f"{native_library()}:{name}", out_shape=out, out_dtype=out, func_type="aot")
+
+
+class NativeGroupNorm(nn.Cell):
+    def __init__(self, groups: int, eps: float, silu: bool = False):
+        super().__init__()
+        self.settings = Tensor(np.array([groups, eps, silu], np.float32))
+        self.forward = _native("group_norm", lambda x, w, b, s: x)
+        self.backward = _native("group_norm_grad", lambda x, w, b, s, dy: (x, w, b))
+
+    def construct(self, x, weight, bias):
+        return self.forward(x.astype(ms.float32), weight, bias, self.settings)
+
+    def bprop(self, x, weight, bias, out, dout):
+        return self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
+
+
+class NativeLayerNorm(nn.Cell):
+    def __init__(self, eps: float):
+        super().__init__()
+        self.settings = Tensor(np.array([eps], np.float32))
+        self.forward = _native("layer_norm", lambda x, w, b, s: x)
+        self.backward = _native("layer_norm_grad", lambda x, w, b, s, dy: (x, w, b))
+
+    def construct(self, x, weight, bias):
+        return self.forward(x.astype(ms.float32), weight, bias, self.settings)
+
+    def bprop(self, x, weight, bias, out, dout):
+        return self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
+
+
+def _half_width(x):
+    return x[:-1] + [x[-1] // 2] if isinstance(x, (list, tuple)) else x
+
+
+def _twice_the_plane(x):
+    return x[:2] + [2 * x[2], 2 * x[3]] if isinstance(x, (list, tuple)) else x
+
+
+class NativeGEGLU(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.forward = _native("geglu", _half_width)
+        self.backward = _native("geglu_grad", lambda x, dy: x)
+
+    def construct(self, x):
+        return self.forward(x.astype(ms.float32))
+
+    def bprop(self, x, out, dout):
+        return (self.backward(x.astype(ms.float32), dout),)
+
+
+class NativeGELU(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.forward = _native("gelu", lambda x: x)
+        self.backward = _native("gelu_grad", lambda x, dy: x)
+
+    def construct(self, x):
+        return self.forward(x.astype(ms.float32))
+
+    def bprop(self, x, out, dout):
+        return (self.backward(x.astype(ms.float32), dout),)
+
+
+class NativeUpsample2(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.forward = _native("upsample2", _twice_the_plane)
+        self.backward = _native("upsample2_grad", lambda dy, x: x)
+
+    def construct(self, x):
+        return self.forward(x.astype(ms.float32))
+
+    def bprop(self, x, out, dout):
+        return (self.backward(dout, x),)
+
+
+# ---- Ascend ----
+
+
+class FlashAttention(nn.Cell):
+    """`ops.flash_attention_score` (arXiv 2205.14135): half precision in and out, sums in float32 inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend = Attention()
+
+    def construct(self, q, k, v, mask=None):
+        if mask is not None or q.dtype == ms.float32 or q.shape[-1] % 16 != 0:  # what the operator does not take
+            return self.attend(q, k, v, mask)
+        return ops.flash_attention_score(q, k, v, head_num=q.shape[1], scalar_value=1.0, input_layout="BNSD")
+
+
+# ---- the tables ----
+
+
+class Kernels(NamedTuple):
+    """One implementation of each operator; see the plain classes for their meaning."""
+
+    Attention: type = Attention
+    GroupNorm: type = GroupNorm
+    LayerNorm: type = LayerNorm
+    GELU: type = GELU
+    QuickGELU: type = QuickGELU
+    SiLU: type = SiLU
+    GEGLU: type = GEGLU
+    Upsample2: type = Upsample2
+
+
+PLAIN = Kernels()
+SLICED = Kernels(Attention=SlicedAttention)
+NATIVE = Kernels(
+    SlicedAttention, NativeGroupNorm, NativeLayerNorm, NativeGELU, GEGLU=NativeGEGLU, Upsample2=NativeUpsample2
+)
+ASCEND = Kernels(Attention=FlashAttention)
+
+
+@cache
+def select() -> Kernels:
+    """The table for the device that `runtime.start` has set."""
+    if ms.get_context("device_target") != "CPU":
+        return ASCEND
+    return NATIVE if native_library() else SLICED

@@ -1,0 +1,171 @@
+"""The text encoders: CLIP ViT-L of SD 1.x and OpenCLIP ViT-H of SD 2.x (arXiv 2103.00020, arXiv 2212.07143).
+
+Both are causal pre-norm transformers. They differ in the activation, in which layer is read (SD 2.x runs one block
+less than the file holds, so that its last output is the penultimate layer's; the final norm is applied to it all the
+same) and in the parameters' names; those of the files decide, hence two classes of blocks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from ldm import kernels
+from ldm.models.layers import Embedding, Heads, LayerNorm, Linear, normal, parameter
+
+
+def causal_mask(length: int) -> Tensor:
+    """[length, length]: 0 where a token may look, a large negative number where it may not."""
+    return Tensor(np.triu(np.full((length, length), -1e9, np.float32), 1))
+
+
+class OpenCLIPText(nn.Cell):
+    """ids [B, context_length] int32 to features [B, context_length, width]; OpenCLIP's names, exact GELU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = Embedding(config.vocab_size, config.width)
+        self.positional_embedding = parameter(config.context_length, config.width)
+        self.transformer = OpenCLIPBlocks(config)
+        self.ln_final = LayerNorm(config.width)
+        self.mask = causal_mask(config.context_length)
+
+    def construct(self, ids):
+        x = self.token_embedding(ids) + self.positional_embedding
+        for block in self.transformer.resblocks:
+            x = block(x, self.mask)
+        return self.ln_final(x)
+
+    def reset(self, rng: np.random.Generator) -> None:
+        self.positional_embedding.set_data(normal(rng, self.positional_embedding.shape, 0.01))
+
+
+class OpenCLIPBlocks(nn.Cell):
+    def __init__(self, config):
+        super().__init__()
+        self.resblocks = nn.CellList([OpenCLIPBlock(config) for _ in range(config.layers)])
+
+
+class OpenCLIPBlock(nn.Cell):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.attn = LayerNorm(config.width), MergedAttention(config.width, config.heads)
+        self.ln_2 = LayerNorm(config.width)
+        self.mlp = OpenCLIPMLP(config.width, config.mlp_ratio * config.width)
+
+    def construct(self, x, mask):
+        x = x + self.attn(self.ln_1(x), mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class MergedAttention(nn.Cell):
+    """Self-attention whose three projections are one parameter, as in PyTorch's MultiheadAttention."""
+
+    multiplies = True
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.in_proj_weight, self.in_proj_bias = parameter(3 * width, width), parameter(3 * width)
+        self.out_proj = Linear(width, width)
+        self.heads = Heads(heads)
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x, mask):
+        b, n, c = x.shape
+        qkv = self.matmul(x.reshape(b * n, c), self.in_proj_weight) + self.in_proj_bias
+        q, k, v = ops.split(qkv.reshape(b, n, 3 * c), c, -1)
+        return self.out_proj(self.heads(q, k, v, mask))
+
+    def reset(self, rng: np.random.Generator) -> None:
+        self.in_proj_weight.set_data(normal(rng, self.in_proj_weight.shape, self.in_proj_weight.shape[1] ** -0.5))
+
+
+class OpenCLIPMLP(nn.Cell):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.c_fc, self.c_proj = Linear(width, inner), Linear(inner, width)
+        self.gelu = kernels.select().GELU()
+
+    def construct(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class CLIPText(nn.Cell):
+    """ids [B, context_length] int32 to features [B, context_length, width]; transformers' names, quick GELU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = CLIPEmbeddings(config)
+        self.encoder = CLIPBlocks(config)
+        self.final_layer_norm = LayerNorm(config.width)
+        self.mask = causal_mask(config.context_length)
+
+    def construct(self, ids):
+        x = self.embeddings(ids)
+        for layer in self.encoder.layers:
+            x = layer(x, self.mask)
+        return self.final_layer_norm(x)
+
+
+class CLIPEmbeddings(nn.Cell):
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = Embedding(config.vocab_size, config.width)
+        self.position_embedding = Embedding(config.context_length, config.width)
+
+    def construct(self, ids):
+        return self.token_embedding(ids) + self.position_embedding.weight
+
+
+class CLIPBlocks(nn.Cell):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.CellList([CLIPBlock(config) for _ in range(config.layers)])
+
+
+class CLIPBlock(nn.Cell):
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1, self.self_attn = LayerNorm(config.width), SplitAttention(config.width, config.heads)
+        self.layer_norm2 = LayerNorm(config.width)
+        self.mlp = CLIPMLP(config.width, config.mlp_ratio * config.width)
+
+    def construct(self, x, mask):
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SplitAttention(nn.Cell):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (Linear(width, width) for _ in range(3))
+        self.out_proj = Linear(width, width)
+        self.heads = Heads(heads)
+
+    def construct(self, x, mask):
+        return self.out_proj(self.heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), mask))
+
+
+class CLIPMLP(nn.Cell):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(width, inner), Linear(inner, width)
+        self.gelu = kernels.select().QuickGELU()
+
+    def construct(self, x):
+        return self.fc2(self.gelu(self.fc1(x)))
+
+
+class Under(nn.Cell):
+    """A cell that only puts a name before another's."""
+
+    def __init__(self, **child: nn.Cell):
+        super().__init__()
+        for name, cell in child.items():
+            setattr(self, name, cell)
+
+
+VARIANTS = {  # name: (the network, how the file's prefix wraps it, the tokenizer's padding)
+    "openclip": (OpenCLIPText, lambda net: Under(model=net), "zero"),
+    "clip": (CLIPText, lambda net: Under(transformer=Under(text_model=net)), "end"),
+}

@@ -1,0 +1,142 @@
+"""Parameterized layers shared by the networks. `initialize` fills them; a loaded checkpoint replaces that."""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from ldm import kernels
+from ldm.randomness import generator
+
+
+def parameter(*shape: int, value: float = 0.0) -> Parameter:
+    """A float32 parameter of that shape, filled with `value`."""
+    return Parameter(Tensor(np.full(shape, value, np.float32)))
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Tensor:
+    """Float32, Gaussian."""
+    return Tensor(rng.standard_normal(shape, np.float32) * np.float32(std))
+
+
+class Linear(nn.Cell):
+    """y = x Wᵀ + b; x [..., in], weight [out, in]. `zero`: start at zero, so that the branch it ends adds nothing."""
+
+    multiplies = True  # see runtime.set_compute_dtype
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, zero: bool = False):
+        super().__init__()
+        self.weight = parameter(outputs, inputs)
+        self.bias = parameter(outputs) if bias else None
+        self.zero = zero
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x):
+        y = self.matmul(x.reshape(-1, x.shape[-1]), self.weight)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(x.shape[:-1] + (-1,))
+
+    def reset(self, rng: np.random.Generator) -> None:
+        reset_uniform(self, self.weight.shape[1], rng)
+
+
+class Conv2d(nn.Cell):
+    """2-D convolution; x [B, in, H, W], weight [out, in, k, k]; `padding`: a number or (top, bottom, left, right)."""
+
+    multiplies = True
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding=None, zero: bool = False):
+        super().__init__()
+        self.weight = parameter(outputs, inputs, kernel, kernel)
+        self.bias = parameter(outputs)
+        self.zero = zero
+        pad = kernel // 2 if padding is None else padding
+        self.conv = ops.Conv2D(outputs, kernel, pad_mode="pad", pad=pad, stride=stride)
+
+    def construct(self, x):
+        return self.shifted(x, self.bias.reshape(1, -1, 1, 1))
+
+    def shifted(self, x, shift):
+        """The convolution with `shift` [1 or B, out, 1, 1] in the place of the bias."""
+        return self.conv(x, self.weight) + shift
+
+    def reset(self, rng: np.random.Generator) -> None:
+        reset_uniform(self, self.weight.size // self.weight.shape[0], rng)
+
+
+class GroupNorm(nn.Cell):
+    """32 groups, followed by SiLU if asked."""
+
+    def __init__(self, channels: int, eps: float, silu: bool = False):
+        super().__init__()
+        self.weight = parameter(channels, value=1.0)
+        self.bias = parameter(channels)
+        self.kernel = kernels.select().GroupNorm(32, eps, silu)
+
+    def construct(self, x):
+        return self.kernel(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.Cell):
+    """Over the last axis, eps 1e-5."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = parameter(channels, value=1.0)
+        self.bias = parameter(channels)
+        self.kernel = kernels.select().LayerNorm(1e-5)
+
+    def construct(self, x):
+        return self.kernel(x, self.weight, self.bias)
+
+
+class Embedding(nn.Cell):
+    """Rows of weight [entries, width] by index."""
+
+    def __init__(self, entries: int, width: int):
+        super().__init__()
+        self.weight = parameter(entries, width)
+
+    def construct(self, ids):
+        return ops.gather(self.weight, ids, 0)
+
+    def reset(self, rng: np.random.Generator) -> None:
+        self.weight.set_data(normal(rng, self.weight.shape, 0.02))
+
+
+class Heads(nn.Cell):
+    """Attention over `heads` heads; q [B, N, C], k and v [B, M, C] to [B, N, C]."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attend = kernels.select().Attention()
+
+    def construct(self, q, k, v, mask=None):
+        q = q * (q.shape[-1] // self.heads) ** -0.5
+        out = self.attend(self.split(q), self.split(k), self.split(v), mask)  # [B, H, N, D]
+        return out.swapaxes(1, 2).reshape(q.shape)
+
+    def split(self, x):
+        b, n, c = x.shape
+        return x.reshape(b, n, self.heads, c // self.heads).swapaxes(1, 2)  # [B, H, N, D]
+
+
+def reset_uniform(layer: nn.Cell, fan_in: int, rng: np.random.Generator) -> None:
+    """Weight and bias uniform within ±1/sqrt(fan_in), PyTorch's default; all zero where the layer asks for it."""
+    bound = 0.0 if layer.zero else 1 / math.sqrt(fan_in)
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None:
+            values = (rng.random(parameter.shape, np.float32) * 2 - 1) * np.float32(bound)
+            parameter.set_data(Tensor(values, ms.float32))
+
+
+def initialize(net: nn.Cell, seed: int) -> None:
+    """Random weights for every layer of `net`: each depends only on the seed and the layer's name."""
+    for name, cell in net.cells_and_names():
+        if hasattr(cell, "reset"):
+            cell.reset(generator(seed, f"weights {name}"))

@@ -1,0 +1,79 @@
+"""UNet, autoencoder and text encoder together, with the tokenizer and the latents' scale; arrays in, arrays out."""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from ldm import checkpoint
+from ldm.models.clip import VARIANTS, Under
+from ldm.models.unet import UNet
+from ldm.models.vae import AutoencoderKL, VAEEncode
+from ldm.text.tokenizer import Tokenizer
+
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."  # how the files begin their names
+
+
+class StableDiffusion(nn.Cell):
+    """All networks of one model config; parameters are named as in Stability's single-file checkpoints."""
+
+    def __init__(self, config):
+        super().__init__()
+        network, under_prefix, padding = VARIANTS[config.text.variant]
+        unet, vae, text_encoder = UNet(config.unet), AutoencoderKL(config.vae), network(config.text)
+        self.model = Under(diffusion_model=unet)
+        self.first_stage_model = vae
+        self.cond_stage_model = under_prefix(text_encoder)
+        self.parts = (unet, vae, text_encoder, VAEEncode(vae))
+        self.tokenizer = Tokenizer(config.text.vocab_size, config.text.context_length, padding)
+        self.scale_factor = config.scale_factor
+        self.channels, self.factor = config.vae.embed_dim, config.vae.factor
+        self.set_train(False)
+
+    @property
+    def unet(self) -> UNet:
+        return self.parts[0]
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.parts[1]
+
+    @property
+    def text_encoder(self) -> nn.Cell:
+        return self.parts[2]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """[C, H / f, W / f] for a picture's height and width in pixels."""
+        return self.channels, height // self.factor, width // self.factor
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Features of the prompts, [B, context_length, width]."""
+        return self.text_encoder(Tensor(self.tokenizer.encode(prompts)))
+
+    def encode_images(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the scaled latents' Gaussian, each [B, C, H / f, W / f].
+
+        Args:
+            images: float32 [B, 3, H, W] in [-1, 1].
+        """
+        mean, log_var = (part.asnumpy() for part in self.parts[3](Tensor(images)))
+        return mean * self.scale_factor, np.exp(log_var / 2) * self.scale_factor
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Pictures, float32 [B, 3, H, W] about [-1, 1], of scaled latents [B, C, H / f, W / f]."""
+        return self.vae(Tensor((latents / self.scale_factor).astype(np.float32))).asnumpy()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's name and shape."""
+        return {name: parameter.shape for name, parameter in self.parameters_and_names()}
+
+    def load(self, tensors: dict[str, np.ndarray], path: str, prefixes: tuple[str, ...] = ("",)) -> None:
+        """Set the parameters under these prefixes, all of them or none; UserError where names or shapes do not fit."""
+        fitting = checkpoint.match(tensors, self.shapes(), path, prefixes)
+        for name, parameter in self.parameters_and_names():
+            if name in fitting:
+                parameter.set_data(Tensor(np.ascontiguousarray(fitting[name], np.float32)))
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Every parameter by name, float32."""
+        return {name: parameter.asnumpy() for name, parameter in self.parameters_and_names()}

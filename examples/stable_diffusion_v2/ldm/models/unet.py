@@ -1,0 +1,241 @@
+"""The denoising network of Stable Diffusion 1.x and 2.x: a U-Net that attends to text (arXiv 2112.10752, section 3.3).
+
+Layers are numbered as in Stability's files: `input_blocks`, `middle_block`, `output_blocks`, each a list of stages of
+one to three layers. Every layer takes (h, emb, context) and uses what it needs, so that a stage is a plain loop.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from ldm import kernels
+from ldm.models.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear
+
+
+class UNet(nn.Cell):
+    """f(z_t, t, context), the raw prediction: eps, x0 or v, whatever it was trained for.
+
+    Shapes: z [B, in_channels, H, W], t [B] (integer or float), context [B, L, context_dim] -> [B, out_channels, H, W].
+    H and W must be divisible by `config.factor`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, emb = config.model_channels, 4 * config.model_channels
+        self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(width // 2) / (width // 2)), ms.float32)
+        self.time_embed = nn.CellList([Linear(width, emb), kernels.select().SiLU(), Linear(emb, emb)])
+        self.silu = kernels.select().SiLU()
+
+        def residual(inputs, outputs, level):
+            layers = [ResBlock(inputs, outputs, emb)]
+            if 2**level in config.attention_resolutions:
+                layers.append(SpatialTransformer(outputs, config))
+            return layers
+
+        stages, skips, channels = [[ConvIn(config.in_channels, width, 3)]], [width], width
+        for level, mult in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                stages.append(residual(channels, mult * width, level))
+                channels = mult * width
+                skips.append(channels)
+            if level + 1 < len(config.channel_mult):
+                stages.append([Downsample(channels)])
+                skips.append(channels)
+        self.input_blocks = nn.CellList([nn.CellList(stage) for stage in stages])
+
+        self.middle_block = nn.CellList(
+            [ResBlock(channels, channels, emb), SpatialTransformer(channels, config), ResBlock(channels, channels, emb)]
+        )
+
+        stages = []
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            for block in range(config.num_res_blocks + 1):
+                stages.append(residual(channels + skips.pop(), mult * width, level))
+                channels = mult * width
+                if level and block == config.num_res_blocks:
+                    stages[-1].append(Upsample(channels))
+        self.output_blocks = nn.CellList([nn.CellList(stage) for stage in stages])
+        self.out = nn.CellList(
+            [GroupNorm(channels, 1e-5, silu=True), nn.Identity(), Conv2d(channels, config.out_channels, 3, zero=True)]
+        )
+        if config.use_checkpoint:
+            self.recompute_blocks()
+
+    def construct(self, z, t, context):
+        angles = t.astype(ms.float32).reshape(-1, 1) * self.frequencies
+        emb = ops.concat((ops.cos(angles), ops.sin(angles)), -1)  # [B, width]
+        for layer in self.time_embed:
+            emb = layer(emb)
+        emb = self.silu(emb)  # every ResBlock starts with it  [B, 4 width]
+
+        h, skips = z, ()
+        for stage in self.input_blocks:
+            for layer in stage:
+                h = layer(h, emb, context)
+            skips += (h,)
+        for layer in self.middle_block:
+            h = layer(h, emb, context)
+        for i, stage in enumerate(self.output_blocks):
+            h = ops.concat((h, skips[-1 - i]), 1)
+            for layer in stage:
+                h = layer(h, emb, context)
+        for layer in self.out:
+            h = layer(h)
+        return h.astype(ms.float32)
+
+    def recompute_blocks(self) -> None:
+        """Keep only the blocks' inputs for the backward pass: half the memory for 30 % more time."""
+        for _, cell in self.cells_and_names():
+            if isinstance(cell, (ResBlock, TransformerBlock)):
+                cell.recompute()
+
+
+class ConvIn(Conv2d):
+    """A convolution as a stage's layer."""
+
+    def construct(self, h, emb, context):
+        return self.shifted(h, self.bias.reshape(1, -1, 1, 1))
+
+
+class ResBlock(nn.Cell):
+    """Two convolutions with the time embedding between them, around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, emb: int):
+        super().__init__()
+        self.in_layers = nn.CellList([GroupNorm(inputs, 1e-5, silu=True), nn.Identity(), Conv2d(inputs, outputs, 3)])
+        self.emb_layers = nn.CellList([nn.Identity(), Linear(emb, outputs)])
+        self.out_layers = nn.CellList(
+            [GroupNorm(outputs, 1e-5, silu=True), nn.Identity(), nn.Identity(), Conv2d(outputs, outputs, 3, zero=True)]
+        )
+        self.skip_connection = nn.Identity() if inputs == outputs else Conv2d(inputs, outputs, 1)
+
+    def construct(self, h, emb, context):
+        norm, _, conv = self.in_layers
+        shift = conv.bias + self.emb_layers[1](emb)  # one addition for the bias and the embedding  [B, C]
+        inner = conv.shifted(norm(h), shift.reshape(shift.shape + (1, 1)))
+        inner = self.out_layers[3](self.out_layers[0](inner))
+        return self.skip_connection(h) + inner
+
+
+class Downsample(nn.Cell):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = Conv2d(channels, channels, 3, stride=2)
+
+    def construct(self, h, emb, context):
+        return self.op(h)
+
+
+class Upsample(nn.Cell):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3)
+        self.enlarge = kernels.select().Upsample2()
+
+    def construct(self, h, emb, context):
+        return self.conv(self.enlarge(h))
+
+
+class SpatialTransformer(nn.Cell):
+    """The picture's positions as tokens: attention among them, to the text, and a gated MLP.
+
+    SD 2.x projects with linear layers, SD 1.x with 1×1 convolutions: the same map, other shapes in the file.
+    """
+
+    def __init__(self, channels: int, config):
+        super().__init__()
+        heads = config.num_heads or channels // config.num_head_channels
+        self.norm = GroupNorm(channels, 1e-6)
+        self.linear = config.use_linear_in_transformer
+        self.proj_in = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.CellList(
+            [TransformerBlock(channels, heads, config.context_dim) for _ in range(config.transformer_depth)]
+        )
+        self.proj_out = (
+            Linear(channels, channels, zero=True) if self.linear else Conv2d(channels, channels, 1, zero=True)
+        )
+
+    def construct(self, h, emb, context):
+        b, c, height, width = h.shape
+        x = self.norm(h)
+        if not self.linear:
+            x = self.proj_in(x)
+        x = x.reshape(b, c, height * width).swapaxes(1, 2)  # [B, HW, C]
+        if self.linear:
+            x = self.proj_in(x)
+        for block in self.transformer_blocks:
+            x = block(x, context)
+        if self.linear:
+            x = self.proj_out(x)
+        x = x.swapaxes(1, 2).reshape(b, c, height, width)
+        if not self.linear:
+            x = self.proj_out(x)
+        return h + x
+
+
+class TransformerBlock(nn.Cell):
+    def __init__(self, channels: int, heads: int, context_dim: int):
+        super().__init__()
+        self.norm1, self.attn1 = LayerNorm(channels), SelfAttention(channels, heads)
+        self.norm2, self.attn2 = LayerNorm(channels), CrossAttention(channels, heads, context_dim)
+        self.norm3, self.ff = LayerNorm(channels), FeedForward(channels)
+
+    def construct(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class CrossAttention(nn.Cell):
+    """Queries from the picture, keys and values from the text."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int):
+        super().__init__()
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context_dim, channels, bias=False)
+        self.to_v = Linear(context_dim, channels, bias=False)
+        self.to_out = nn.CellList([Linear(channels, channels), nn.Identity()])
+        self.heads = Heads(heads)
+
+    def construct(self, x, context):
+        return self.to_out[0](self.heads(self.to_q(x), self.to_k(context), self.to_v(context)))
+
+
+class SelfAttention(CrossAttention):
+    """The same with one matrix product for q, k and v: three narrow ones run at half the speed."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__(channels, heads, channels)
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x):
+        b, n, c = x.shape
+        weight = ops.concat((self.to_q.weight, self.to_k.weight, self.to_v.weight), 0)  # [3C, C]
+        qkv = self.matmul(x.reshape(b * n, c), weight).reshape(b, n, 3 * c)
+        q, k, v = ops.split(qkv, c, -1)
+        return self.to_out[0](self.heads(q, k, v))
+
+
+class FeedForward(nn.Cell):
+    """A GEGLU MLP, four times as wide inside."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.CellList([GatedLinear(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
+
+    def construct(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class GatedLinear(nn.Cell):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.proj = Linear(inputs, 2 * outputs)
+        self.geglu = kernels.select().GEGLU()
+
+    def construct(self, x):
+        return self.geglu(self.proj(x))

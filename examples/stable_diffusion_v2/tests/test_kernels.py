@@ -1,0 +1,90 @@
+"""The CPU's kernels against the plain definitions: values and every gradient."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from ldm import kernels
+
+pytestmark = pytest.mark.skipif(kernels.native_library() is None, reason="no C++ compiler on this machine")
+
+
+class Weighted(nn.Cell):
+    """A scalar of an operator's output, whose gradient reaches every input."""
+
+    def __init__(self, operator, weights):
+        super().__init__()
+        self.operator, self.weights = operator, weights
+
+    def construct(self, *inputs):
+        return (self.operator(*inputs) * self.weights).sum()
+
+
+def compare(native, plain, *inputs, tolerance=2e-6):
+    rng = np.random.default_rng(1)
+    inputs = [Tensor(array.astype(np.float32)) for array in inputs]
+    expected, got = plain(*inputs).asnumpy(), native(*inputs).asnumpy()
+    weights = Tensor(rng.standard_normal(expected.shape).astype(np.float32))
+    positions = tuple(range(len(inputs)))
+    wanted = ops.grad(Weighted(plain, weights), positions)(*inputs)
+    given = ops.grad(Weighted(native, weights), positions)(*inputs)
+    pairs = zip(wanted, given) if len(inputs) > 1 else [(wanted, given)]
+    for want, have in [(expected, got), *((w.asnumpy(), g.asnumpy()) for w, g in pairs)]:
+        assert have.shape == want.shape
+        assert np.sqrt(np.mean((have - want) ** 2)) <= tolerance * np.sqrt(np.mean(want**2))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape", [(2, 64, 8, 8), (3, 96, 5, 7), (1, 32, 33, 129)])
+def test_group_norm(rng, shape, silu):
+    x, weight, bias = 3 + 2 * rng.standard_normal(shape), rng.standard_normal(shape[1]), rng.standard_normal(shape[1])
+    compare(kernels.NativeGroupNorm(32, 1e-5, silu), kernels.GroupNorm(32, 1e-5, silu), x, weight, bias, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 77, 64), (3, 300, 320), (1, 1, 1280)])
+def test_layer_norm(rng, shape):
+    x, weight, bias = 1 + rng.standard_normal(shape), rng.standard_normal(shape[-1]), rng.standard_normal(shape[-1])
+    compare(kernels.NativeLayerNorm(1e-5), kernels.LayerNorm(1e-5), x, weight, bias, tolerance=1e-5)
+
+
+def test_geglu(rng):
+    compare(kernels.NativeGEGLU(), kernels.GEGLU(), 3 * rng.standard_normal((2, 50, 192)))
+
+
+def test_gelu(rng):
+    compare(kernels.NativeGELU(), kernels.GELU(), 3 * rng.standard_normal((2, 1003)))
+
+
+def test_gelu_far_out():
+    x = Tensor(np.array([-1e4, -40, -12, 0, 12, 40, 1e4, np.nan], np.float32))
+    y = kernels.NativeGELU()(x).asnumpy()
+    np.testing.assert_allclose(y, [0, 0, 0, 0, 12, 40, 1e4, np.nan], atol=1e-6)
+
+
+def test_upsample(rng):
+    compare(kernels.NativeUpsample2(), kernels.Upsample2(), rng.standard_normal((2, 3, 5, 7)))
+
+
+def test_attention_in_slices(rng, monkeypatch):
+    q, k, v = (rng.standard_normal((2, 3, n, 16)) for n in (50, 20, 20))
+    monkeypatch.setattr(kernels, "SCORE_BYTES", 4 * 2 * 3 * 20 * 7)  # 7 rows at a time: 8 slices, the last one of 1
+    compare(kernels.SlicedAttention(), kernels.Attention(), q, k, v)
+
+
+def test_nan_passes_through_the_norm(rng):
+    x = rng.standard_normal((1, 32, 4, 4)).astype(np.float32)
+    x[0, 0, 0, 0] = np.nan
+    one, zero = Tensor(np.ones(32, np.float32)), Tensor(np.zeros(32, np.float32))
+    y = kernels.NativeGroupNorm(32, 1e-5, True)(Tensor(x), one, zero).asnumpy()
+    assert np.isnan(y[0, 0]).all() and np.isfinite(y[0, 1:]).all()
+
+
+def test_half_precision_comes_out_as_float32(rng):
+    x = Tensor(rng.standard_normal((1, 4, 64)), ms.float16)
+    assert kernels.NativeGEGLU()(x).dtype == ms.float32
