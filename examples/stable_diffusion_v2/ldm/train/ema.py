@@ -1,0 +1,77 @@
+"""Exponential moving average of the weights, float32, updated in the graph that updates the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from ldm.errors import UserError
+
+
+class Ema(nn.Cell):
+    """A shadow of the weights: shadow <- d shadow + (1 - d) weights.
+
+    d rises with the number n of updates, min(decay, (1 + n) / (10 + n)), so that the untrained start is soon forgotten
+    (as in CompVis's latent-diffusion).
+
+    Args:
+        params: the weights to follow; the shadow starts with their values.
+        decay: d in the long run, in [0, 1).
+
+    Attributes:
+        updates: how many were made; whoever calls the cell counts.
+        state: the shadow's tensors, each named "ema.<parameter's name>".
+    """
+
+    def __init__(self, params: Iterable[Parameter], decay: float = 0.9999):
+        super().__init__(auto_prefix=False)
+        if not 0 <= decay < 1:
+            raise UserError(f"ema_decay is {decay}; give a number from 0 to below 1, such as 0.9999")
+        self.params = ParameterTuple(params)
+        self.shadow = self.params.clone("ema", "same")
+        self.state = list(self.shadow)
+        for tensor in self.state:
+            tensor.requires_grad = False
+        self.decay = decay
+        self.updates = 0
+        self.swapped = False
+        self.map = ops.HyperMap()
+
+    def weight(self) -> float:
+        """1 - d of the next update."""
+        n = self.updates + 1
+        return 1 - min(self.decay, (1 + n) / (10 + n))
+
+    def construct(self, weight: Tensor):
+        return self.map(ops.partial(self.one, weight), self.shadow, self.params)
+
+    def one(self, weight, shadow, param):
+        return ops.assign_add(shadow, weight * (param.astype(ms.float32) - shadow))
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The averaged weights under the parameters' own names; copies."""
+        return {param.name: shadow.asnumpy().copy() for param, shadow in zip(self.params, self.shadow)}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the network has the averaged weights; afterwards its own again, bit for bit.
+
+        Neither a training step nor the resume state can be taken inside: both refuse.
+        """
+        own = [param.asnumpy().copy() for param in self.params]
+        self.swapped = True
+        try:
+            _set(self.params, (shadow.asnumpy().copy() for shadow in self.shadow))
+            yield
+        finally:
+            _set(self.params, own)
+            self.swapped = False
+
+
+def _set(params: Iterable[Parameter], arrays: Iterable[np.ndarray]) -> None:
+    for param, array in zip(params, arrays):
+        param.set_data(Tensor(array))

@@ -1,0 +1,139 @@
+"""Optimizers as cells: one in-place update of all parameters per call, everything that changes with time an argument.
+
+What depends on the number of updates (learning rate, bias correction) is worked out on the host in float64 and given to
+the compiled graph as scalars, so that nothing is compiled twice and a resumed run continues exactly.
+
+AdamW is Loshchilov & Hutter's (arXiv 1711.05101, algorithm 2) with the bias corrections of Adam (arXiv 1412.6980,
+algorithm 1), which ``mindspore.nn.AdamWeightDecay`` leaves out. Weight decay is for matrices and convolutions only:
+parameters with fewer than two dimensions (biases, norms) get none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from ldm.errors import UserError
+
+
+class Optimizer(nn.Cell):
+    """What all optimizers share. A subclass names its state tensors and writes one parameter's update.
+
+    Args:
+        params: what is updated, in the order in which gradients will be given.
+        betas: how much of the running means stays at each update.
+        eps: what keeps a division from exploding.
+        weight_decay: for parameters of two and more dimensions.
+
+    Attributes:
+        updates: how many were made; whoever calls the cell counts.
+        state: the tensors to save and restore, each named "<prefix>.<parameter's name>".
+    """
+
+    prefixes: tuple[str, ...]
+
+    def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
+        super().__init__(auto_prefix=False)
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
+            raise UserError(f"betas are {list(betas)} and eps is {eps}; betas must be in [0, 1), eps above 0")
+        if weight_decay < 0:
+            raise UserError(f"weight_decay is {weight_decay}; give 0 or more")
+        self.params = ParameterTuple(params)
+        self.slots = tuple(self.params.clone(prefix, "zeros") for prefix in self.prefixes)
+        self.state = [tensor for slot in self.slots for tensor in slot]
+        for tensor in self.state:
+            tensor.requires_grad = False
+        self.decayed = tuple(weight_decay > 0 and param.ndim >= 2 for param in self.params)
+        self.weight_decay = weight_decay
+        self.updates = 0
+        self.map = ops.HyperMap()
+
+    def scalars(self, lr: float) -> tuple[float, ...]:
+        """What ``construct`` needs to know of the next update, at the learning rate ``lr``."""
+        raise NotImplementedError
+
+    def construct(self, scale: Tensor, scalars: tuple, grads: tuple):
+        """Update the parameters with ``scale * grads``; ``scalars`` are those of ``self.scalars`` as float32."""
+        return self.map(ops.partial(self.one, scale, scalars), self.decayed, self.params, *self.slots, grads)
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay."""
+
+    prefixes = ("adam_m", "adam_v")
+
+    def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
+        super().__init__(params, betas, eps, weight_decay)
+        # As the kernel will see them: 1 - float32(0.999) is 1.3e-5 off, which the bias correction must know.
+        self.betas = tuple(float(np.float32(beta)) for beta in betas)
+        self.eps = eps
+        self.adam = ops.Adam()
+        self.zero, self.beta1, self.beta2 = (Tensor(x, ms.float32) for x in (0.0, *self.betas))
+
+    def scalars(self, lr: float) -> tuple[float, ...]:
+        t = self.updates + 1
+        beta1, beta2 = self.betas
+        root = math.sqrt(1 - beta2**t)
+        # lr / (1 - beta1^t) * m / (sqrt(v) / root + eps), multiplied out to fit the kernel's lr * m / (sqrt(v) + eps)
+        return lr * root / (1 - beta1**t), self.eps * root, lr * self.weight_decay
+
+    def one(self, scale, scalars, decayed, param, m, v, grad):
+        lr, eps, decay = scalars
+        if decayed:
+            ops.assign_sub(param, decay * param)
+        return self.adam(param, m, v, self.zero, self.zero, lr, self.beta1, self.beta2, eps, scale * grad)
+
+
+class Adam(AdamW):
+    """Adam with the decay added to the gradient (L2 regularization)."""
+
+    def one(self, scale, scalars, decayed, param, m, v, grad):
+        lr, eps, _ = scalars
+        grad = scale * grad
+        if decayed:
+            grad = grad + self.weight_decay * param
+        return self.adam(param, m, v, self.zero, self.zero, lr, self.beta1, self.beta2, eps, grad)
+
+
+class SGD(Optimizer):
+    """Gradient descent with momentum (the first of the betas) and the decay added to the gradient."""
+
+    prefixes = ("momentum",)
+
+    def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
+        super().__init__(params, betas, eps, weight_decay)
+        self.momentum = Tensor(betas[0], ms.float32)
+        self.apply = ops.ApplyMomentum()
+
+    def scalars(self, lr: float) -> tuple[float, ...]:
+        return (lr,)
+
+    def one(self, scale, scalars, decayed, param, velocity, grad):
+        grad = scale * grad
+        if decayed:
+            grad = grad + self.weight_decay * param
+        return self.apply(param, velocity, scalars[0], grad, self.momentum)
+
+
+OPTIMIZERS = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "momentum": SGD}
+
+
+def build_optimizer(
+    name: str,
+    params: Iterable[Parameter],
+    betas: tuple[float, float] = (0.9, 0.98),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> Optimizer:
+    """The optimizer of that name.
+
+    Raises:
+        UserError: an unknown name, or a number that makes no sense.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(f"unknown optimizer '{name}': choose one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name](params, betas, eps, weight_decay)

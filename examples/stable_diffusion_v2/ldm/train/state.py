@@ -1,0 +1,105 @@
+"""The resume state: everything that a run needs to go on as if it had never stopped, bit for bit on one device.
+
+One .safetensors file, apart from the exported weights: the raw weights, the moving average, the optimizer's tensors,
+and in its metadata the counters, the caller's progress, and the settings that must be the same when the run goes on. It
+is replaced as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor
+
+from ldm import checkpoint
+from ldm.checkpoint import formats
+from ldm.errors import UserError
+from ldm.train.step import TrainStep
+
+RESUME_NAME = "train_resume.safetensors"
+_KEY, _VERSION = "train_state", 1
+_CHECKPOINT = re.compile(r"sd-\d+\.(ckpt|safetensors)")
+
+
+def resume_path(resume: str | bool, folder: str | Path) -> Path | None:
+    """The file to resume from: in ``folder``, where this run keeps it, or a file or a folder that the user named."""
+    word = str(resume).strip().lower()
+    if word in ("", "false", "no", "none", "0"):
+        return None
+    path = Path(folder if word in ("true", "yes", "1") else str(resume))
+    return path if path.is_file() or path.suffix == Path(RESUME_NAME).suffix else path / RESUME_NAME
+
+
+def save_state(path: str | Path, train_step: TrainStep, progress: dict, settings: dict) -> None:
+    """Write the state of a run.
+
+    Args:
+        path: the file; what was there stays until the new one is complete and on the disk.
+        train_step: what is trained.
+        progress: where the run stands (step, epoch, position in the data, best numbers, ...); whatever JSON can hold.
+        settings: what must not change when the run goes on (prediction type, schedule, architecture, batch size, ...).
+
+    Raises:
+        UserError: the disk or the folder refuses.
+    """
+    record = {"version": _VERSION, "counters": train_step.counters(), "progress": progress, "settings": settings}
+    tensors = {name: param.asnumpy() for name, param in train_step.variables().items()}
+    formats.write(path, tensors, {_KEY: json.dumps(record)}, "safetensors")
+
+
+def load_state(path: str | Path, train_step: TrainStep, settings: dict) -> dict:
+    """Put a run back to where it was; returns its progress.
+
+    Raises:
+        UserError: no such file, truncated, not of this kind, of another model, or of a run with other settings. Nothing
+            has been changed then.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"cannot resume: {path} does not exist; leave out --resume to start from the beginning")
+    tensors, strings, _ = formats.read(path)
+    if _KEY not in strings:
+        raise UserError(f"{path} is not a resume state; give weights as --pretrained_model_path instead")
+    record = json.loads(strings[_KEY])
+    if record["version"] != _VERSION:
+        raise UserError(f"{path} was written by another version of this program; start from its last checkpoint")
+    _check_settings(path, record["settings"], json.loads(json.dumps(settings)))
+    variables = train_step.variables()
+    tensors = checkpoint.match(tensors, {name: param.shape for name, param in variables.items()}, path)
+    for name, param in variables.items():
+        param.set_data(Tensor(np.array(tensors[name])))
+    train_step.set_counters(record["counters"])
+    return record["progress"]
+
+
+def _check_settings(path: str | Path, then: dict, now: dict) -> None:
+    changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    if changed:
+        told = ", ".join(f"{key} was {then.get(key)!r} and is now {now.get(key)!r}" for key in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(f"{path} belongs to a run with other settings: {told}{more}; restore them to resume it")
+
+
+def prune(folder: str | Path, written: Sequence[str], keep: int) -> list[str]:
+    """Delete all but the last ``keep`` of the checkpoints that this run has written (0 keeps all).
+
+    Args:
+        folder: where they are.
+        written: their file names, oldest first; files that are not listed are never touched. A run that resumes gets
+            the list back with its progress.
+
+    Returns:
+        the names of those that are left.
+    """
+    if not all(_CHECKPOINT.fullmatch(name) for name in written):
+        raise ValueError(f"not all of {written} are checkpoints")
+    names = list(dict.fromkeys(reversed(written)))[::-1]  # one written twice is as young as its last writing
+    old = names[:-keep] if keep else []
+    for name in old:
+        with suppress(OSError):
+            (Path(folder) / name).unlink()
+    return names[len(old) :]
