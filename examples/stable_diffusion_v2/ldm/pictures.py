@@ -1,0 +1,87 @@
+"""Pictures out: numbered PNG files that say how they were made, grids, and rows with captions."""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from ldm.checkpoint.formats import replacing
+from ldm.errors import UserError
+
+GAP = 4
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder, made if need be and proven writable, so that nobody learns after an hour that it is not."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test.partial"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output_path") from None
+    return folder
+
+
+def next_number(folder: Path) -> int:
+    """One more than the highest number among the folder's 00000.png, 00001.png, ...; 0 where there is none."""
+    numbers = [int(path.stem) for path in folder.glob("*.png") if re.fullmatch(r"\d{5,}", path.stem)]
+    return max(numbers, default=-1) + 1
+
+
+def save_png(picture: np.ndarray | Image.Image, path: Path, text: dict[str, str] | None = None) -> None:
+    """Write uint8 [H, W, 3], whole or not at all, with `text` as PNG text entries; UserError where it cannot be."""
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    entries = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        entries.add_itxt(key, value)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=entries)
+    with replacing(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Floats [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded; what lies outside is clipped."""
+    return np.clip(images * 127.5 + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def grid(pictures: np.ndarray, rows: int) -> np.ndarray:
+    """Pictures uint8 [N, H, W, 3] side by side in so many rows, white between and behind them."""
+    n, h, w, _ = pictures.shape
+    columns = -(-n // rows)
+    out = np.full((rows * (h + GAP) + GAP, columns * (w + GAP) + GAP, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = GAP + i // columns * (h + GAP), GAP + i % columns * (w + GAP)
+        out[top : top + h, left : left + w] = picture
+    return out
+
+
+def captioned_rows(columns: dict[str, np.ndarray], captions: list[str], scale: int = 1) -> Image.Image:
+    """A sheet with one row per caption: the pictures of every column side by side, then the caption.
+
+    columns: heading -> uint8 [N, H, W, 3]; `scale` enlarges them by whole pixels.
+    """
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    _, h, w, _ = next(iter(columns.values())).shape
+    h, w = h * scale, w * scale
+    head, text_width = 28, 220
+    sheet = Image.new("RGB", ((w + GAP) * len(columns) + text_width, head + (h + GAP) * len(captions)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (heading, pictures) in enumerate(columns.items()):
+        left = column * (w + GAP)
+        draw.text((left + w / 2, head / 2), heading, "black", font, anchor="mm")
+        for row, picture in enumerate(pictures):
+            enlarged = Image.fromarray(picture).resize((w, h), Image.NEAREST)
+            sheet.paste(enlarged, (left, head + row * (h + GAP)))
+    for row, caption in enumerate(captions):
+        middle = head + row * (h + GAP) + h / 2
+        left = (w + GAP) * len(columns) + 12
+        draw.multiline_text((left, middle), textwrap.fill(caption, 28), "black", small, anchor="lm")
+    return sheet

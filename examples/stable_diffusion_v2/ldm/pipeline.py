@@ -1,0 +1,134 @@
+"""What training and sampling have in common: a model from its config and checkpoint, and pictures from prompts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Callable
+
+import numpy as np
+from mindspore import Tensor
+
+from ldm import checkpoint
+from ldm.config import ModelConfig, to_yaml
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.prediction import get_prediction
+from ldm.diffusion.samplers import Sampler
+from ldm.diffusion.schedule import build_schedule
+from ldm.errors import UserError
+from ldm.models.stable_diffusion import StableDiffusion
+from ldm.pictures import to_uint8
+from ldm.randomness import generator
+
+log = logging.getLogger(__name__)
+
+
+def read_checkpoint(path: str, config: ModelConfig, check_type: bool = True) -> checkpoint.Checkpoint:
+    """The checkpoint of a model config; without `check_type` its UNet is not wanted and may be of any type.
+
+    Raises:
+        UserError: it cannot be read, or was trained with another prediction type, schedule or latent scale.
+    """
+    ckpt = checkpoint.load(path)
+    scale = float(ckpt.meta.get("scale_factor", config.scale_factor))
+    if abs(scale / config.scale_factor - 1) > 1e-4:
+        raise UserError(f"{path} has latents scaled by {scale}, the config's scale_factor is {config.scale_factor}")
+    said = ckpt.meta.get("prediction_type")
+    if not check_type:
+        return ckpt
+    if said is None:
+        log.info("%s does not say its prediction type: '%s' is assumed, from the config", path, config.prediction_type)
+    elif said != config.prediction_type:
+        raise UserError(
+            f"{path} was trained with prediction_type '{said}', the config says '{config.prediction_type}': "
+            f'use a config with prediction_type: "{said}", or another checkpoint'
+        )
+    zero_snr = json.loads(ckpt.meta.get("schedule", "{}")).get("zero_terminal_snr", config.schedule.zero_terminal_snr)
+    if bool(zero_snr) != config.schedule.zero_terminal_snr:
+        raise UserError(f"{path} was trained with zero_terminal_snr: {bool(zero_snr)}, the config says otherwise")
+    return ckpt
+
+
+def describe(config: ModelConfig) -> dict[str, str]:
+    """What a checkpoint of this config says of itself; `read_checkpoint` and other tools look there."""
+    return {
+        "prediction_type": config.prediction_type,
+        "schedule": json.dumps(asdict(config.schedule)),
+        "resolution": f"{config.image_size}x{config.image_size}",
+        "scale_factor": repr(config.scale_factor),
+        "model_config": to_yaml(config),
+    }
+
+
+def check_size(config: ModelConfig, *sides: int) -> None:
+    """UserError where a picture's side does not divide into latents and their levels in the UNet."""
+    step = config.vae.factor * config.unet.factor
+    for side in sides:
+        if side < step or side % step:
+            near = max(step, round(side / step) * step)
+            raise UserError(
+                f"image size {side} is not divisible by {step} (the autoencoder's factor {config.vae.factor} times the "
+                f"UNet's {config.unet.factor}); the nearest that is: {near}"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn from prompts, the same for all of a run."""
+
+    sampler: Sampler
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    seed: int
+
+
+class Pipeline:
+    """Prompts to pictures with one model.
+
+    Raises:
+        UserError: unknown prediction type or schedule, or two that do not go together.
+    """
+
+    def __init__(self, config: ModelConfig, model: StableDiffusion):
+        self.model = model
+        self.schedule = build_schedule(config.schedule)
+        self.prediction = get_prediction(config.prediction_type)
+        self.schedule.check(self.prediction)
+        self.features: dict[str, np.ndarray] = {}
+
+    def draw(
+        self,
+        prompts: list[str],
+        negative_prompts: list[str],
+        numbers: list[int],
+        settings: Settings,
+        progress: Callable[[Iterable], Iterable] = iter,
+    ) -> np.ndarray:
+        """Pictures uint8 [B, H, W, 3]. Picture k of the run depends on the seed and on numbers[k], not on its batch."""
+        shape = self.model.latent_shape(settings.height, settings.width)
+
+        def noise(step: int) -> np.ndarray:  # step -1 is where the sampler starts
+            draws = [generator(settings.seed, "sampling noise", k, step + 1).standard_normal(shape) for k in numbers]
+            return np.stack(draws)
+
+        denoise = self.denoiser(prompts, negative_prompts, settings.guidance_scale)
+        times = self.schedule.timesteps(settings.steps)
+        latents = settings.sampler(denoise, noise(-1), times, self.schedule, noise, progress)
+        return to_uint8(self.model.decode(latents))
+
+    def denoiser(self, prompts: list[str], negative_prompts: list[str], guidance_scale: float) -> Denoiser:
+        """What a sampler calls for this batch of prompts."""
+        cond = Tensor(self.encode(prompts))
+        uncond = None if guidance_scale == 1 else Tensor(self.encode(negative_prompts))
+        return Denoiser(self.model.unet, self.schedule, self.prediction, cond, uncond, guidance_scale)
+
+    def encode(self, prompts: list[str]) -> np.ndarray:
+        """Features [B, L, D], float32; each prompt is encoded once in a run."""
+        for prompt in prompts:
+            if prompt not in self.features:
+                self.features[prompt] = self.model.encode_prompts([prompt]).asnumpy()[0]
+        return np.stack([self.features[prompt] for prompt in prompts])

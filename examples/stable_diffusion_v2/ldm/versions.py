@@ -1,0 +1,40 @@
+"""The published models by version: config, file, and what to sample with where the command does not say."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ldm.errors import UserError
+from ldm.yaml_file import SCRIPTS, search
+
+PUBLISHED = "https://download.mindspore.cn/toolkits/mindone/stable_diffusion"
+
+
+class Version(NamedTuple):
+    config: str
+    checkpoint: str
+    guidance_scale: float
+
+
+VERSIONS = {
+    "1.5": Version("configs/v1-inference.yaml", "sd_v1.5-d0ab7146.ckpt", 7.5),
+    "2.0": Version("configs/v2-inference.yaml", "sd_v2_base-57526ee4.ckpt", 9.0),
+    "2.0-v": Version("configs/v2-vpred-inference.yaml", "sd_v2_768_v-e12e3a9b.ckpt", 9.0),
+    "2.1": Version("configs/v2-inference.yaml", "sd_v2-1_base-7c8d09ce.ckpt", 9.0),
+    "2.1-v": Version("configs/v2-vpred-inference.yaml", "sd_v2-1_768_v-061732d1.ckpt", 9.0),
+    "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors", 5.0),
+}
+
+
+def find_checkpoint(version: str) -> str:
+    """The file of that version under models/.
+
+    Raises:
+        UserError: it is not there; says which file to get, from where and where to put it.
+    """
+    name = VERSIONS[version].checkpoint
+    found = search(f"models/{name}")
+    if found is None:
+        source = f"get it from {PUBLISHED}/{name}" if name.endswith(".ckpt") else "restore it from the repository"
+        raise UserError(f"no models/{name} for --version {version}: {source} and put it into {SCRIPTS / 'models'}")
+    return str(found)

@@ -1,0 +1,502 @@
+"""Model files and options: read strictly, written exactly, MindONE's accepted, mistakes answered with one line."""
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import train_autoencoder
+import train_text_to_image
+import yaml
+
+from ldm.config import (
+    ModelConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+    from_dict,
+    from_yaml,
+    load_model_config,
+    save_model_config,
+    to_dict,
+    to_yaml,
+)
+from ldm.errors import UserError
+from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
+from ldm.options import Parser, read_options, str2bool
+
+FIXTURES = Path(__file__).parent / "data" / "config"
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODELS = sorted(CONFIGS.glob("*.yaml"))
+TRAIN_FILES = sorted((CONFIGS / "train").glob("*.yaml"))
+
+
+def message(function, *args):
+    """The user's error, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def edited(name, old, new):
+    """A fixture's text with one change."""
+    text = (FIXTURES / name).read_text()
+    assert old in text
+    return text.replace(old, new)
+
+
+# --- our model files
+
+
+def test_the_short_form_gets_the_defaults_of_sd2():
+    cfg = from_yaml('model:\n  prediction_type: "v"\n  image_size: 768\n', "x")
+    assert cfg == ModelConfig("v", image_size=768)
+    assert (cfg.unet.num_heads, cfg.unet.num_head_channels) == (None, 64)
+    assert (cfg.vae.factor, cfg.unet.factor) == (8, 8)
+
+
+def test_training_and_sampling_of_sd2_differ_in_prediction_and_size_only():
+    eps, v = (load_model_config(CONFIGS / f"{name}.yaml") for name in ("v2-inference", "v2-vpred-inference"))
+    assert (eps.prediction_type, v.prediction_type, eps.image_size, v.image_size) == ("eps", "v", 512, 768)
+    assert dataclasses.replace(eps, prediction_type="v", image_size=768) == v
+
+
+def test_tiny_model():
+    cfg = load_model_config("configs/tiny-vpred.yaml")
+    assert cfg.prediction_type == "v"
+    assert cfg.image_size // cfg.vae.factor == 16
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_round_trip(path, tmp_path):
+    cfg = load_model_config(path)
+    copy = tmp_path / "model_config.yaml"
+    save_model_config(cfg, copy)
+    assert load_model_config(copy) == cfg
+    assert from_dict(to_dict(cfg), "x") == from_yaml(to_yaml(cfg), "x") == cfg
+    assert copy.read_text() == to_yaml(cfg) == to_yaml(load_model_config(copy))
+    assert list(tmp_path.iterdir()) == [copy]  # no temporary file is left
+
+
+def test_round_trip_of_odd_values(tmp_path):
+    cfg = ModelConfig("1e5", scale_factor=1e-07 / 3)  # a word that looks like a number
+    save_model_config(cfg, tmp_path / "x.yaml")
+    assert load_model_config(tmp_path / "x.yaml") == cfg
+
+
+def test_saving_keeps_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "missing" / "x.yaml"
+    assert "cannot write" in message(save_model_config, ModelConfig("v"), path)
+    path = tmp_path / "x.yaml"
+    path.write_text("old")
+    (tmp_path / "x.yaml.partial").mkdir()  # cannot be written to, whoever runs this
+    assert str(path) in message(save_model_config, ModelConfig("v"), path)
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("predicton_type: v", ["model.predicton_type", "model.prediction_type"]),
+        ("unet: {chanel_mult: [1]}", ["model.unet.chanel_mult", "'model.unet.channel_mult'"]),
+        ("beta_start: 0.1", ["model.beta_start", "'model.schedule.beta_start'"]),  # the right key elsewhere
+        ("1: 2", ["model.1"]),
+        ("unet: {model_channels: wide}", ["model.unet.model_channels", "whole number", "'wide'"]),
+        ("unet: {model_channels: 320.0}", ["model.unet.model_channels", "whole number"]),
+        ("unet: {model_channels: true}", ["model.unet.model_channels", "whole number"]),
+        ("unet: {use_checkpoint: 1}", ["model.unet.use_checkpoint", "true or false"]),
+        ("unet: {channel_mult: 4}", ["model.unet.channel_mult", "list of whole numbers"]),
+        ("unet: {channel_mult: []}", ["model.unet.channel_mult", "empty"]),
+        ("unet: 3", ["model.unet", "section"]),
+        ("scale_factor: .nan", ["model.scale_factor", "number"]),
+        ("scale_factor: 0", ["model.scale_factor", "positive"]),
+        ("schedule: {name: [linear]}", ["model.schedule.name", "word"]),
+        ("schedule: {beta_start: 0.5}", ["model.schedule", "beta_start"]),
+        ("image_size: 500", ["model.image_size", "500", "64"]),
+        ("unet: {num_heads: 8, num_head_channels: 64}", ["num_heads", "num_head_channels", "not both"]),
+        ("unet: {model_channels: 100}", ["model.unet.model_channels", "32"]),
+        ("unet: {num_heads: 7}", ["num_heads 7", "320"]),
+        ("unet: {num_head_channels: 96}", ["num_head_channels 96", "320"]),
+        ("unet: {attention_resolutions: [32, 16, 8]}", ["attention_resolutions", "[16, 32]", "[1, 2, 4, 8]"]),
+        ("unet: {out_channels: 8}", ["model.unet.out_channels", "embed_dim"]),
+        ("vae: {ch: 100}", ["model.vae.ch", "32"]),
+        ("vae: {double_z: false}", ["model.vae.double_z"]),
+        ("text: {variant: t5}", ["model.text.variant", "openclip, clip", "t5"]),
+        ("text: {heads: 3}", ["heads 3", "1024"]),
+        ("text: {width: 768, heads: 12}", ["768", "model.unet.context_dim 1024"]),
+    ],
+)
+def test_a_wrong_model_file_is_named_with_the_key(body, words, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"model:\n  {body}\n" + ("" if "predic" in body else "  prediction_type: v\n"))
+    text = message(load_model_config, path)
+    assert text.startswith(str(path))
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["model"]),
+        ("model:", ["model"]),
+        ("3", ["keys and values"]),
+        ("- model", ["keys and values"]),
+        ("model: {}", ["model.prediction_type", "missing"]),
+        ("model: {prediction_type: v}\nmodels: {}", ["models"]),
+        ("model:\n  prediction_type: v\n  unet: [1, 2\n", ["line 4"]),
+        ("model:\n  prediction_type: v\n  prediction_type: eps\n", ["line 3", "prediction_type", "twice"]),
+        ("model:\n  prediction_type: 2020-99-99\n", ["month"]),
+        ("model: \x00", ["mine.yaml"]),
+    ],
+)
+def test_what_is_no_model_file(text, words, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    said = message(load_model_config, path)
+    assert [word for word in [str(path), *words] if word not in said] == []
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "there is no file configs/v3.yaml" in message(load_model_config, "configs/v3.yaml")
+    (tmp_path / "weights.yaml").write_bytes(b"\x80\x81\xff")
+    assert "not a text file" in message(load_model_config, tmp_path / "weights.yaml")
+    assert "no file" in message(load_model_config, tmp_path)
+
+
+def test_widths_at_levels_without_attention_need_no_heads():
+    assert UNetConfig(model_channels=96, channel_mult=(1, 2, 4), attention_resolutions=(2,), num_head_channels=64)
+    assert "width 96" in message(UNetConfig, 4, 4, 96, 2, (1,), (1, 2, 4), None, 64)
+    assert "width 96" in message(UNetConfig, 4, 4, 32, 2, (2,), (1, 2, 3), None, 64)  # the middle block has some
+
+
+def test_numbers_without_a_point():
+    cfg = from_yaml("model: {prediction_type: v, schedule: {beta_start: 1e-4, beta_end: 2E-2}, scale_factor: 1}", "x")
+    assert (cfg.schedule.beta_start, cfg.schedule.beta_end) == (1e-4, 2e-2)
+    assert isinstance(cfg.scale_factor, float)
+
+
+def test_paths_are_seen_from_here_first_then_from_the_scripts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_model_config("configs/v2-inference.yaml").prediction_type == "eps"
+    os.mkdir("configs")
+    save_model_config(ModelConfig("x0"), "configs/v2-inference.yaml")
+    assert load_model_config("configs/v2-inference.yaml").prediction_type == "x0"
+
+
+# --- MindONE's model files
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("mindone_v2", "v2-inference"),
+        ("mindone_v2_vpred_train", "v2-vpred-inference"),
+        ("mindone_v1", "v1-inference"),
+    ],
+)
+def test_mindone_files_give_our_models(theirs, ours):
+    imported = load_model_config(FIXTURES / f"{theirs}.yaml")
+    assert imported.image_size == 512  # 64 latents in each of its files, also for the model of 768 pixels
+    cfg = load_model_config(CONFIGS / f"{ours}.yaml")
+    assert dataclasses.replace(imported, image_size=cfg.image_size) == cfg
+
+
+@pytest.mark.parametrize(
+    ("ours", "old", "new"),
+    [
+        ("v", '"noise"', '"v"'),
+        ("v", '"noise"', '"velocity"'),
+        ("eps", '  prediction_type: "noise"\n', ""),
+        ("x0", '"noise"', '"x0"'),
+        ("v", '"noise"\n  params:', '"v"\n  params:\n    parameterization: velocity'),
+        ("eps", '"noise"\n  params:', '"noise"\n  params:\n    parameterization: eps'),
+    ],
+)
+def test_mindone_prediction_types(ours, old, new):
+    assert from_yaml(edited("mindone_v2.yaml", old, new), "x").prediction_type == ours
+
+
+@pytest.mark.parametrize("types", [("v", "eps"), ("noise", "velocity"), ("eps", "x0")])
+def test_mindone_switches_that_contradict_each_other(types):
+    change = '"{}"\n  params:\n    parameterization: {}'.format(*types)
+    text = message(from_yaml, edited("mindone_v2.yaml", '"noise"\n  params:', change), "x")
+    assert "model.prediction_type" in text and "model.params.parameterization" in text and "contradict" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("log_every_t", "log_every_tea", ["model.params.log_every_tea", "model.params.log_every_t'"]),
+        ("ch: 128", "chan: 128", ["ddconfig.chan"]),
+        ("conditioning_key: crossattn", "conditioning_key: hybrid", ["conditioning_key", "hybrid", "not supported"]),
+        ("cond_stage_trainable: false", "cond_stage_trainable: true", ["cond_stage_trainable", "not supported"]),
+        ("ddpm.LatentDiffusion", "ddpm.LatentInpaintDiffusion", ["LatentInpaintDiffusion", "not supported"]),
+        ("openaimodel.UNetModel", "tuneavideo.UNetModel3D", ["UNetModel3D", "not supported"]),
+        ("modules.FrozenCLIPEmbedder", "modules.CNCLIPEmbedder", ["CNCLIPEmbedder", "not supported"]),
+        ('"BpeTokenizer"', '"WordpieceTokenizer"', ["WordpieceTokenizer", "not supported"]),
+        ("attn_resolutions: []", "attn_resolutions: [32]", ["attn_resolutions", "not supported"]),
+        ("timesteps: 1000", "beta_schedule: sqrt", ["beta_schedule", "sqrt", "sqrt_linear"]),
+        ("timesteps: 1000", "beta_schedule: [linear]", ["beta_schedule", "not supported"]),
+        ("    image_size: 64", "    image_size: big", ["model.params.image_size"]),
+        ("model_channels: 320", "model_channels: many", ["model.unet.model_channels", "'many'"]),
+        ("unet_config", "unet", ["model.params.unet", "model.params.unet_config"]),
+        ('"noise"', "[v]", ["model.prediction_type", "word"]),
+    ],
+)
+def test_mindone_files_are_read_as_strictly(old, new, words):
+    text = message(from_yaml, edited("mindone_v2.yaml", old, new), "their.yaml")
+    assert [word for word in ["their.yaml", *words] if word not in text] == []
+
+
+@pytest.mark.parametrize("section", ["params", "unet_config", "first_stage_config", "cond_stage_config"])
+def test_mindone_file_without_a_section(section):
+    data = yaml.safe_load((FIXTURES / "mindone_v1.yaml").read_text())
+    (data["model"] if section == "params" else data["model"]["params"]).pop(section)
+    assert section in message(from_dict, data, "x")
+
+
+def test_mindone_text_encoder_that_says_nothing_of_its_size():
+    sd2, sd1 = (load_model_config(CONFIGS / f"{name}.yaml") for name in ("v2-inference", "v1-inference"))
+    for name, model in (("mindone_v2.yaml", sd2), ("mindone_v1.yaml", sd1)):
+        head, target, _ = (FIXTURES / name).read_text().partition("FrozenCLIPEmbedder")
+        assert from_yaml(f"{head}{target}\n      params: {{use_fp16: True}}", "x") == model
+
+
+def test_mindone_schedules_heads_and_recompute():
+    cfg = from_yaml(edited("mindone_v1.yaml", "timesteps: 1000", "beta_schedule: sqrt_linear"), "x")
+    assert (cfg.schedule.name, cfg.schedule.timesteps) == ("linear", 1000)
+    text = edited("mindone_v1.yaml", "num_heads: 8", "num_heads: 8, num_head_channels: -1")
+    text = text.replace("use_checkpoint: True", "use_recompute: True")
+    assert from_yaml(text, "x") == load_model_config(CONFIGS / "v1-inference.yaml")
+    assert not from_yaml(text.replace("use_recompute: True", "use_recompute: False"), "x").unet.use_checkpoint
+
+
+def test_inpainting_needs_only_more_input_channels():
+    cfg = from_yaml(edited("mindone_v2.yaml", "in_channels: 4,", "in_channels: 9,"), "x")
+    assert (cfg.unet.in_channels, cfg.unet.out_channels) == (9, 4)
+
+
+def test_dropout_in_a_mindone_file_is_warned_of(caplog):
+    load_model_config(FIXTURES / "mindone_v2_vpred_train.yaml")
+    assert ["dropout of 0.1" in text for text in caplog.messages] == [True]
+
+
+def test_mindone_names_of_training_files_lead_to_ours(caplog):
+    assert load_model_config("configs/v2-vpred-train.yaml") == load_model_config("configs/v2-vpred-inference.yaml")
+    assert len(caplog.messages) == 1 and "configs/v2-vpred-inference.yaml" in caplog.text
+    assert "v3-train.yaml" in message(load_model_config, "configs/v3-train.yaml")
+
+
+def test_a_written_import_is_ours(tmp_path):
+    cfg = load_model_config(FIXTURES / "mindone_v1.yaml")
+    save_model_config(cfg, tmp_path / "x.yaml")
+    assert "target" not in (tmp_path / "x.yaml").read_text()
+    assert load_model_config(tmp_path / "x.yaml") == cfg
+
+
+# --- options
+
+
+def parser():
+    """One option of each sort that the scripts have."""
+    result = Parser("Trains.")
+    result.add_argument("--train_config", default="")
+    result.add_argument("--data_path", required=True)
+    result.add_argument("--model_config", default="configs/v2-vpred-inference.yaml")
+    result.add_argument("--mode", type=int, default=0, choices=(0, 1))
+    result.add_argument("--epochs", type=int, default=10)
+    result.add_argument("--ckpt_save_interval", type=int, default=1)
+    result.add_argument("--train_batch_size", type=int, default=1)
+    result.add_argument("--image_size", type=int, default=512)
+    result.add_argument("--image_filter_size", type=int, default=256)
+    result.add_argument("--warmup_steps", type=int, default=1000)
+    result.add_argument("--decay_steps", type=int, default=0)
+    result.add_argument("--start_learning_rate", type=float, default=1e-5)
+    result.add_argument("--end_learning_rate", type=float, default=1e-7)
+    result.add_argument("--weight_decay", type=float, default=0.01)
+    result.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999])
+    result.add_argument("--optim", default="adamw", choices=("adamw", "sgd"))
+    result.add_argument("--scheduler", default="cosine_decay")
+    result.add_argument("--use_ema", type=str2bool, default=False)
+    result.add_argument("--clip_grad", type=str2bool, default=False)
+    result.add_argument("--use_parallel", type=str2bool, default=False)
+    result.add_argument("--validation_prompts", nargs="*", default=[])
+    result.add_argument("--ddim", action="store_true")
+    result.ignore(IGNORED_TRAIN_OPTIONS)
+    return result
+
+
+def options(tmp_path, text, *argv):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return read_options(parser(), ["--train_config", str(path), *argv])
+
+
+def complaint(capsys, *argv):
+    """What a wrong command prints: one line; the exit code is 2."""
+    with pytest.raises(SystemExit) as caught:
+        read_options(parser(), list(argv))
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_default_then_file_then_command(tmp_path):
+    args = options(tmp_path, "data_path: d\nepochs: 5\nimage_size: 768\n", "--image_size", "64")
+    assert (args.train_batch_size, args.epochs, args.image_size, args.data_path) == (1, 5, 64, "d")
+    again = read_options(parser(), ["--data_path", "e"])
+    assert (again.epochs, again.data_path, again.train_config) == (10, "e", "")
+
+
+def test_values_get_the_types_of_the_command_line(tmp_path):
+    text = """
+        data_path: d
+        start_learning_rate: 1e-4
+        end_learning_rate: 0
+        weight_decay: "1e-2"
+        betas: [0.9, 98e-2]
+        use_ema: yes
+        clip_grad: "True"
+        use_parallel: 0
+        ddim: true
+        scheduler: 7
+        epochs:
+        validation_prompts: ["a fox: red", 3]
+        """
+    args = options(tmp_path, text)
+    assert (args.start_learning_rate, args.end_learning_rate, args.weight_decay) == (1e-4, 0.0, 1e-2)
+    assert isinstance(args.end_learning_rate, float)
+    assert args.betas == [0.9, 0.98]
+    assert (args.use_ema, args.clip_grad, args.use_parallel, args.ddim) == (True, True, False, True)
+    assert (args.scheduler, args.epochs) == ("7", 10)
+    assert args.validation_prompts == ["a fox: red", "3"]
+    assert options(tmp_path, "data_path: d\nvalidation_prompts: a fox").validation_prompts == ["a fox"]
+
+
+def test_an_option_required_on_the_command_line_may_stand_in_the_file(tmp_path, capsys):
+    assert "--data_path" in complaint(capsys)
+    assert options(tmp_path, "data_path: d").data_path == "d"
+
+
+@pytest.mark.parametrize("path", TRAIN_FILES, ids=lambda path: path.stem)
+def test_our_train_files_fit_their_script(path):
+    script = train_autoencoder if "vae" in path.stem else train_text_to_image
+    args = read_options(script.build_parser(), ["--train_config", str(path), "--data_path", "d"])
+    model = load_model_config(args.model_config)
+    assert args.image_size in (None, model.image_size)
+    assert (model.prediction_type == "v") == ("vpred" in path.stem or "tiny" in path.stem)
+    if "vanilla" in path.stem:
+        assert args.betas == [0.9, 0.98] and args.start_learning_rate == 1e-5 and args.end_learning_rate == 1e-7
+
+
+def test_a_train_file_of_mindone(tmp_path, caplog):
+    text = """
+        mode: 0
+        use_parallel: False
+        num_workers: 1
+        data_path: "/path/to/data"
+        train_batch_size: 1
+        image_size: 768
+        image_filter_size: 256
+        model_config: "configs/v2-vpred-train.yaml"
+        epochs: 20
+        use_ema: True
+        clip_grad: False
+        enable_flash_attention: True
+        scheduler: "cosine_decay"
+        start_learning_rate: 1e-5
+        betas: [0.9, 0.98]
+        """
+    args = options(tmp_path, text)
+    assert args.use_ema and load_model_config(args.model_config).prediction_type == "v"
+    assert ["num_workers" in caplog.messages[0], "enable_flash_attention" in caplog.messages[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train_batchsize: 3", ["'train_batchsize'", "'train_batch_size'"]),
+        ("help: 1", ["'help'"]),
+        ("epochs: many", ["'epochs'", "int", "'many'"]),
+        ("epochs: 1.5", ["'epochs'", "int"]),
+        ("epochs: true", ["'epochs'", "int"]),
+        ("epochs: [1, 2]", ["'epochs'", "one value"]),
+        ("epochs: {a: 1}", ["'epochs'", "one value"]),
+        ("weight_decay: ten", ["'weight_decay'", "float"]),
+        ("use_ema: maybe", ["'use_ema'", "True or False", "maybe"]),
+        ("ddim: 3", ["'ddim'", "true or false"]),
+        ("betas: [0.9]", ["'betas'", "2 values"]),
+        ("betas: 0.9", ["'betas'", "2 values"]),
+        ("betas: [0.9, x]", ["'betas'", "float", "'x'"]),
+        ("optim: adam", ["'optim'", "adamw, sgd"]),
+        ("mode: 2", ["'mode'", "0, 1"]),
+        ("epochs: 1\nepochs: 2", ["line 2", "twice"]),
+        ("- epochs", ["keys and values"]),
+    ],
+)
+def test_a_wrong_train_file(text, words, tmp_path):
+    said = message(options, tmp_path, text)
+    assert [word for word in ["run.yaml", *words] if word not in said] == []
+
+
+def test_a_train_file_that_is_not_there():
+    assert "configs/train/x.yaml" in message(read_options, parser(), ["--train_config", "configs/train/x.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--epoch", "3"], ["--epoch;", "--epochs"]),  # no abbreviations
+        (["--train_batchsize=3"], ["--train_batchsize;", "--train_batch_size"]),
+        (["--epochs", "x"], ["--epochs", "'x'"]),
+        (["--optim", "adam"], ["--optim", "'adamw', 'sgd'"]),
+        (["--use_ema", "maybe"], ["--use_ema", "True or False"]),
+        (["a", "fox"], ["'a'"]),
+        (["--train_config"], ["--train_config"]),
+    ],
+)
+def test_a_wrong_command(argv, words, capsys):
+    text = complaint(capsys, "--data_path", "d", *argv)
+    assert [word for word in words if word not in text.replace("adamw, sgd", "'adamw', 'sgd'")] == []
+
+
+def test_options_without_effect_are_accepted_once_said_and_gone(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    args = options(tmp_path, "data_path: d\nnum_workers: 4\nprofile:", "--num_workers=8", "--dataset_sink_mode", "True")
+    assert [sum(name in text for text in caplog.messages) for name in ("num_workers", "dataset_sink_mode")] == [1, 1]
+    assert len(caplog.messages) == 2
+    assert not hasattr(args, "num_workers") and not hasattr(args, "profile")
+
+
+def test_an_option_is_either_ignored_or_there():
+    with pytest.raises(Exception, match="epochs"):
+        parser().ignore({"epochs": "it is there"})
+
+
+def test_help_lists_options_and_defaults_but_not_the_ignored(capsys):
+    with pytest.raises(SystemExit) as caught:
+        read_options(parser(), ["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "--train_batch_size" in out and "num_workers" not in out
+
+
+@pytest.mark.parametrize("word", ["True", "true", " YES", "on", "t", "y", "1"])
+def test_words_for_true(word):
+    assert str2bool(word) is True
+
+
+@pytest.mark.parametrize("word", ["False", "false", "No", "off ", "f", "n", "0"])
+def test_words_for_false(word):
+    assert str2bool(word) is False
+
+
+def test_configs_cannot_be_changed():
+    for section in (ModelConfig("v"), UNetConfig(), VAEConfig(), TextConfig()):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            section.width = 1
+        assert hash(section) == hash(dataclasses.replace(section))

@@ -1,0 +1,206 @@
+"""Pictures from prompts with Stable Diffusion 1.x, 2.x or the embedded tiny model.
+
+python text_to_image.py --version tiny --prompt "a drawing of a red apple, noto style"
+"""
+
+from __future__ import annotations
+
+from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
+
+# isort: split
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm.config import load_model_config
+from ldm.diffusion.samplers import SAMPLERS, get_sampler
+from ldm.errors import UserError
+from ldm.models.stable_diffusion import StableDiffusion
+from ldm.options import Parser, read_options, str2bool
+from ldm.pictures import grid, make_folder, next_number, save_png
+from ldm.pipeline import Pipeline, Settings, check_size, read_checkpoint
+from ldm.versions import VERSIONS, find_checkpoint
+
+log = logging.getLogger("text_to_image")
+
+OLD_SAMPLER_FLAGS = {"ddim": "ddim", "ddpm": "ddpm", "dpm_solver": "dpm_solver", "dpm_solver_pp": "dpm_solver_pp"}
+NOT_HERE = ("plms", "uni_pc", "check_safety", "add_watermark")  # MindONE's flags that would change the pictures
+WITHOUT_EFFECT = {
+    "log_level": "progress and warnings always show",
+    "clip_ckpt_path": "there is no safety checker",
+    "safety_version": "there is no safety checker",
+    "lora_ft_unet": "the checkpoint says what it holds",
+    "lora_ft_text_encoder": "the checkpoint says what it holds",
+}
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--prompt", default="A cute wolf in winter forest", help="what to draw")
+    add("--data_path", "--from-file", default="", help="a text file with one prompt per line, instead of --prompt")
+    add("--negative_prompt", default="", help="what not to draw; for every prompt")
+    add("--negative_data_path", default="", help="a text file with one negative prompt for each prompt")
+    add("--output_path", default="output", help="pictures go to its folder samples/, numbered on from what is there")
+    add("-v", "--version", choices=list(VERSIONS), default="2.1", help="which published model")
+    add("--config", help="the model's YAML file (default: the version's)")
+    add("--ckpt_path", help="the checkpoint (default: the version's file in models/)")
+    add("--sampler", choices=list(SAMPLERS), help="default: dpm_solver_pp")
+    for flag, name in OLD_SAMPLER_FLAGS.items():
+        add(f"--{flag}", action="store_true", help=f"the same as --sampler {name}")
+    for flag in NOT_HERE:
+        add(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
+    add("--sampling_steps", type=int, default=20, help="how often the network runs for a picture")
+    add("--ddim_eta", type=float, help="fresh noise per step, 0 to 1 (default: the sampler's own)")
+    add("--scale", type=float, help="guidance scale; 1 is none (default: the version's)")
+    add("--n_iter", type=int, default=2, help="batches per prompt")
+    add("--n_samples", type=int, default=4, help="pictures per batch and prompt")
+    add(
+        "--batch_size", type=int, help="pictures drawn at once, across prompts too; changes the speed, not the pictures"
+    )
+    add("--H", type=int, help="height in pixels (default: the config's image_size)")
+    add("--W", type=int, help="width in pixels")
+    add("--seed", type=int, default=42, help="picture k depends on the seed and k alone")
+    add("--fixed_code", action="store_true", help="the same starting noise for every picture")
+    add("--skip_grid", action="store_true", help="no grid picture")
+    add("--skip_save", action="store_true", help="no single pictures")
+    add("--n_rows", type=int, default=0, help="rows of the grid (default: one per prompt and iteration)")
+    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
+    add("--mode", "--ms_mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
+    add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
+    parser.ignore(WITHOUT_EFFECT)
+    return parser
+
+
+class Picture(NamedTuple):
+    """One picture to be drawn; `number` is its place in the whole run."""
+
+    prompt: str
+    negative_prompt: str
+    number: int
+
+
+def read_lines(path: str) -> list[str]:
+    """The file's lines that are not blank; UserError where there are none."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}") from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError(f"the prompt file {path} is empty: write one prompt per line")
+    return lines
+
+
+def plan(args: argparse.Namespace) -> list[Picture]:
+    """Every picture of the run, in order: prompt by prompt, n_iter times n_samples of each."""
+    for option in ("n_iter", "n_samples", "sampling_steps"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option} {getattr(args, option)}: it must be at least 1")
+    prompts = read_lines(args.data_path) if args.data_path else [args.prompt]
+    negatives = [args.negative_prompt] * len(prompts)
+    if args.negative_data_path:
+        negatives = read_lines(args.negative_data_path)
+        if len(negatives) == 1:
+            negatives *= len(prompts)
+        if len(negatives) != len(prompts):
+            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for each, or one")
+    each = args.n_iter * args.n_samples
+    return [
+        Picture(prompt, negative, line * each + i)
+        for line, (prompt, negative) in enumerate(zip(prompts, negatives))
+        for i in range(each)
+    ]
+
+
+def chosen_sampler(args: argparse.Namespace) -> str:
+    wanted = {name for flag, name in OLD_SAMPLER_FLAGS.items() if getattr(args, flag)} | {args.sampler} - {None}
+    if len(wanted) > 1:
+        raise UserError(f"more than one sampler asked for: {', '.join(sorted(wanted))}; choose one")
+    for flag in NOT_HERE:
+        if getattr(args, flag):
+            raise UserError(f"--{flag} is not available here; samplers are {', '.join(SAMPLERS)}")
+    if args.use_lora:
+        raise UserError("--use_lora is not available here")
+    return wanted.pop() if wanted else "dpm_solver_pp"
+
+
+def batches(pictures: list[Picture], size: int):
+    """Slices of `size`; the last one is filled up with its last picture, for the graph is compiled for one size."""
+    for start in range(0, len(pictures), size):
+        batch = pictures[start : start + size]
+        yield batch, batch + batch[-1:] * (size - len(batch))
+
+
+def main() -> None:
+    args = read_options(build_parser())
+    version = VERSIONS[args.version]
+    sampler = get_sampler(chosen_sampler(args), args.ddim_eta)
+    pictures = plan(args)
+    config = load_model_config(args.config or version.config)
+    height, width = args.H or config.image_size, args.W or config.image_size
+    check_size(config, height, width)
+    path = args.ckpt_path or find_checkpoint(args.version)
+    scale = version.guidance_scale if args.scale is None else args.scale
+    settings = Settings(sampler, args.sampling_steps, scale, height, width, args.seed)
+    samples = make_folder(Path(args.output_path) / "samples")
+    device = runtime.start(args.device_target, args.mode)
+    ckpt = read_checkpoint(path, config)
+
+    model = StableDiffusion(config)
+    model.load(ckpt.tensors, path)
+    runtime.set_compute_dtype(model, args.dtype or runtime.default_dtype(device))
+    pipeline = Pipeline(config, model)
+    pipeline.schedule.timesteps(args.sampling_steps)
+
+    first, drawn = next_number(samples), []
+    size = min(args.batch_size or args.n_samples, len(pictures))
+    bar = tqdm(total=-(-len(pictures) // size) * args.sampling_steps, unit="step", desc=f"{len(pictures)} pictures")
+
+    def progress(times):
+        for t in times:
+            yield t
+            bar.update()
+
+    for batch, filled in batches(pictures, size):
+        numbers = [0 if args.fixed_code else picture.number for picture in filled]
+        prompts, negatives = [p.prompt for p in filled], [p.negative_prompt for p in filled]
+        images = pipeline.draw(prompts, negatives, numbers, settings, progress)[: len(batch)]
+        drawn.append(images)
+        if not args.skip_save:
+            for picture, image in zip(batch, images):
+                save_png(image, samples / f"{first + picture.number:05}.png", parameters(picture, args, scale, path))
+    bar.close()
+    images = np.concatenate(drawn)
+    if not args.skip_save:
+        log.info("%d pictures are in %s", len(images), samples)
+    if not args.skip_grid:
+        name = Path(args.output_path) / f"grid-{first:05}.png"
+        save_png(grid(images, args.n_rows or max(1, len(images) // args.n_samples)), name)
+        log.info("all of them together: %s", name)
+
+
+def parameters(picture: Picture, args: argparse.Namespace, scale: float, checkpoint: str) -> dict[str, str]:
+    """What a picture says of itself, as a PNG text entry."""
+    facts = {
+        "prompt": picture.prompt,
+        "negative_prompt": picture.negative_prompt,
+        "seed": args.seed,
+        "number": picture.number,
+        "sampler": chosen_sampler(args),
+        "sampling_steps": args.sampling_steps,
+        "scale": scale,
+        "checkpoint": Path(checkpoint).name,
+    }
+    return {"parameters": json.dumps(facts, ensure_ascii=False)}
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,311 @@
+"""Fine-tune Stable Diffusion, or train its UNet from random weights, on captioned pictures: v-prediction, eps or x0.
+
+    python train_text_to_image.py \
+        --train_config configs/train/train_config_vanilla_v2_vpred.yaml \
+        --data_path datasets/pokemon_blip/train \
+        --output_path output/vpred_vanilla_finetune_pokemon/txt2img \
+        --pretrained_model_path models/sd_v2_768_v-e12e3a9b.ckpt
+"""
+
+from __future__ import annotations
+
+from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
+
+# isort: split
+
+import argparse
+import contextlib
+import logging
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mindspore import Tensor, nn
+from tqdm import tqdm
+
+from ldm import checkpoint
+from ldm.config import ModelConfig, load_model_config, save_model_config, to_dict
+from ldm.data.batches import Augment, Batch, Batches
+from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
+from ldm.diffusion.loss import DiffusionLoss
+from ldm.diffusion.prediction import get_prediction
+from ldm.diffusion.samplers import SAMPLERS, get_sampler
+from ldm.diffusion.schedule import build_schedule
+from ldm.diffusion.weighting import WEIGHTINGS, loss_weight
+from ldm.errors import UserError
+from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
+from ldm.models.layers import initialize
+from ldm.models.stable_diffusion import TEXT, UNET, VAE, StableDiffusion
+from ldm.options import Parser, read_options, str2bool
+from ldm.pictures import grid, make_folder, save_png
+from ldm.pipeline import Pipeline, Settings, check_size, describe, read_checkpoint
+from ldm.train.ema import Ema
+from ldm.train.inputs import Latents, TextFeatures, noise_and_times
+from ldm.train.learning_rate import LearningRate
+from ldm.train.log import ResultLog, loss_curve, read_log
+from ldm.train.optimizer import OPTIMIZERS, build_optimizer
+from ldm.train.state import RESUME_NAME, load_state, prune, resume_path, save_state
+from ldm.train.step import LossScale, TrainStep
+from ldm.yaml_file import save_yaml
+
+log = logging.getLogger("train_text_to_image")
+COLUMNS = ("step", "epoch", "loss", "x0_loss", "eps_loss", "learning_rate", "grad_norm", "seconds")
+SUFFIXES = {"mindspore": ".ckpt", "safetensors": ".safetensors"}
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n")[0])
+
+    add = parser.add_argument_group("model and data").add_argument
+    add("--train_config", help="YAML file with values for these options; the command line overrides it")
+    add("--model_config", default="configs/v2-vpred-inference.yaml", help="the model's YAML file, as for sampling")
+    add("--pretrained_model_path", default="", help="the checkpoint to start from")
+    add("--unet_initialize_random", type=str2bool, default=False, help="random weights for the UNet")
+    add("--text_encoder_initialize_random", type=str2bool, default=False, help="random weights for the text encoder")
+    add("--data_path", default="dataset", help="a folder with pictures and img_txt.csv (columns dir,text)")
+    add("--output_path", default="output", help="checkpoints, log, configs and validation pictures go there")
+    add("--image_size", type=int, help="side in pixels (default: the model config's)")
+    add("--image_filter_size", type=int, default=0, help="leave out pictures with a shorter side")
+    add("--random_crop", type=str2bool, default=False, help="crop at a random place instead of the middle")
+    add("--flip", type=str2bool, default=False, help="mirror half of the pictures")
+    add("--caption_dropout", type=float, default=0.0, help="share of captions emptied, for guidance")
+    add("--on_bad_image", choices=ON_BAD_IMAGE, default="error", help="what to do about an unreadable picture")
+    add("--cache_latents", type=str2bool, default=True, help="encode each picture once, where no change is random")
+    add("--cache_text", type=str2bool, default=True, help="encode each caption once, where the encoder is frozen")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=10)
+    add("--train_steps", type=int, default=0, help="stop after so many steps instead (0: after the epochs)")
+    add("--train_batch_size", type=int, default=10)
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of that size per step")
+    add("--train_text_encoder", type=str2bool, default=False, help="train the text encoder along with the UNet")
+    add("--loss_weighting", choices=list(WEIGHTINGS), default="none", help="of the times: min_snr is arXiv 2303.09556")
+    add("--snr_gamma", type=float, default=5.0, help="of min_snr")
+    add("--optim", choices=list(OPTIMIZERS), default="adamw")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.999])
+    add("--weight_decay", type=float, default=1e-6, help="not applied to norms and biases")
+    add("--scheduler", default="cosine_decay", help="learning-rate schedule after the warm-up")
+    add("--start_learning_rate", type=float, default=1e-5)
+    add("--end_learning_rate", type=float, default=1e-7)
+    add("--warmup_steps", type=int, default=1000)
+    add("--decay_steps", type=int, default=0, help="0: to the last step")
+    add("--clip_grad", type=str2bool, default=False)
+    add("--max_grad_norm", type=float, default=1.0, help="with clip_grad")
+    add("--use_ema", type=str2bool, default=False, help="save and validate with the weights' moving average")
+    add("--ema_decay", type=float, default=0.9999)
+    add("--init_loss_scale", type=float, default=65536, help="with float16")
+    add("--scale_window", type=int, default=1000, help="with float16: good steps before the loss scale is doubled")
+    add("--seed", type=int, default=3407)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--step_mode", type=str2bool, default=False, help="count ckpt_save_interval in steps instead of epochs")
+    add("--ckpt_save_interval", type=int, default=1)
+    add("--ckpt_max_keep", type=int, default=10, help="the last so many checkpoints are kept (0: all)")
+    add("--ckpt_format", choices=list(SUFFIXES), default="mindspore")
+    add("--resume", default="False", help="True, or the path of a resume state")
+    add("--validation_prompts", nargs="*", default=[], help="prompts drawn while training")
+    add("--validation_interval", type=int, default=500, help="steps between validation pictures (0: at the end only)")
+    add("--validation_sampler", choices=list(SAMPLERS), default="dpm_solver_pp")
+    add("--validation_steps", type=int, default=20, help="sampling steps")
+    add("--validation_scale", type=float, default=5.0, help="guidance scale")
+
+    add = parser.add_argument_group("system").add_argument
+    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
+    add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
+    add("--use_parallel", type=str2bool, default=False, help=argparse.SUPPRESS)
+    add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
+    parser.ignore(IGNORED_TRAIN_OPTIONS)
+    return parser
+
+
+class TextLoss(nn.Cell):
+    """The diffusion loss behind the text encoder: token ids int32 [B, L] in the place of features."""
+
+    def __init__(self, text_encoder: nn.Cell, loss: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.text_encoder, self.loss = text_encoder, loss
+
+    def construct(self, latents, ids, eps, t):
+        return self.loss(latents, self.text_encoder(ids), eps, t)
+
+
+def check(args: argparse.Namespace, config: ModelConfig) -> None:
+    """Whatever can be known to be wrong before the data is read and the networks are built."""
+    if args.use_parallel or args.use_lora:
+        raise UserError(f"{'use_parallel' if args.use_parallel else 'use_lora'} is not available yet; set it to False")
+    for option in ("train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval"):
+        if getattr(args, option) < 1:
+            raise UserError(f"{option} is {getattr(args, option)}; it must be at least 1")
+    check_size(config, args.image_size)
+    build_schedule(config.schedule).check(get_prediction(config.prediction_type))
+    if not args.pretrained_model_path:
+        raise UserError("no pretrained_model_path: give a checkpoint; unet_initialize_random alone still needs its VAE")
+    if args.train_text_encoder and args.text_encoder_initialize_random is False and args.unet_initialize_random:
+        log.warning("the UNet starts from random weights and the text encoder, which is trained, from the checkpoint")
+
+
+def build_model(args: argparse.Namespace, config: ModelConfig) -> StableDiffusion:
+    """The networks with the checkpoint's weights, or random ones where that is asked for."""
+    random = {UNET: args.unet_initialize_random, TEXT: args.text_encoder_initialize_random}
+    prefixes = tuple(prefix for prefix in (VAE, UNET, TEXT) if not random.get(prefix))
+    ckpt = read_checkpoint(args.pretrained_model_path, config, check_type=UNET in prefixes)
+    model = StableDiffusion(config)
+    model.load(ckpt.tensors, args.pretrained_model_path, prefixes)
+    for prefix, network in ((UNET, model.unet), (TEXT, model.text_encoder)):
+        if random[prefix]:
+            initialize(network, args.seed)
+    return model
+
+
+class Run(NamedTuple):
+    """The folders and files of a run."""
+
+    output: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "ckpt" / "rank_0"
+
+    @property
+    def validation(self) -> Path:
+        return self.output / "validation"
+
+
+def main() -> None:
+    args = read_options(build_parser())
+    config = load_model_config(args.model_config)
+    args.image_size = args.image_size or config.image_size
+    check(args, config)
+    run = Run(make_folder(args.output_path))
+    make_folder(run.checkpoints)
+    data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image)
+    log.info(data.summary())
+    device = runtime.start(args.device_target, args.mode)
+    dtype = args.dtype or runtime.default_dtype(device)
+    model = build_model(args, config)
+    runtime.set_compute_dtype(model, dtype)
+
+    # What the optimizer moves, and how a step is made
+    trained = list(model.unet.get_parameters())
+    trained += list(model.text_encoder.get_parameters()) if args.train_text_encoder else []
+    schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
+    weight = loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
+    loss = DiffusionLoss(model.unet, schedule, prediction, weight)
+    train_step = TrainStep(
+        TextLoss(model.text_encoder, loss) if args.train_text_encoder else loss,
+        build_optimizer(args.optim, trained, tuple(args.betas), weight_decay=args.weight_decay),
+        Ema(trained, args.ema_decay) if args.use_ema else None,
+        args.max_grad_norm if args.clip_grad else None,
+        LossScale(args.init_loss_scale, args.scale_window) if dtype == "float16" else None,
+    )
+
+    # Where it begins and where it ends
+    micro = args.gradient_accumulation_steps
+    augment = Augment(args.random_crop, args.flip, args.caption_dropout)
+    batches = Batches(data, args.train_batch_size, args.seed, augment)
+    steps_per_epoch = max(1, batches.steps_per_epoch // micro)
+    total = args.train_steps or args.epochs * steps_per_epoch
+    rate = LearningRate(
+        args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, args.decay_steps, total
+    )
+    settings = run_settings(args, config)
+    resume_from = resume_path(args.resume, run.checkpoints)
+    progress = {"step": 0, "written": []}
+    if resume_from:
+        progress = load_state(resume_from, train_step, settings)
+        log.info("resumed from %s at step %d of %d", resume_from, progress["step"], total)
+    first = progress["step"]
+    batches.start_step = first * micro
+    save_yaml(vars(args), run.output / "args.yaml")
+    save_model_config(config, run.output / "model_config.yaml")
+
+    unchanging = not (args.random_crop or args.flip)
+    latents_of = Latents(model, data, args.train_batch_size, args.cache_latents and unchanging)
+    features_of = None
+    if not args.train_text_encoder:
+        captions = [sample.text for sample in data.samples]
+        features_of = TextFeatures(model, captions, args.train_batch_size, args.cache_text)
+
+    def inputs(batch: Batch) -> tuple[Tensor, ...]:
+        text = features_of(batch.texts) if features_of else Tensor(model.tokenizer.encode(batch.texts))
+        eps, t = noise_and_times(args.seed, batch.ordinals, latents_of.shape, len(schedule))
+        return Tensor(latents_of(batch, args.seed)), text, Tensor(eps), Tensor(t)
+
+    # The loop
+    stream = map(inputs, batches)
+    result = ResultLog(run.output / "result.log", COLUMNS, first)
+    with tqdm(total=total, initial=first, unit="step") as bar:
+        for step in range(first, total):
+            began, lr = time.perf_counter(), rate(step)
+            outcome = train_step([next(stream) for _ in range(micro)], lr, step)
+            seconds = time.perf_counter() - began
+            x0_loss, eps_loss = (float(np.mean(extra)) for extra in outcome.extras)
+            result.write(
+                step=step + 1,
+                epoch=1 + step // steps_per_epoch,
+                loss=outcome.loss,
+                x0_loss=x0_loss,
+                eps_loss=eps_loss,
+                learning_rate=lr,
+                grad_norm=outcome.grad_norm,
+                seconds=seconds,
+            )
+            bar.set_postfix_str(f"loss {outcome.loss:.4f}, lr {lr:.2e}, {seconds:.2f} s", refresh=False)
+            bar.update()
+
+            done = step + 1
+            every = args.ckpt_save_interval * (1 if args.step_mode else steps_per_epoch)
+            if done % every == 0 or done == total:
+                name = f"sd-{done if args.step_mode else -(-done // steps_per_epoch)}{SUFFIXES[args.ckpt_format]}"
+                export(run.checkpoints / name, model, train_step.ema, config, args.ckpt_format)
+                written = [*(old for old in progress["written"] if old != name), name]
+                progress = {"step": done, "written": prune(run.checkpoints, written, args.ckpt_max_keep)}
+                save_state(run.checkpoints / RESUME_NAME, train_step, progress, settings)
+                loss_curve(run.output / "loss_curve.png", read_log(run.output / "result.log"))
+            interval = args.validation_interval or total
+            if args.validation_prompts and (done % interval == 0 or done == total):
+                validate(run.validation / f"{done:06}.png", model, train_step.ema, config, args)
+    if first >= total:
+        log.info("nothing to do: the run already has %d of %d steps", first, total)
+    log.info("checkpoints are in %s, the log is %s", run.checkpoints, run.output / "result.log")
+
+
+def run_settings(args: argparse.Namespace, config: ModelConfig) -> dict:
+    """What must be the same when a run is resumed, lest it silently become another one."""
+    names = ("train_batch_size", "gradient_accumulation_steps", "image_size", "seed", "optim", "use_ema", "ema_decay")
+    names += ("caption_dropout", "random_crop", "flip", "train_text_encoder", "loss_weighting", "snr_gamma")
+    return {"model": to_dict(config)["model"], **{name: getattr(args, name) for name in names}}
+
+
+def averaged(ema: Ema | None):
+    """Inside this context the network has the moving average, where there is one."""
+    return ema.applied() if ema else contextlib.nullcontext()
+
+
+def export(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, ckpt_format: str) -> None:
+    """The whole model as a checkpoint that says what it is."""
+    with averaged(ema):
+        checkpoint.save(path, model.tensors(), describe(config), ckpt_format)
+
+
+def validate(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, args) -> None:
+    """One picture per validation prompt, always from the same noise, side by side."""
+    make_folder(path.parent)
+    prompts = args.validation_prompts
+    settings = Settings(
+        get_sampler(args.validation_sampler),
+        args.validation_steps,
+        args.validation_scale,
+        *[args.image_size] * 2,
+        args.seed,
+    )
+    with averaged(ema):
+        pictures = [Pipeline(config, model).draw([p], [""], [i], settings)[0] for i, p in enumerate(prompts)]
+    save_png(grid(np.stack(pictures), 1 if len(pictures) < 5 else 2), path)
+    log.info("validation pictures: %s", path)
+
+
+if __name__ == "__main__":
+    runtime.run(main)
