@@ -24,7 +24,7 @@ from ldm.errors import UserError
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.options import Parser, read_options, str2bool
 from ldm.pictures import grid, make_folder, next_number, save_png
-from ldm.pipeline import Pipeline, Settings, check_size, read_checkpoint
+from ldm.pipeline import Pipeline, Settings, check_config, read_checkpoint
 from ldm.versions import VERSIONS, find_checkpoint
 
 log = logging.getLogger("text_to_image")
@@ -146,7 +146,7 @@ def main() -> None:
     pictures = plan(args)
     config = load_model_config(args.config or version.config)
     height, width = args.H or config.image_size, args.W or config.image_size
-    check_size(config, height, width)
+    check_config(config, height, width)
     path = args.ckpt_path or find_checkpoint(args.version)
     scale = version.guidance_scale if args.scale is None else args.scale
     settings = Settings(sampler, args.sampling_steps, scale, height, width, args.seed)

@@ -29,7 +29,7 @@ from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.options import Parser, read_options, str2bool
 from ldm.pictures import grid, make_folder, save_png, to_uint8
-from ldm.pipeline import check_size, describe
+from ldm.pipeline import check_config, describe
 from ldm.randomness import generator
 from ldm.train.ema import Ema
 from ldm.train.learning_rate import SCHEDULES, LearningRate
@@ -128,7 +128,7 @@ def main() -> None:
     args = read_options(build_parser())
     config = load_model_config(args.model_config)
     args.image_size = args.image_size or config.image_size
-    check_size(config, args.image_size)
+    check_config(config, args.image_size)
     rate = LearningRate(
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, 0, args.steps
     )
@@ -169,13 +169,13 @@ def main() -> None:
             result.write(
                 step=step + 1,
                 loss=outcome.loss,
-                psnr=psnr(squared.mean()),
-                kl=float(kl),
+                psnr=psnr(squared),
+                kl=kl,
                 learning_rate=lr,
                 grad_norm=outcome.grad_norm,
                 seconds=time.perf_counter() - began,
             )
-            bar.set_postfix_str(f"loss {outcome.loss:.4f}, PSNR {psnr(squared.mean()):.2f} dB", refresh=False)
+            bar.set_postfix_str(f"loss {outcome.loss:.4f}, PSNR {psnr(squared):.2f} dB", refresh=False)
             bar.update()
             if (step + 1) % args.save_interval == 0 or step + 1 == args.steps:
                 with train_step.ema.applied():

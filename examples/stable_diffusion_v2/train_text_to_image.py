@@ -39,7 +39,7 @@ from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import TEXT, UNET, VAE, StableDiffusion
 from ldm.options import Parser, read_options, str2bool
 from ldm.pictures import grid, make_folder, save_png
-from ldm.pipeline import Pipeline, Settings, check_size, describe, read_checkpoint
+from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
 from ldm.train.ema import Ema
 from ldm.train.inputs import Latents, TextFeatures, noise_and_times
 from ldm.train.learning_rate import LearningRate
@@ -138,8 +138,7 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     for option in ("train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval"):
         if getattr(args, option) < 1:
             raise UserError(f"{option} is {getattr(args, option)}; it must be at least 1")
-    check_size(config, args.image_size)
-    build_schedule(config.schedule).check(get_prediction(config.prediction_type))
+    check_config(config, args.image_size)
     if not args.pretrained_model_path:
         raise UserError("no pretrained_model_path: give a checkpoint; unet_initialize_random alone still needs its VAE")
     if args.train_text_encoder and args.text_encoder_initialize_random is False and args.unet_initialize_random:
@@ -241,7 +240,7 @@ def main() -> None:
             began, lr = time.perf_counter(), rate(step)
             outcome = train_step([next(stream) for _ in range(micro)], lr, step)
             seconds = time.perf_counter() - began
-            x0_loss, eps_loss = (float(np.mean(extra)) for extra in outcome.extras)
+            x0_loss, eps_loss = outcome.extras
             result.write(
                 step=step + 1,
                 epoch=1 + step // steps_per_epoch,

@@ -62,8 +62,14 @@ def describe(config: ModelConfig) -> dict[str, str]:
     }
 
 
-def check_size(config: ModelConfig, *sides: int) -> None:
-    """UserError where a picture's side does not divide into latents and their levels in the UNet."""
+def check_config(config: ModelConfig, *sides: int) -> None:
+    """What can be known of a config before any network is built.
+
+    Raises:
+        UserError: unknown prediction type or schedule, or two that do not go together; a side in pixels that does not
+            divide into latents and their levels in the UNet.
+    """
+    build_schedule(config.schedule).check(get_prediction(config.prediction_type))
     step = config.vae.factor * config.unet.factor
     for side in sides:
         if side < step or side % step:

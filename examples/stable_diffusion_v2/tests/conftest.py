@@ -1,9 +1,11 @@
-"""The environment of every test: quiet MindSpore on a CPU, in graph mode as users run it."""
+"""The environment of every test: MindSpore on a CPU in graph mode, in the folder that the commands are run from."""
 
 import os
+from pathlib import Path
 
-os.environ.setdefault("GLOG_v", "3")
+from ldm import runtime
 
 
 def pytest_configure(config):
-    os.chdir(config.rootpath / "examples/stable_diffusion_v2")  # the folder that the commands are run from
+    runtime.start("CPU")
+    os.chdir(Path(__file__).parents[1])

@@ -11,10 +11,21 @@ from mindspore import Parameter, Tensor, nn, ops
 from ldm import kernels
 from ldm.randomness import generator
 
+ALIGNMENT = 16  # bytes; what NumPy gives its own arrays, so that oneDNN and the CPU kernels never see less
+
 
 def parameter(*shape: int, value: float = 0.0) -> Parameter:
-    """A float32 parameter of that shape, filled with `value`."""
-    return Parameter(Tensor(np.full(shape, value, np.float32)))
+    """A float32 parameter of that shape, filled with `value`; zeros take no memory until they are written."""
+    array = np.full(shape, value, np.float32) if value else np.zeros(shape, np.float32)
+    return Parameter(Tensor.from_numpy(array))
+
+
+def fill(target: Parameter, array: np.ndarray) -> None:
+    """Give a parameter the values of `array`, whose memory it shares from then on where its alignment allows."""
+    array = np.ascontiguousarray(array, np.float32)
+    if array.ctypes.data % ALIGNMENT:
+        array = array.copy()
+    target.set_data(Tensor.from_numpy(array))
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Tensor:

@@ -7,6 +7,7 @@ from mindspore import Tensor, nn
 
 from ldm import checkpoint
 from ldm.models.clip import VARIANTS, Under
+from ldm.models.layers import fill
 from ldm.models.unet import UNet
 from ldm.models.vae import AutoencoderKL, VAEEncode
 from ldm.text.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ class StableDiffusion(nn.Cell):
         fitting = checkpoint.match(tensors, self.shapes(), path, prefixes)
         for name, parameter in self.parameters_and_names():
             if name in fitting:
-                parameter.set_data(Tensor(np.ascontiguousarray(fitting[name], np.float32)))
+                fill(parameter, fitting[name])
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every parameter by name, float32."""

@@ -1,0 +1,360 @@
+"""The scripts as a user runs them, on a model of a few hundred thousand parameters and twelve real pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import text_to_image
+import train_autoencoder
+import train_text_to_image
+from PIL import Image
+
+from ldm import checkpoint, runtime
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, save_model_config
+from ldm.models.layers import initialize
+from ldm.models.stable_diffusion import StableDiffusion
+from ldm.pipeline import describe
+from ldm.randomness import generator
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ModelConfig(
+    prediction_type="v",
+    image_size=32,
+    unet=UNetConfig(
+        model_channels=32,
+        num_res_blocks=1,
+        channel_mult=(1, 2),
+        attention_resolutions=(2,),
+        num_head_channels=32,
+        context_dim=32,
+    ),
+    vae=VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1),
+    text=TextConfig(vocab_size=1024, width=32, layers=1, heads=2),
+)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """A folder with model.yaml, eps.yaml, base.safetensors (random weights) and data/."""
+    folder = tmp_path_factory.mktemp("scripts")
+    save_model_config(CONFIG, folder / "model.yaml")
+    save_model_config(replace(CONFIG, prediction_type="eps"), folder / "eps.yaml")
+    runtime.start("CPU")
+    model = StableDiffusion(CONFIG)
+    initialize(model, 0)
+    tensors = model.tensors()
+    for name, array in tensors.items():  # layers that start at zero would hide the prompt
+        if name.startswith("model.") and not array.any():
+            tensors[name] = generator(1, name).normal(0, 0.1, array.shape).astype(np.float32)
+    checkpoint.save(folder / "base.safetensors", tensors, describe(CONFIG), "safetensors")
+    source = ROOT / "datasets/emoji/openmoji/test"
+    (folder / "data").mkdir()
+    lines = (source / "img_txt.csv").read_text(encoding="utf-8").splitlines()[:13]
+    (folder / "data" / "img_txt.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for line in lines[1:]:
+        shutil.copy(source / line.split(",")[0], folder / "data")
+    return folder
+
+
+def run(script: str, *words) -> subprocess.CompletedProcess:
+    """The script in a process of its own; it must succeed."""
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def training(place: Path, output: Path, *more) -> list[str]:
+    words = ["--model_config", place / "model.yaml", "--pretrained_model_path", place / "base.safetensors"]
+    words += ["--data_path", place / "data", "--output_path", output, "--train_batch_size", 3, "--warmup_steps", 2]
+    words += ["--start_learning_rate", 1e-3, "--use_ema", True, "--clip_grad", True, "--caption_dropout", 0.2]
+    return list(map(str, [*words, *more]))
+
+
+def sampling(place: Path, output: Path, *more) -> list[str]:
+    words = ["--config", place / "model.yaml", "--ckpt_path", place / "base.safetensors", "--output_path", output]
+    return list(map(str, [*words, "--sampling_steps", 3, *more]))
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    return checkpoint.formats.read(path)[0]
+
+
+# ---- what they do ----
+
+
+@pytest.fixture(scope="session")
+def trained(place) -> Path:
+    """20 steps in one go: checkpoints every 5 steps, the last 2 kept."""
+    output = place / "trained"
+    interval = ["--step_mode", True, "--ckpt_save_interval", 5, "--ckpt_max_keep", 2, "--train_steps", 20]
+    prompts = ["--validation_prompts", "a cat", "a red apple", "--validation_interval", 10, "--validation_steps", 2]
+    run("train_text_to_image.py", *training(place, output, *interval, *prompts))
+    return output
+
+
+def test_training_leaves_what_it_promises(trained, place):
+    ckpts = trained / "ckpt" / "rank_0"
+    assert sorted(path.name for path in ckpts.iterdir()) == ["sd-15.ckpt", "sd-20.ckpt", "train_resume.safetensors"]
+    assert sorted(path.name for path in (trained / "validation").iterdir()) == ["000010.png", "000020.png"]
+    assert (trained / "model_config.yaml").read_text() == (place / "model.yaml").read_text()
+    assert "start_learning_rate: 0.001" in (trained / "args.yaml").read_text()
+    assert Image.open(trained / "loss_curve.png").size[0] > 500
+    header, *rows = (trained / "result.log").read_text().splitlines()
+    assert header.split("\t")[:3] == ["step", "epoch", "loss"] and len(rows) == 20
+    assert [row.split("\t")[1] for row in rows[:5]] == ["1", "1", "1", "1", "2"]  # 12 pictures, batches of 3
+    ckpt = checkpoint.load(ckpts / "sd-20.ckpt")
+    assert ckpt.format == "mindspore" and ckpt.meta["prediction_type"] == "v"
+
+
+def test_training_moves_the_unet_and_nothing_else(trained, place):
+    before = checkpoint.load(place / "base.safetensors").tensors
+    after = checkpoint.load(trained / "ckpt/rank_0/sd-20.ckpt").tensors
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved and all(name.startswith("model.diffusion_model.") for name in moved)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(trained, place):
+    """20 steps in one go against 10, kill -9, and the rest: weights, EMA, optimizer state and exported model."""
+    output = place / "killed"
+    words = training(place, output, "--step_mode", True, "--ckpt_save_interval", 10, "--train_steps", 20)
+    command = [sys.executable, str(ROOT / "train_text_to_image.py"), *words]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    state = output / "ckpt/rank_0/train_resume.safetensors"
+    deadline = time.monotonic() + 240
+    while not state.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert json.loads(checkpoint.formats.read(state)[1]["train_state"])["progress"]["step"] == 10
+    run("train_text_to_image.py", *words, "--resume", True)
+
+    straight, resumed = tensors(trained / "ckpt/rank_0" / state.name), tensors(state)
+    assert straight.keys() == resumed.keys()
+    assert {name.split(".")[0] for name in straight} == {"model", "ema", "adam_m", "adam_v"}
+    different = [name for name in straight if not np.array_equal(straight[name], resumed[name])]
+    assert not different
+    exported = (tensors(folder / "ckpt/rank_0/sd-20.ckpt") for folder in (trained, output))
+    one, other = exported
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert len((output / "result.log").read_text().splitlines()) == 21
+
+
+def test_epochs_accumulation_text_encoder_and_safetensors(place):
+    output = place / "epochs"
+    more = ["--epochs", 2, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--train_text_encoder", True]
+    run("train_text_to_image.py", *training(place, output, *more, "--ckpt_format", "safetensors", "--optim", "sgd"))
+    names = sorted(path.name for path in (output / "ckpt/rank_0").iterdir())
+    assert names == ["sd-1.safetensors", "sd-2.safetensors", "train_resume.safetensors"]
+    before = checkpoint.load(place / "base.safetensors").tensors
+    after = checkpoint.load(output / "ckpt/rank_0/sd-2.safetensors").tensors
+    moved = {name.split(".")[0] for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {"model", "cond_stage_model"}
+
+
+def test_pictures_are_numbered_on_and_say_how_they_were_made(trained, place):
+    output = place / "drawn"
+    words = sampling(place, output, "--prompt", "a cat", "--n_iter", 2, "--n_samples", 2)
+    words[words.index(str(place / "base.safetensors"))] = str(trained / "ckpt/rank_0/sd-20.ckpt")
+    for _ in range(2):
+        run("text_to_image.py", *words)
+    names = sorted(path.name for path in (output / "samples").iterdir())
+    assert names == [f"{i:05}.png" for i in range(8)]
+    assert sorted(path.name for path in output.glob("grid-*.png")) == ["grid-00000.png", "grid-00004.png"]
+    first, again = (Image.open(output / "samples" / names[i]) for i in (0, 4))
+    assert first.size == (32, 32) and np.array_equal(first, again)
+    facts = json.loads(first.text["parameters"])
+    assert facts["prompt"] == "a cat" and facts["sampler"] == "dpm_solver_pp" and facts["seed"] == 42
+
+
+@pytest.mark.parametrize("sampler", [["--ddpm"], ["--sampler", "dpm_solver"]])
+def test_a_picture_does_not_depend_on_its_batch(place, tmp_path, monkeypatch, sampler):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n\nan apple\n")
+    drawn = []
+    for batch_size in (1, 4):
+        output = tmp_path / str(batch_size)
+        words = ["--data_path", tmp_path / "prompts.txt", "--n_iter", 1, "--n_samples", 2, "--batch_size", batch_size]
+        call(monkeypatch, text_to_image, sampling(place, output, *words, "--negative_prompt", "blue", *sampler))
+        drawn.append([np.asarray(Image.open(path), int) for path in sorted((output / "samples").iterdir())])
+    assert len(drawn[0]) == len(drawn[1]) == 6
+    assert max(np.abs(one - other).max() for one, other in zip(*drawn)) <= 1
+    assert min(np.abs(drawn[0][0] - other).max() for other in drawn[0][1:]) > 10
+
+
+def test_the_negative_prompt_reaches_every_line(place, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    drawn = []
+    for negative in ("", "blue"):
+        output = tmp_path / f"negative {negative}"
+        words = ["--data_path", tmp_path / "prompts.txt", "--n_iter", 1, "--n_samples", 1]
+        words += ["--negative_prompt", negative]
+        call(monkeypatch, text_to_image, sampling(place, output, *words))
+        drawn.append([np.asarray(Image.open(path)) for path in sorted((output / "samples").iterdir())])
+    assert all(not np.array_equal(without, with_it) for without, with_it in zip(*drawn))
+
+
+def test_the_autoencoder_learns_and_resumes(place, monkeypatch):
+    output = place / "vae"
+    words = ["--model_config", place / "model.yaml", "--data_path", place / "data", "--output_path", output]
+    words += ["--train_batch_size", 4, "--save_interval", 6, "--warmup_steps", 2, "--start_learning_rate", 3e-3]
+    call(monkeypatch, train_autoencoder, [*words, "--steps", 12])
+    rows = [line.split("\t") for line in (output / "result.log").read_text().splitlines()]
+    psnr = [float(row[rows[0].index("psnr")]) for row in rows[1:]]
+    assert len(psnr) == 12 and np.mean(psnr[-3:]) > np.mean(psnr[:3]) + 1
+    ckpt = checkpoint.load(output / "vae.safetensors")
+    assert all(name.startswith("first_stage_model.") for name in ckpt.tensors)
+    assert f"scale_factor: {ckpt.meta['scale_factor']}" in (output / "model_config.yaml").read_text()
+    assert Image.open(output / "reconstructions.png").size[0] > 8 * 32
+    call(monkeypatch, train_autoencoder, [*words, "--steps", 12, "--resume", True])  # nothing is left to do
+
+
+# ---- what they refuse ----
+
+
+def call(monkeypatch, script, words) -> None:
+    """The script's main in this process."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
+    runtime.run(script.main)
+
+
+def refusal(monkeypatch, capsys, script, words) -> str:
+    """The one line that a script leaves with."""
+    with pytest.raises(SystemExit) as caught:
+        call(monkeypatch, script, words)
+    assert caught.value.code not in (0, None)
+    line = capsys.readouterr().err.strip() if isinstance(caught.value.code, int) else caught.value.code
+    assert line.startswith("error: ") and "\n" not in line
+    return line
+
+
+@pytest.fixture
+def broken(place, tmp_path) -> Path:
+    """A copy of the data, to be broken."""
+    shutil.copytree(place / "data", tmp_path / "data")
+    return tmp_path / "data"
+
+
+def refused_training(monkeypatch, capsys, place, tmp_path, *more) -> str:
+    line = refusal(monkeypatch, capsys, train_text_to_image, training(place, tmp_path / "out", *more))
+    assert not list(tmp_path.glob("out/**/*.ckpt"))
+    return line
+
+
+def test_data_that_cannot_be_trained_on(monkeypatch, capsys, place, tmp_path, broken):
+    def complaint(*more):
+        return refused_training(monkeypatch, capsys, place, tmp_path, "--data_path", broken, *more)
+
+    table = broken / "img_txt.csv"
+    original = table.read_text()
+    table.write_text(original + "../secret.png,outside\n")
+    (broken.parent / "secret.png").write_bytes(next(broken.glob("*.png")).read_bytes())
+    assert "lies outside the data folder" in complaint()
+    table.write_text(original + "nothing.png,missing\n")
+    assert "line 14" in complaint() and "nothing.png" in complaint()
+    table.write_text(original.replace("dir,text", "file,caption"))
+    assert "column" in complaint()
+    table.write_text(original)
+    picture = broken / original.splitlines()[3].split(",")[0]
+    picture.write_bytes(picture.read_bytes()[:200])
+    assert picture.name in complaint() and "--on_bad_image skip" in complaint()
+    table.unlink()
+    assert "img_txt.csv" in complaint()
+    assert "does not exist" in refused_training(monkeypatch, capsys, place, tmp_path, "--data_path", tmp_path / "no")
+
+
+def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_path):
+    picture = next(iter(broken.glob("*.png")))
+    picture.write_bytes(picture.read_bytes()[:200])
+    more = ["--data_path", broken, "--on_bad_image", "skip", "--train_steps", 1]
+    with caplog.at_level("INFO"):
+        call(monkeypatch, train_text_to_image, training(place, tmp_path / "out", *more))
+    assert "11 captioned pictures" in caplog.text and "1 unreadable skipped" in caplog.text
+    assert (tmp_path / "out/ckpt/rank_0/sd-1.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--image_size", 33], ["33", "not divisible by 4", "32"]),
+        (["--pretrained_model_path", "nowhere.ckpt"], ["nowhere.ckpt does not exist"]),
+        (["--model_config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
+        (["--model_config", "configs/tiny-vpred.yaml"], ["does not fit this model", "wrong shape", "time_embed"]),
+        (["--scheduler", "cosin"], ["cosin", "cosine"]),
+        (["--optim", "lion"], ["lion", "adamw"]),
+        (["--start_learing_rate", 1], ["--start_learing_rate", "--start_learning_rate"]),
+        (["--train_batch_size", 0], ["train_batch_size is 0"]),
+        (["--resume", True], ["cannot resume", "does not exist"]),
+        (["--output_path", "{place}/model.yaml/below"], ["cannot write to", "--output_path"]),
+    ],
+)
+def test_training_that_cannot_work(monkeypatch, capsys, place, tmp_path, more, words):
+    more = [str(word).replace("{place}", str(place)) for word in more]
+    line = refused_training(monkeypatch, capsys, place, tmp_path, *more)
+    assert all(word in line for word in words), line
+
+
+def test_a_run_with_other_settings_is_not_resumed(monkeypatch, capsys, place, trained, tmp_path):
+    state = trained / "ckpt/rank_0/train_resume.safetensors"
+    line = refused_training(monkeypatch, capsys, place, tmp_path, "--resume", state, "--train_batch_size", 4)
+    assert "train_batch_size was 3 and is now 4" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--sampler", "euler"], ["euler", "dpm_solver_pp"]),
+        (["--ddim", "--dpm_solver"], ["more than one sampler", "ddim, dpm_solver"]),
+        (["--plms"], ["--plms is not available", "dpm_solver_pp"]),
+        (["--W", 30], ["30", "not divisible by 4"]),
+        (["--sampling_steps", 1001], ["1001", "1000"]),
+        (["--n_samples", 0], ["n_samples", "at least 1"]),
+        (["--data_path", "/dev/null"], ["/dev/null is empty"]),
+        (["--data_path", "no.txt"], ["cannot read the prompt file no.txt"]),
+        (["--ckpt_path", "no.ckpt"], ["no.ckpt does not exist"]),
+        (["--ckpt_path", "{place}/cut.safetensors"], ["cut.safetensors", "truncated"]),
+        (["--config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
+        (["--config", "{place}/typo.yaml"], ["typo.yaml", "model.unet.model_chanels", "model.unet.model_channels"]),
+        (["--config", "{place}/type.yaml"], ["unknown prediction type 'velo'", "eps, x0, v"]),
+        (["--output_path", "{place}/model.yaml"], ["cannot write to", "--output_path"]),
+    ],
+)
+def test_sampling_that_cannot_work(monkeypatch, capsys, place, tmp_path, more, words):
+    text = (place / "model.yaml").read_text()
+    (place / "typo.yaml").write_text(text.replace("model_channels", "model_chanels"))
+    (place / "type.yaml").write_text(text.replace("prediction_type: v", "prediction_type: velo"))
+    (place / "cut.safetensors").write_bytes((place / "base.safetensors").read_bytes()[:100_000])
+    more = [str(word).replace("{place}", str(place)) for word in more]
+    line = refusal(monkeypatch, capsys, text_to_image, sampling(place, tmp_path / "out", *more))
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.glob("out/samples/*"))
+
+
+def test_a_full_disk_costs_no_checkpoint(place, trained, tmp_path):
+    """The process may write files of 200 kB at most, which the kernel answers like a full disk."""
+    output = tmp_path / "out"
+    shutil.copytree(trained, output)
+    state = output / "ckpt/rank_0/train_resume.safetensors"
+    before = state.read_bytes()
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+    limit += "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = training(place, output, "--step_mode", True, "--ckpt_save_interval", 5, "--ckpt_max_keep", 2)
+    words += ["--train_steps", "25", "--resume", "True"]
+    command = [sys.executable, "-c", limit, str(ROOT / "train_text_to_image.py"), *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "error: cannot write" in done.stderr.splitlines()[-1] and "sd-25.ckpt" in done.stderr.splitlines()[-1]
+    assert state.read_bytes() == before and not list(output.glob("**/*.partial"))
+    assert {"sd-15.ckpt", "sd-20.ckpt"} <= {path.name for path in state.parent.iterdir()}
