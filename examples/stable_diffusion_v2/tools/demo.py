@@ -1,0 +1,75 @@
+"""The main job in small: fine-tune the embedded model to a style it has never seen, and draw before and after.
+
+    python tools/demo.py [--output_path output/demo] [option of train_text_to_image.py ...]
+
+It runs the project's own commands and prints them. What it leaves: OUTPUT/before_after.png, with the real picture, the
+picture before and after the fine-tuning, and the caption, of concepts that were held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+
+from ldm.data.captions import read_captions  # noqa: E402
+from ldm.data.images import load_image  # noqa: E402
+from ldm.pictures import captioned_rows, save_png  # noqa: E402
+
+CONFIG = "configs/train/train_config_tiny_openmoji_vpred.yaml"
+TEST = HERE / "datasets/emoji/openmoji/test"
+SHOWN = ("banana", "tomato", "cactus", "mouse-face", "house", "broken-heart", "tropical-fish", "neutral-face")
+
+
+def run(*words: str) -> None:
+    print(f"\n$ python {shlex.join(words)}", flush=True)
+    if subprocess.run([sys.executable, *words], cwd=HERE).returncode:
+        sys.exit(f"error: {words[0]} failed; its message is above")
+
+
+def draw(checkpoint: str, prompts: Path, output: Path) -> np.ndarray:
+    """One picture per prompt, uint8 [N, H, W, 3]."""
+    first = len(list((output / "samples").glob("*.png")))
+    words = f"--version tiny --n_iter 1 --n_samples 1 --batch_size {len(SHOWN)} --seed 1".split()
+    run(
+        "text_to_image.py", *words, "--ckpt_path", checkpoint, "--data_path", str(prompts), "--output_path", str(output)
+    )
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((output / "samples").glob("*.png"))[first:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_path", default="output/demo")
+    args, train_options = parser.parse_known_args()
+    output = (HERE / args.output_path).resolve()
+    began = time.monotonic()
+
+    samples = {Path(sample.path).stem: sample for sample in read_captions(TEST)}
+    chosen = [samples[name] for name in SHOWN]
+    output.mkdir(parents=True, exist_ok=True)
+    prompts = output / "prompts.txt"
+    prompts.write_text("".join(f"{sample.text}\n" for sample in chosen), encoding="utf-8")
+
+    before = draw("models/tiny-vpred.safetensors", prompts, output / "before")
+    run("train_text_to_image.py", "--train_config", CONFIG, "--output_path", str(output / "train"), *train_options)
+    newest = max((output / "train/ckpt/rank_0").glob("sd-*.safetensors"), key=lambda path: path.stat().st_mtime)
+    after = draw(str(newest), prompts, output / "after")
+
+    real = np.stack([load_image(sample.path, before.shape[1]) for sample in chosen])
+    columns = {"real": real, "before": before, "after": after}
+    picture = output / "before_after.png"
+    save_png(captioned_rows(columns, [sample.text for sample in chosen], scale=2), picture)
+    print(f"\nBefore and after, side by side: {picture}   ({time.monotonic() - began:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()
