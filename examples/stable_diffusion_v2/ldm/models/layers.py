@@ -67,12 +67,13 @@ class Conv2d(nn.Cell):
         self.zero = zero
         pad = kernel // 2 if padding is None else padding
         self.conv = ops.Conv2D(outputs, kernel, pad_mode="pad", pad=pad, stride=stride)
+        self.bias_add = ops.BiasAdd()  # its gradient is three times faster than that of a broadcast addition
 
     def construct(self, x):
-        return self.shifted(x, self.bias.reshape(1, -1, 1, 1))
+        return self.bias_add(self.conv(x, self.weight), self.bias)
 
     def shifted(self, x, shift):
-        """The convolution with `shift` [1 or B, out, 1, 1] in the place of the bias."""
+        """The convolution with `shift` [B, out, 1, 1] in the place of the bias."""
         return self.conv(x, self.weight) + shift
 
     def reset(self, rng: np.random.Generator) -> None:

@@ -98,7 +98,7 @@ class ConvIn(Conv2d):
     """A convolution as a stage's layer."""
 
     def construct(self, h, emb, context):
-        return self.shifted(h, self.bias.reshape(1, -1, 1, 1))
+        return self.bias_add(self.conv(h, self.weight), self.bias)
 
 
 class ResBlock(nn.Cell):
