@@ -115,12 +115,10 @@ def latent_scale(model: StableDiffusion, data: CaptionedImages, batch_size: int)
     return float(model.scale_factor / np.sqrt(np.mean(squares)))
 
 
-def export(run: Path, model: StableDiffusion, ema: Ema, config: ModelConfig, scale_factor: float) -> None:
-    """The autoencoder's averaged weights, the config with their scale factor, and a sheet of reconstructions."""
+def export(run: Path, ema: Ema, config: ModelConfig, scale_factor: float) -> None:
+    """The autoencoder's averaged weights, and the config with their scale factor."""
     config = replace(config, scale_factor=scale_factor)
-    with ema.applied():
-        weights = {name: array for name, array in model.tensors().items() if name.startswith(VAE)}
-        checkpoint.save(run / "vae.safetensors", weights, describe(config), "safetensors")
+    checkpoint.save(run / "vae.safetensors", ema.tensors(), describe(config), "safetensors")
     save_model_config(config, run / "model_config.yaml")
 
 
@@ -181,7 +179,7 @@ def main() -> None:
                 with train_step.ema.applied():
                     scale_factor = latent_scale(model, data, args.train_batch_size)
                     decoded = model.decode(model.encode_images(shown)[0])
-                export(run, model, train_step.ema, config, scale_factor)
+                export(run, train_step.ema, config, scale_factor)
                 save_png(grid(to_uint8(np.concatenate([shown, decoded])), rows=2), run / "reconstructions.png")
                 save_state(run / RESUME_NAME, train_step, {"step": step + 1}, settings)
                 loss_curve(run / "loss_curve.png", read_log(run / "result.log"))

@@ -50,6 +50,7 @@ from ldm.train.step import LossScale, TrainStep
 from ldm.yaml_file import save_yaml
 
 log = logging.getLogger("train_text_to_image")
+LORA_OPTIONS = ("lora_ft_unet", "lora_ft_text_encoder", "lora_rank", "lora_fp16", "lora_scale")
 COLUMNS = ("step", "epoch", "loss", "x0_loss", "eps_loss", "learning_rate", "grad_norm", "seconds")
 SUFFIXES = {"mindspore": ".ckpt", "safetensors": ".safetensors"}
 
@@ -116,7 +117,7 @@ def build_parser() -> Parser:
     add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
     add("--use_parallel", type=str2bool, default=False, help=argparse.SUPPRESS)
     add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
-    parser.ignore(IGNORED_TRAIN_OPTIONS)
+    parser.ignore({**IGNORED_TRAIN_OPTIONS, **dict.fromkeys(LORA_OPTIONS, "it belongs to use_lora")})
     return parser
 
 
@@ -141,8 +142,6 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     check_config(config, args.image_size)
     if not args.pretrained_model_path:
         raise UserError("no pretrained_model_path: give a checkpoint; unet_initialize_random alone still needs its VAE")
-    if args.train_text_encoder and args.text_encoder_initialize_random is False and args.unet_initialize_random:
-        log.warning("the UNet starts from random weights and the text encoder, which is trained, from the checkpoint")
 
 
 def build_model(args: argparse.Namespace, config: ModelConfig) -> StableDiffusion:
@@ -278,15 +277,10 @@ def run_settings(args: argparse.Namespace, config: ModelConfig) -> dict:
     return {"model": to_dict(config)["model"], **{name: getattr(args, name) for name in names}}
 
 
-def averaged(ema: Ema | None):
-    """Inside this context the network has the moving average, where there is one."""
-    return ema.applied() if ema else contextlib.nullcontext()
-
-
 def export(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, ckpt_format: str) -> None:
-    """The whole model as a checkpoint that says what it is."""
-    with averaged(ema):
-        checkpoint.save(path, model.tensors(), describe(config), ckpt_format)
+    """The whole model, averaged where there is an average, as a checkpoint that says what it is."""
+    average = ema.tensors() if ema else {}
+    checkpoint.save(path, {**model.tensors(), **average}, describe(config), ckpt_format)
 
 
 def validate(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, args) -> None:
@@ -300,8 +294,9 @@ def validate(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelC
         *[args.image_size] * 2,
         args.seed,
     )
-    with averaged(ema):
-        pictures = [Pipeline(config, model).draw([p], [""], [i], settings)[0] for i, p in enumerate(prompts)]
+    with ema.applied() if ema else contextlib.nullcontext():
+        pipeline = Pipeline(config, model)
+        pictures = [pipeline.draw([prompt], [""], [i], settings)[0] for i, prompt in enumerate(prompts)]
     save_png(grid(np.stack(pictures), 1 if len(pictures) < 5 else 2), path)
     log.info("validation pictures: %s", path)
 

@@ -178,6 +178,8 @@ IGNORED_TRAIN_OPTIONS = {
     "dataset_sink_mode": "the training loop runs on the host",
     "enable_flash_attention": "the device decides",
     "max_device_memory": "MindSpore decides",
+    "log_level": "progress and warnings always show",
+    "loss_scale_factor": "the loss scale is doubled and halved",
     "drop_overflow_update": "a step that overflows is never applied",
     "loss_scaler_type": "the loss scale is dynamic",
 }

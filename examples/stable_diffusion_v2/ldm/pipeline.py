@@ -136,5 +136,5 @@ class Pipeline:
         """Features [B, L, D], float32; each prompt is encoded once in a run."""
         for prompt in prompts:
             if prompt not in self.features:
-                self.features[prompt] = self.model.encode_prompts([prompt]).asnumpy()[0]
+                self.features[prompt] = self.model.encode_prompts([prompt])[0]
         return np.stack([self.features[prompt] for prompt in prompts])

@@ -192,6 +192,16 @@ def test_a_picture_does_not_depend_on_its_batch(place, tmp_path, monkeypatch, sa
     assert min(np.abs(drawn[0][0] - other).max() for other in drawn[0][1:]) > 10
 
 
+def test_half_precision_draws_nearly_the_same(place, tmp_path, monkeypatch):
+    drawn = []
+    for dtype in ("float32", "float16"):
+        output = tmp_path / dtype
+        call(monkeypatch, text_to_image, sampling(place, output, "--n_iter", 1, "--n_samples", 2, "--dtype", dtype))
+        drawn.append(np.stack([np.asarray(Image.open(path), int) for path in sorted((output / "samples").iterdir())]))
+    difference = np.abs(drawn[0] - drawn[1])
+    assert 0 < difference.max() <= 12 and difference.mean() < 1
+
+
 def test_the_negative_prompt_reaches_every_line(place, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     drawn = []

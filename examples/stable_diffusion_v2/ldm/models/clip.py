@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm import kernels
-from ldm.models.layers import Embedding, Heads, LayerNorm, Linear, normal, parameter
+from ldm.models.layers import Embedding, Heads, LayerNorm, Linear, MatMul, normal, parameter
 
 
 def causal_mask(length: int) -> Tensor:
@@ -61,19 +61,15 @@ class OpenCLIPBlock(nn.Cell):
 class MergedAttention(nn.Cell):
     """Self-attention whose three projections are one parameter, as in PyTorch's MultiheadAttention."""
 
-    multiplies = True
-
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.in_proj_weight, self.in_proj_bias = parameter(3 * width, width), parameter(3 * width)
         self.out_proj = Linear(width, width)
         self.heads = Heads(heads)
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.matmul = MatMul()
 
     def construct(self, x, mask):
-        b, n, c = x.shape
-        qkv = self.matmul(x.reshape(b * n, c), self.in_proj_weight) + self.in_proj_bias
-        q, k, v = ops.split(qkv.reshape(b, n, 3 * c), c, -1)
+        q, k, v = ops.split(self.matmul(x, self.in_proj_weight) + self.in_proj_bias, x.shape[-1], -1)  # [B, N, C]
         return self.out_proj(self.heads(q, k, v, mask))
 
     def reset(self, rng: np.random.Generator) -> None:

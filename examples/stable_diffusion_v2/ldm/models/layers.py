@@ -55,6 +55,19 @@ class Linear(nn.Cell):
         reset_uniform(self, self.weight.shape[1], rng)
 
 
+class MatMul(nn.Cell):
+    """x Wᵀ with a weight [out, in] that is given with x [..., in]."""
+
+    multiplies = True
+
+    def __init__(self):
+        super().__init__()
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x, weight):
+        return self.matmul(x.reshape(-1, x.shape[-1]), weight).reshape(x.shape[:-1] + (-1,))
+
+
 class Conv2d(nn.Cell):
     """2-D convolution; x [B, in, H, W], weight [out, in, k, k]; `padding`: a number or (top, bottom, left, right)."""
 

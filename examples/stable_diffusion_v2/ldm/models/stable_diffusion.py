@@ -47,9 +47,9 @@ class StableDiffusion(nn.Cell):
         """[C, H / f, W / f] for a picture's height and width in pixels."""
         return self.channels, height // self.factor, width // self.factor
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Features of the prompts, [B, context_length, width]."""
-        return self.text_encoder(Tensor(self.tokenizer.encode(prompts)))
+    def encode_prompts(self, prompts: list[str]) -> np.ndarray:
+        """Features of the prompts, float32 [B, context_length, width]."""
+        return self.text_encoder(Tensor(self.tokenizer.encode(prompts))).asnumpy().astype(np.float32)
 
     def encode_images(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the scaled latents' Gaussian, each [B, C, H / f, W / f].
@@ -57,12 +57,12 @@ class StableDiffusion(nn.Cell):
         Args:
             images: float32 [B, 3, H, W] in [-1, 1].
         """
-        mean, log_var = (part.asnumpy() for part in self.parts[3](Tensor(images)))
+        mean, log_var = (part.asnumpy().astype(np.float32) for part in self.parts[3](Tensor(images)))
         return mean * self.scale_factor, np.exp(log_var / 2) * self.scale_factor
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Pictures, float32 [B, 3, H, W] about [-1, 1], of scaled latents [B, C, H / f, W / f]."""
-        return self.vae(Tensor((latents / self.scale_factor).astype(np.float32))).asnumpy()
+        return self.vae(Tensor((latents / self.scale_factor).astype(np.float32))).asnumpy().astype(np.float32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's name and shape."""

@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm import kernels
-from ldm.models.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear
+from ldm.models.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear, MatMul
 
 
 class UNet(nn.Cell):
@@ -210,13 +210,11 @@ class SelfAttention(CrossAttention):
 
     def __init__(self, channels: int, heads: int):
         super().__init__(channels, heads, channels)
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.matmul = MatMul()
 
     def construct(self, x):
-        b, n, c = x.shape
         weight = ops.concat((self.to_q.weight, self.to_k.weight, self.to_v.weight), 0)  # [3C, C]
-        qkv = self.matmul(x.reshape(b * n, c), weight).reshape(b, n, 3 * c)
-        q, k, v = ops.split(qkv, c, -1)
+        q, k, v = ops.split(self.matmul(x, weight), x.shape[-1], -1)  # [B, N, C] each
         return self.to_out[0](self.heads(q, k, v))
 
 

@@ -72,14 +72,14 @@ class TextFeatures:
     """Features of captions by the frozen text encoder, float32 [B, L, D], the ones used last held in memory."""
 
     def __init__(self, model: StableDiffusion, captions: list[str], batch_size: int, cache: bool):
-        self.model, self.batch_size = model, batch_size
+        self.model = model
         self.known: dict[str, np.ndarray] = {}
         if not cache:
             return
         unique = list(dict.fromkeys([*captions, ""]))
         for start in tqdm(range(0, len(unique), batch_size), "text", delay=2, leave=False):
             texts = unique[start : start + batch_size]
-            for text, features in zip(texts, self.encode(texts + [""] * (batch_size - len(texts)))):
+            for text, features in zip(texts, model.encode_prompts(texts + [""] * (batch_size - len(texts)))):
                 self.known[text] = features
             if len(self.known) * features.nbytes > CACHE_BYTES:
                 log.info("text features are not cached: %d captions need more than 2 GiB", len(unique))
@@ -89,7 +89,4 @@ class TextFeatures:
     def __call__(self, texts: list[str]) -> Tensor:
         if all(text in self.known for text in texts):
             return Tensor(np.stack([self.known[text] for text in texts]))
-        return Tensor(self.encode(texts))
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        return self.model.encode_prompts(texts).asnumpy()
+        return Tensor(self.model.encode_prompts(texts))
