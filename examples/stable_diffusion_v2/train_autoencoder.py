@@ -35,7 +35,7 @@ from ldm.train.ema import Ema
 from ldm.train.learning_rate import SCHEDULES, LearningRate
 from ldm.train.log import ResultLog, loss_curve, read_log
 from ldm.train.optimizer import OPTIMIZERS, build_optimizer
-from ldm.train.state import RESUME_NAME, load_state, resume_path, save_state
+from ldm.train.state import RESUME_NAME, check_room, load_state, resume_path, save_state, state_bytes
 from ldm.train.step import TrainStep
 from ldm.yaml_file import save_yaml
 
@@ -131,6 +131,7 @@ def main() -> None:
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, 0, args.steps
     )
     run = make_folder(args.output_path)
+    resume_from = resume_path(args.resume, run)
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image)
     log.info(data.summary())
     runtime.start(args.device_target, args.mode)
@@ -147,8 +148,8 @@ def main() -> None:
         Ema(trained, args.ema_decay),
         args.max_grad_norm,
     )
+    check_room(run, 2 * state_bytes(train_step))
     settings = run_settings(args, config)
-    resume_from = resume_path(args.resume, run)
     first = load_state(resume_from, train_step, settings)["step"] if resume_from else 0
     save_yaml(vars(args), run / "args.yaml")
 

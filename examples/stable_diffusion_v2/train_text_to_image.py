@@ -18,15 +18,14 @@ import contextlib
 import logging
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import nn
 from tqdm import tqdm
 
 from ldm import checkpoint
 from ldm.config import ModelConfig, load_model_config, save_model_config, to_dict
-from ldm.data.batches import Augment, Batch, Batches
+from ldm.data.batches import Augment, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
@@ -41,11 +40,11 @@ from ldm.options import Parser, read_options, str2bool
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
 from ldm.train.ema import Ema
-from ldm.train.inputs import Latents, TextFeatures, noise_and_times
+from ldm.train.inputs import Inputs
 from ldm.train.learning_rate import LearningRate
 from ldm.train.log import ResultLog, loss_curve, read_log
 from ldm.train.optimizer import OPTIMIZERS, build_optimizer
-from ldm.train.state import RESUME_NAME, load_state, prune, resume_path, save_state
+from ldm.train.state import RESUME_NAME, check_room, load_state, prune, resume_path, save_state, state_bytes
 from ldm.train.step import LossScale, TrainStep
 from ldm.yaml_file import save_yaml
 
@@ -144,12 +143,11 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
         raise UserError("no pretrained_model_path: give a checkpoint; unet_initialize_random alone still needs its VAE")
 
 
-def build_model(args: argparse.Namespace, config: ModelConfig) -> StableDiffusion:
+def build_model(args: argparse.Namespace, config: ModelConfig, ckpt: checkpoint.Checkpoint) -> StableDiffusion:
     """The networks with the checkpoint's weights, or random ones where that is asked for."""
     random = {UNET: args.unet_initialize_random, TEXT: args.text_encoder_initialize_random}
-    prefixes = tuple(prefix for prefix in (VAE, UNET, TEXT) if not random.get(prefix))
-    ckpt = read_checkpoint(args.pretrained_model_path, config, check_type=UNET in prefixes)
     model = StableDiffusion(config)
+    prefixes = tuple(prefix for prefix in (VAE, UNET, TEXT) if not random.get(prefix))
     model.load(ckpt.tensors, args.pretrained_model_path, prefixes)
     for prefix, network in ((UNET, model.unet), (TEXT, model.text_encoder)):
         if random[prefix]:
@@ -157,41 +155,14 @@ def build_model(args: argparse.Namespace, config: ModelConfig) -> StableDiffusio
     return model
 
 
-class Run(NamedTuple):
-    """The folders and files of a run."""
-
-    output: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.output / "ckpt" / "rank_0"
-
-    @property
-    def validation(self) -> Path:
-        return self.output / "validation"
-
-
-def main() -> None:
-    args = read_options(build_parser())
-    config = load_model_config(args.model_config)
-    args.image_size = args.image_size or config.image_size
-    check(args, config)
-    run = Run(make_folder(args.output_path))
-    make_folder(run.checkpoints)
-    data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image)
-    log.info(data.summary())
-    device = runtime.start(args.device_target, args.mode)
-    dtype = args.dtype or runtime.default_dtype(device)
-    model = build_model(args, config)
-    runtime.set_compute_dtype(model, dtype)
-
-    # What the optimizer moves, and how a step is made
+def build_train_step(args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, dtype: str) -> TrainStep:
+    """What the optimizer moves, by which loss, and how."""
     trained = list(model.unet.get_parameters())
     trained += list(model.text_encoder.get_parameters()) if args.train_text_encoder else []
     schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
     weight = loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
     loss = DiffusionLoss(model.unet, schedule, prediction, weight)
-    train_step = TrainStep(
+    return TrainStep(
         TextLoss(model.text_encoder, loss) if args.train_text_encoder else loss,
         build_optimizer(args.optim, trained, tuple(args.betas), weight_decay=args.weight_decay),
         Ema(trained, args.ema_decay) if args.use_ema else None,
@@ -199,7 +170,27 @@ def main() -> None:
         LossScale(args.init_loss_scale, args.scale_window) if dtype == "float16" else None,
     )
 
-    # Where it begins and where it ends
+
+def main() -> None:
+    args = read_options(build_parser())
+    config = load_model_config(args.model_config)
+    args.image_size = args.image_size or config.image_size
+    check(args, config)
+    output = make_folder(args.output_path)
+    ckpt_folder = make_folder(output / "ckpt" / "rank_0")
+    resume_from = resume_path(args.resume, ckpt_folder)
+    ckpt = read_checkpoint(args.pretrained_model_path, config, check_type=not args.unet_initialize_random)
+    data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image)
+    log.info(data.summary())
+
+    device = runtime.start(args.device_target, args.mode)
+    dtype = args.dtype or runtime.default_dtype(device)
+    model = build_model(args, config, ckpt)
+    del ckpt
+    runtime.set_compute_dtype(model, dtype)
+    train_step = build_train_step(args, config, model, dtype)
+    check_room(ckpt_folder, 4 * sum(map(np.prod, model.shapes().values())) + state_bytes(train_step))
+
     micro = args.gradient_accumulation_steps
     augment = Augment(args.random_crop, args.flip, args.caption_dropout)
     batches = Batches(data, args.train_batch_size, args.seed, augment)
@@ -209,65 +200,38 @@ def main() -> None:
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, args.decay_steps, total
     )
     settings = run_settings(args, config)
-    resume_from = resume_path(args.resume, run.checkpoints)
-    progress = {"step": 0, "written": []}
-    if resume_from:
-        progress = load_state(resume_from, train_step, settings)
-        log.info("resumed from %s at step %d of %d", resume_from, progress["step"], total)
+    progress = load_state(resume_from, train_step, settings) if resume_from else {"step": 0, "written": []}
     first = progress["step"]
+    log.info("%d steps of %d are to be made, %d to an epoch", max(0, total - first), total, steps_per_epoch)
+    save_yaml(vars(args), output / "args.yaml")
+    save_model_config(config, output / "model_config.yaml")
+    inputs = Inputs(model, data, batches, args.train_text_encoder, config.schedule.timesteps)
+    inputs.cache(args.cache_latents, args.cache_text)
+
     batches.start_step = first * micro
-    save_yaml(vars(args), run.output / "args.yaml")
-    save_model_config(config, run.output / "model_config.yaml")
-
-    unchanging = not (args.random_crop or args.flip)
-    latents_of = Latents(model, data, args.train_batch_size, args.cache_latents and unchanging)
-    features_of = None
-    if not args.train_text_encoder:
-        captions = [sample.text for sample in data.samples]
-        features_of = TextFeatures(model, captions, args.train_batch_size, args.cache_text)
-
-    def inputs(batch: Batch) -> tuple[Tensor, ...]:
-        text = features_of(batch.texts) if features_of else Tensor(model.tokenizer.encode(batch.texts))
-        eps, t = noise_and_times(args.seed, batch.ordinals, latents_of.shape, len(schedule))
-        return Tensor(latents_of(batch, args.seed)), text, Tensor(eps), Tensor(t)
-
-    # The loop
     stream = map(inputs, batches)
-    result = ResultLog(run.output / "result.log", COLUMNS, first)
+    result = ResultLog(output / "result.log", COLUMNS, first)
     with tqdm(total=total, initial=first, unit="step") as bar:
         for step in range(first, total):
             began, lr = time.perf_counter(), rate(step)
             outcome = train_step([next(stream) for _ in range(micro)], lr, step)
-            seconds = time.perf_counter() - began
-            x0_loss, eps_loss = outcome.extras
-            result.write(
-                step=step + 1,
-                epoch=1 + step // steps_per_epoch,
-                loss=outcome.loss,
-                x0_loss=x0_loss,
-                eps_loss=eps_loss,
-                learning_rate=lr,
-                grad_norm=outcome.grad_norm,
-                seconds=seconds,
-            )
+            seconds, done = time.perf_counter() - began, step + 1
+            numbers = (done, 1 + step // steps_per_epoch, outcome.loss, *outcome.extras, lr, outcome.grad_norm, seconds)
+            result.write(**dict(zip(COLUMNS, numbers)))
             bar.set_postfix_str(f"loss {outcome.loss:.4f}, lr {lr:.2e}, {seconds:.2f} s", refresh=False)
             bar.update()
 
-            done = step + 1
-            every = args.ckpt_save_interval * (1 if args.step_mode else steps_per_epoch)
-            if done % every == 0 or done == total:
-                name = f"sd-{done if args.step_mode else -(-done // steps_per_epoch)}{SUFFIXES[args.ckpt_format]}"
-                export(run.checkpoints / name, model, train_step.ema, config, args.ckpt_format)
+            if done % (args.ckpt_save_interval * (1 if args.step_mode else steps_per_epoch)) == 0 or done == total:
+                number = done if args.step_mode else -(-done // steps_per_epoch)
+                name = f"sd-{number}{SUFFIXES[args.ckpt_format]}"
+                export(ckpt_folder / name, model, train_step.ema, config, args.ckpt_format)
                 written = [*(old for old in progress["written"] if old != name), name]
-                progress = {"step": done, "written": prune(run.checkpoints, written, args.ckpt_max_keep)}
-                save_state(run.checkpoints / RESUME_NAME, train_step, progress, settings)
-                loss_curve(run.output / "loss_curve.png", read_log(run.output / "result.log"))
-            interval = args.validation_interval or total
-            if args.validation_prompts and (done % interval == 0 or done == total):
-                validate(run.validation / f"{done:06}.png", model, train_step.ema, config, args)
-    if first >= total:
-        log.info("nothing to do: the run already has %d of %d steps", first, total)
-    log.info("checkpoints are in %s, the log is %s", run.checkpoints, run.output / "result.log")
+                progress = {"step": done, "written": prune(ckpt_folder, written, args.ckpt_max_keep)}
+                save_state(ckpt_folder / RESUME_NAME, train_step, progress, settings)
+                loss_curve(output / "loss_curve.png", read_log(output / "result.log"))
+            if args.validation_prompts and (done % (args.validation_interval or total) == 0 or done == total):
+                validate(output / "validation" / f"{done:06}.png", model, train_step.ema, config, args)
+    log.info("checkpoints are in %s, the log is %s", ckpt_folder, output / "result.log")
 
 
 def run_settings(args: argparse.Namespace, config: ModelConfig) -> dict:

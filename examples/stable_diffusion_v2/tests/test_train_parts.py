@@ -18,7 +18,7 @@ from ldm.errors import UserError
 from ldm.randomness import generator
 from ldm.train.ema import Ema
 from ldm.train.optimizer import build_optimizer
-from ldm.train.state import RESUME_NAME, load_state, prune, resume_path, save_state
+from ldm.train.state import RESUME_NAME, check_room, load_state, prune, resume_path, save_state, state_bytes
 from ldm.train.step import GlobalNorm, LossScale, TrainStep
 
 SETTINGS = {"prediction_type": "v", "betas": (0.9, 0.98), "batch": 8}
@@ -450,14 +450,27 @@ def test_full_disk_leaves_the_old_state(saved, tmp_path):
 
 
 def test_where_the_state_is_looked_for(tmp_path):
-    own = tmp_path / "run" / "ckpt"
+    own, other = tmp_path / "run" / "ckpt", tmp_path / "other.v1"
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        (folder / RESUME_NAME).touch()
     for no in ("False", "", "none", False):
         assert resume_path(no, own) is None
     assert resume_path("True", own) == resume_path(True, own) == own / RESUME_NAME
-    assert resume_path(str(tmp_path / "other.v1"), own) == tmp_path / "other.v1" / RESUME_NAME
-    assert resume_path(str(tmp_path / "my.safetensors"), own) == tmp_path / "my.safetensors"
+    assert resume_path(str(other), own) == other / RESUME_NAME
+    for missing in ("my.safetensors", "empty"):
+        with pytest.raises(UserError, match="cannot resume.*does not exist"):
+            resume_path(str(tmp_path / missing), own)
     (tmp_path / "train_resume.bak").touch()
     assert resume_path(str(tmp_path / "train_resume.bak"), own) == tmp_path / "train_resume.bak"
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(tmp_path):
+    train_step = make()
+    assert state_bytes(train_step) == sum(v.asnumpy().nbytes for v in train_step.variables().values())
+    check_room(tmp_path, state_bytes(train_step))
+    with pytest.raises(UserError, match="GiB of disk left.*make room"):
+        check_room(tmp_path, 1 << 60)
 
 
 def test_only_own_old_checkpoints_are_deleted(tmp_path):

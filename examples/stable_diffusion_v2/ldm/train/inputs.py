@@ -1,7 +1,7 @@
-"""What a training step is fed: latents, text features, noise and times of a batch, all keyed by the sample's ordinal.
+"""What a training step is fed: latents, text, noise and times of a batch, all keyed by the sample's ordinal.
 
-The frozen autoencoder and text encoder give the same for the same picture and caption every time, so their outputs are
-computed once and held where they fit into memory.
+The frozen autoencoder and text encoder give the same for the same picture and caption every time, so their outputs can
+be computed once and held, where they fit into memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
 
-from ldm.data.batches import Batch
+from ldm.data.batches import Batch, Batches
 from ldm.data.dataset import CaptionedImages
 from ldm.data.images import crop, to_float
 from ldm.models.stable_diffusion import StableDiffusion
@@ -23,70 +23,81 @@ CACHE_BYTES = 2 << 30  # for latents and for text features each
 log = logging.getLogger(__name__)
 
 
-def noise_and_times(
-    seed: int, ordinals: np.ndarray, shape: tuple[int, ...], steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """eps float32 [B, *shape], unit Gaussian, and t int32 [B], uniform in [0, steps - 1]."""
-    eps = np.stack([generator(seed, "noise", i).standard_normal(shape, np.float32) for i in ordinals])
-    t = np.array([generator(seed, "timestep", i).integers(steps) for i in ordinals], np.int32)
-    return eps, t
-
-
-class Latents:
-    """Latents of a batch's pictures, drawn from the autoencoder's Gaussian (not its mean alone, as SD was trained).
+class Inputs:
+    """Batches to the arguments of the loss.
 
     Args:
-        model: with the frozen autoencoder.
-        dataset: the pictures.
-        cache: hold the Gaussians of all pictures; only where no picture is changed at random, and where they fit.
+        model: whose autoencoder is frozen.
+        data: the pictures of `batches`.
+        batches: for their seed, size and random changes.
+        token_ids: give token ids int32 [B, L], for a text encoder that is trained, not features float32 [B, L, D].
+        timesteps: T of the noise schedule.
     """
 
-    def __init__(self, model: StableDiffusion, dataset: CaptionedImages, batch_size: int, cache: bool):
-        self.model = model
-        size = dataset.image_size
-        self.shape = model.latent_shape(size, size)
-        self.gaussians = None
-        needed = 8 * len(dataset) * int(np.prod(self.shape))
-        if cache and needed > CACHE_BYTES:
-            log.info("latents are not cached: %.1f GiB for %d pictures", needed / 2**30, len(dataset))
-        elif cache:
-            self.gaussians = np.empty((2, len(dataset), *self.shape), np.float32)
-            for start in tqdm(range(0, len(dataset), batch_size), "latents", delay=2, leave=False):
-                rows = range(start, min(start + batch_size, len(dataset)))
-                pictures = [crop(dataset[i][0], size) for i in rows]
-                pictures += pictures[-1:] * (batch_size - len(rows))  # one batch size, one compiled graph
-                for part, values in zip(self.gaussians, model.encode_images(to_float(pictures))):
-                    part[rows.start : rows.stop] = values[: len(rows)]
+    def __init__(
+        self, model: StableDiffusion, data: CaptionedImages, batches: Batches, token_ids: bool, timesteps: int
+    ):
+        self.model, self.data, self.batches = model, data, batches
+        self.token_ids, self.timesteps = token_ids, timesteps
+        self.shape = model.latent_shape(data.image_size, data.image_size)
+        self.gaussians: np.ndarray | None = None  # [2, N, C, h, w], mean and standard deviation of all latents
+        self.features: dict[str, np.ndarray] = {}  # caption -> [L, D]
 
-    def __call__(self, batch: Batch, seed: int) -> np.ndarray:
-        """float32 [B, C, h, w], scaled to unit variance."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(latents float32 [B, C, h, w] of unit variance, text, eps like the latents, t int32 [B]).
+
+        Latents are drawn from the autoencoder's Gaussian, as SD was trained, not set to its mean.
+        """
         if self.gaussians is None:
             mean, std = self.model.encode_images(batch.images)
         else:
             mean, std = self.gaussians[:, batch.indices]
-        noise = [generator(seed, "latent", i).standard_normal(self.shape, np.float32) for i in batch.ordinals]
-        return mean + std * np.stack(noise)
+        latents = mean + std * self._noise("latent", batch.ordinals)
+        t = [generator(self.batches.seed, "timestep", i).integers(self.timesteps) for i in batch.ordinals]
+        eps = self._noise("noise", batch.ordinals)
+        return Tensor(latents), Tensor(self._text(batch.texts)), Tensor(eps), Tensor(np.array(t, np.int32))
 
+    def cache(self, latents: bool, text: bool) -> None:
+        """Compute once what never changes: latents unless pictures are changed at random, features unless trained."""
+        augment = self.batches.augment
+        if latents and not (augment.random_crop or augment.flip):
+            self._cache_latents()
+        if text and not self.token_ids:
+            self._cache_features()
 
-class TextFeatures:
-    """Features of captions by the frozen text encoder, float32 [B, L, D], the ones used last held in memory."""
+    def _noise(self, purpose: str, ordinals: np.ndarray) -> np.ndarray:
+        seed = self.batches.seed
+        return np.stack([generator(seed, purpose, i).standard_normal(self.shape, np.float32) for i in ordinals])
 
-    def __init__(self, model: StableDiffusion, captions: list[str], batch_size: int, cache: bool):
-        self.model = model
-        self.known: dict[str, np.ndarray] = {}
-        if not cache:
+    def _text(self, texts: list[str]) -> np.ndarray:
+        if self.token_ids:
+            return self.model.tokenizer.encode(texts)
+        if all(text in self.features for text in texts):
+            return np.stack([self.features[text] for text in texts])
+        return self.model.encode_prompts(texts)
+
+    def _cache_latents(self) -> None:
+        count, size = len(self.data), self.batches.batch_size
+        needed = 8 * count * int(np.prod(self.shape))
+        if needed > CACHE_BYTES:
+            log.info("latents of %d pictures are not cached: %.1f GiB", count, needed / 2**30)
             return
-        unique = list(dict.fromkeys([*captions, ""]))
-        for start in tqdm(range(0, len(unique), batch_size), "text", delay=2, leave=False):
-            texts = unique[start : start + batch_size]
-            for text, features in zip(texts, model.encode_prompts(texts + [""] * (batch_size - len(texts)))):
-                self.known[text] = features
-            if len(self.known) * features.nbytes > CACHE_BYTES:
-                log.info("text features are not cached: %d captions need more than 2 GiB", len(unique))
-                self.known.clear()
-                return
+        self.gaussians = np.empty((2, count, *self.shape), np.float32)
+        for start in tqdm(range(0, count, size), "latents", delay=2, leave=False):
+            rows = range(start, min(start + size, count))
+            pictures = [crop(self.data[i][0], self.data.image_size) for i in rows]
+            pictures += pictures[-1:] * (size - len(rows))  # one batch size, one compiled graph
+            for part, values in zip(self.gaussians, self.model.encode_images(to_float(pictures))):
+                part[rows.start : rows.stop] = values[: len(rows)]
 
-    def __call__(self, texts: list[str]) -> Tensor:
-        if all(text in self.known for text in texts):
-            return Tensor(np.stack([self.known[text] for text in texts]))
-        return Tensor(self.model.encode_prompts(texts))
+    def _cache_features(self) -> None:
+        size, unique = self.batches.batch_size, list(dict.fromkeys(["", *(s.text for s in self.data.samples)]))
+        for start in tqdm(range(0, len(unique), size), "text", delay=2, leave=False):
+            texts = unique[start : start + size]
+            for text, features in zip(texts, self.model.encode_prompts(texts + [""] * (size - len(texts)))):
+                self.features[text] = features
+            needed = len(unique) * features.nbytes
+            if needed > CACHE_BYTES:
+                log.info("features of %d captions are not cached: %.1f GiB", len(unique), needed / 2**30)
+                self.features.clear()
+                return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,12 +28,33 @@ _CHECKPOINT = re.compile(r"sd-\d+\.(ckpt|safetensors)")
 
 
 def resume_path(resume: str | bool, folder: str | Path) -> Path | None:
-    """The file to resume from: in ``folder``, where this run keeps it, or a file or a folder that the user named."""
+    """The file to resume from: in ``folder``, where this run keeps it, or a file or a folder that the user named.
+
+    None where nothing is to be resumed; UserError where the file does not exist.
+    """
     word = str(resume).strip().lower()
     if word in ("", "false", "no", "none", "0"):
         return None
     path = Path(folder if word in ("true", "yes", "1") else str(resume))
-    return path if path.is_file() or path.suffix == Path(RESUME_NAME).suffix else path / RESUME_NAME
+    path = path if path.is_file() or path.suffix == Path(RESUME_NAME).suffix else path / RESUME_NAME
+    if not path.is_file():
+        raise UserError(f"cannot resume: {path} does not exist; leave out --resume to start from the beginning")
+    return path
+
+
+def state_bytes(train_step: TrainStep) -> int:
+    """The size of what `save_state` writes."""
+    return sum(4 * variable.size for variable in train_step.variables().values())
+
+
+def check_room(folder: str | Path, needed: int) -> None:
+    """UserError where the disk of `folder` has less than the bytes that a run will need there at least."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 2**30:.1f} GiB of disk left, a checkpoint and the resume state need "
+            f"{needed / 2**30:.1f} GiB: make room there or choose another --output_path"
+        )
 
 
 def save_state(path: str | Path, train_step: TrainStep, progress: dict, settings: dict) -> None:
@@ -59,8 +81,6 @@ def load_state(path: str | Path, train_step: TrainStep, settings: dict) -> dict:
         UserError: no such file, truncated, not of this kind, of another model, or of a run with other settings. Nothing
             has been changed then.
     """
-    if not Path(path).is_file():
-        raise UserError(f"cannot resume: {path} does not exist; leave out --resume to start from the beginning")
     tensors, strings, _ = formats.read(path)
     if _KEY not in strings:
         raise UserError(f"{path} is not a resume state; give weights as --pretrained_model_path instead")
