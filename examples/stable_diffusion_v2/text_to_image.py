@@ -20,11 +20,13 @@ from tqdm import tqdm
 
 from ldm.config import load_model_config
 from ldm.diffusion.samplers import SAMPLERS, get_sampler
+from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.options import Parser, read_options, str2bool
 from ldm.pictures import grid, make_folder, next_number, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, read_checkpoint
+from ldm.text.tokenizer import Tokenizer
 from ldm.versions import VERSIONS, find_checkpoint
 
 log = logging.getLogger("text_to_image")
@@ -32,11 +34,15 @@ log = logging.getLogger("text_to_image")
 OLD_SAMPLER_FLAGS = {"ddim": "ddim", "ddpm": "ddpm", "dpm_solver": "dpm_solver", "dpm_solver_pp": "dpm_solver_pp"}
 NOT_HERE = ("plms", "uni_pc", "check_safety", "add_watermark")  # MindONE's flags that would change the pictures
 WITHOUT_EFFECT = {
+    "support_long_prompts": "a prompt is cut at the encoder's length, with a warning",
+    "lora_ckpt_path": "it belongs to use_lora",
+    "lora_rank": "it belongs to use_lora",
+    "lora_scale": "it belongs to use_lora",
     "log_level": "progress and warnings always show",
     "clip_ckpt_path": "there is no safety checker",
     "safety_version": "there is no safety checker",
-    "lora_ft_unet": "the checkpoint says what it holds",
-    "lora_ft_text_encoder": "the checkpoint says what it holds",
+    "lora_ft_unet": "it belongs to use_lora",
+    "lora_ft_text_encoder": "it belongs to use_lora",
 }
 
 
@@ -147,6 +153,7 @@ def main() -> None:
     config = load_model_config(args.config or version.config)
     height, width = args.H or config.image_size, args.W or config.image_size
     check_config(config, height, width)
+    build_schedule(config.schedule).timesteps(args.sampling_steps)  # or the number of steps is refused
     path = args.ckpt_path or find_checkpoint(args.version)
     scale = version.guidance_scale if args.scale is None else args.scale
     settings = Settings(sampler, args.sampling_steps, scale, height, width, args.seed)
@@ -158,7 +165,7 @@ def main() -> None:
     model.load(ckpt.tensors, path)
     runtime.set_compute_dtype(model, args.dtype or runtime.default_dtype(device))
     pipeline = Pipeline(config, model)
-    pipeline.schedule.timesteps(args.sampling_steps)
+    warn_of_long_prompts(pictures, model.tokenizer)
 
     first, drawn = next_number(samples), []
     size = min(args.batch_size or args.n_samples, len(pictures))
@@ -185,6 +192,14 @@ def main() -> None:
         name = Path(args.output_path) / f"grid-{first:05}.png"
         save_png(grid(images, args.n_rows or max(1, len(images) // args.n_samples)), name)
         log.info("all of them together: %s", name)
+
+
+def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer) -> None:
+    room = tokenizer.context_length - 2  # beside start and end token
+    for prompt in dict.fromkeys(text for picture in pictures for text in picture[:2]):
+        excess = len(tokenizer.tokens(prompt)) - room
+        if excess > 0:
+            log.warning("the last %d of %d tokens are not seen: %s", excess, excess + room, prompt)
 
 
 def parameters(picture: Picture, args: argparse.Namespace, scale: float, checkpoint: str) -> dict[str, str]:

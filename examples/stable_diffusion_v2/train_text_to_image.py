@@ -208,6 +208,8 @@ def main() -> None:
     inputs = Inputs(model, data, batches, args.train_text_encoder, config.schedule.timesteps)
     inputs.cache(args.cache_latents, args.cache_text)
 
+    if args.validation_prompts and not first:  # what there is to improve on, and whether drawing works at all
+        validate(output / "validation" / "000000.png", model, None, config, args)
     batches.start_step = first * micro
     stream = map(inputs, batches)
     result = ResultLog(output / "result.log", COLUMNS, first)

@@ -106,7 +106,11 @@ def trained(place) -> Path:
 def test_training_leaves_what_it_promises(trained, place):
     ckpts = trained / "ckpt" / "rank_0"
     assert sorted(path.name for path in ckpts.iterdir()) == ["sd-15.ckpt", "sd-20.ckpt", "train_resume.safetensors"]
-    assert sorted(path.name for path in (trained / "validation").iterdir()) == ["000010.png", "000020.png"]
+    assert sorted(path.name for path in (trained / "validation").iterdir()) == [
+        "000000.png",
+        "000010.png",
+        "000020.png",
+    ]
     assert (trained / "model_config.yaml").read_text() == (place / "model.yaml").read_text()
     assert "start_learning_rate: 0.001" in (trained / "args.yaml").read_text()
     assert Image.open(trained / "loss_curve.png").size[0] > 500
