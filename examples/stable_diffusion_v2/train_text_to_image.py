@@ -103,6 +103,7 @@ def build_parser() -> Parser:
     add("--ckpt_save_interval", type=int, default=1)
     add("--ckpt_max_keep", type=int, default=10, help="the last so many checkpoints are kept (0: all)")
     add("--ckpt_format", choices=list(SUFFIXES), default="mindspore")
+    add("--ckpt_dtype", choices=("float32", "float16"), default="float32", help="of the checkpoints' numbers")
     add("--resume", default="False", help="True, or the path of a resume state")
     add("--validation_prompts", nargs="*", default=[], help="prompts drawn while training")
     add("--validation_interval", type=int, default=500, help="steps between validation pictures (0: at the end only)")
@@ -226,7 +227,7 @@ def main() -> None:
             if done % (args.ckpt_save_interval * (1 if args.step_mode else steps_per_epoch)) == 0 or done == total:
                 number = done if args.step_mode else -(-done // steps_per_epoch)
                 name = f"sd-{number}{SUFFIXES[args.ckpt_format]}"
-                export(ckpt_folder / name, model, train_step.ema, config, args.ckpt_format)
+                export(ckpt_folder / name, model, train_step.ema, config, args)
                 written = [*(old for old in progress["written"] if old != name), name]
                 progress = {"step": done, "written": prune(ckpt_folder, written, args.ckpt_max_keep)}
                 save_state(ckpt_folder / RESUME_NAME, train_step, progress, settings)
@@ -243,10 +244,11 @@ def run_settings(args: argparse.Namespace, config: ModelConfig) -> dict:
     return {"model": to_dict(config)["model"], **{name: getattr(args, name) for name in names}}
 
 
-def export(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, ckpt_format: str) -> None:
+def export(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, args: argparse.Namespace) -> None:
     """The whole model, averaged where there is an average, as a checkpoint that says what it is."""
-    average = ema.tensors() if ema else {}
-    checkpoint.save(path, {**model.tensors(), **average}, describe(config), ckpt_format)
+    tensors = {**model.tensors(), **(ema.tensors() if ema else {})}
+    tensors = {name: array.astype(args.ckpt_dtype, copy=False) for name, array in tensors.items()}
+    checkpoint.save(path, tensors, describe(config), args.ckpt_format)
 
 
 def validate(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, args) -> None:

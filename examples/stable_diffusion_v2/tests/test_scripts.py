@@ -290,11 +290,12 @@ def test_data_that_cannot_be_trained_on(monkeypatch, capsys, place, tmp_path, br
 def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_path):
     picture = next(iter(broken.glob("*.png")))
     picture.write_bytes(picture.read_bytes()[:200])
-    more = ["--data_path", broken, "--on_bad_image", "skip", "--train_steps", 1]
+    more = ["--data_path", broken, "--on_bad_image", "skip", "--train_steps", 1, "--ckpt_dtype", "float16"]
     with caplog.at_level("INFO"):
         call(monkeypatch, train_text_to_image, training(place, tmp_path / "out", *more))
     assert "11 captioned pictures" in caplog.text and "1 unreadable skipped" in caplog.text
-    assert (tmp_path / "out/ckpt/rank_0/sd-1.ckpt").exists()
+    saved = tensors(tmp_path / "out/ckpt/rank_0/sd-1.ckpt")
+    assert {array.dtype for array in saved.values()} == {np.dtype(np.float16)}
 
 
 @pytest.mark.parametrize(
