@@ -23,7 +23,7 @@ from ldm.diffusion.samplers import SAMPLERS, get_sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import StableDiffusion
-from ldm.options import Parser, read_options, str2bool
+from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, next_number, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, read_checkpoint
 from ldm.text.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ log = logging.getLogger("text_to_image")
 
 OLD_SAMPLER_FLAGS = {"ddim": "ddim", "ddpm": "ddpm", "dpm_solver": "dpm_solver", "dpm_solver_pp": "dpm_solver_pp"}
 NOT_HERE = ("plms", "uni_pc", "check_safety", "add_watermark")  # MindONE's flags that would change the pictures
+IN_GRID = 64  # pictures at most, lest a long prompt file fill the memory
 WITHOUT_EFFECT = {
     "support_long_prompts": "a prompt is cut at the encoder's length, with a warning",
     "lora_ckpt_path": "it belongs to use_lora",
@@ -72,7 +73,7 @@ def build_parser() -> Parser:
     )
     add("--H", type=int, help="height in pixels (default: the config's image_size)")
     add("--W", type=int, help="width in pixels")
-    add("--seed", type=int, default=42, help="picture k depends on the seed and k alone")
+    add("--seed", type=seed, default=42, help="picture k depends on the seed and k alone")
     add("--fixed_code", action="store_true", help="the same starting noise for every picture")
     add("--skip_grid", action="store_true", help="no grid picture")
     add("--skip_save", action="store_true", help="no single pictures")
@@ -107,9 +108,8 @@ def read_lines(path: str) -> list[str]:
 
 def plan(args: argparse.Namespace) -> list[Picture]:
     """Every picture of the run, in order: prompt by prompt, n_iter times n_samples of each."""
-    for option in ("n_iter", "n_samples", "sampling_steps"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option} {getattr(args, option)}: it must be at least 1")
+    require_at_least(1, args, "n_iter", "n_samples", "sampling_steps", "batch_size")
+    require_at_least(0, args, "n_rows")
     prompts = read_lines(args.data_path) if args.data_path else [args.prompt]
     negatives = [args.negative_prompt] * len(prompts)
     if args.negative_data_path:
@@ -180,18 +180,18 @@ def main() -> None:
         numbers = [0 if args.fixed_code else picture.number for picture in filled]
         prompts, negatives = [p.prompt for p in filled], [p.negative_prompt for p in filled]
         images = pipeline.draw(prompts, negatives, numbers, settings, progress)[: len(batch)]
-        drawn.append(images)
+        if len(drawn) < IN_GRID and not args.skip_grid:
+            drawn.extend(images[: IN_GRID - len(drawn)])
         if not args.skip_save:
             for picture, image in zip(batch, images):
                 save_png(image, samples / f"{first + picture.number:05}.png", parameters(picture, args, scale, path))
     bar.close()
-    images = np.concatenate(drawn)
     if not args.skip_save:
-        log.info("%d pictures are in %s", len(images), samples)
-    if not args.skip_grid:
+        log.info("%d pictures are in %s", len(pictures), samples)
+    if drawn:
         name = Path(args.output_path) / f"grid-{first:05}.png"
-        save_png(grid(images, args.n_rows or max(1, len(images) // args.n_samples)), name)
-        log.info("all of them together: %s", name)
+        save_png(grid(np.stack(drawn), args.n_rows or max(1, len(drawn) // args.n_samples)), name)
+        log.info("%s together: %s", "all" if len(drawn) == len(pictures) else f"the first {len(drawn)}", name)
 
 
 def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
 import argparse
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,13 @@ from mindspore import Tensor, nn, ops
 from tqdm import tqdm
 
 from ldm import checkpoint
-from ldm.config import ModelConfig, load_model_config, save_model_config, to_dict
+from ldm.config import ModelConfig, load_model_config, save_model_config
 from ldm.data.batches import Augment, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.data.images import crop, to_float
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
-from ldm.options import Parser, read_options, str2bool
+from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, save_png, to_uint8
 from ldm.pipeline import check_config, describe
 from ldm.randomness import generator
@@ -35,7 +35,15 @@ from ldm.train.ema import Ema
 from ldm.train.learning_rate import SCHEDULES, LearningRate
 from ldm.train.log import ResultLog, loss_curve, read_log
 from ldm.train.optimizer import OPTIMIZERS, build_optimizer
-from ldm.train.state import RESUME_NAME, check_room, load_state, resume_path, save_state, state_bytes
+from ldm.train.state import (
+    RESUME_NAME,
+    check_room,
+    load_state,
+    refuse_used_folder,
+    resume_path,
+    save_state,
+    state_bytes,
+)
 from ldm.train.step import TrainStep
 from ldm.yaml_file import save_yaml
 
@@ -93,7 +101,7 @@ def build_parser() -> Parser:
     add("--ema_decay", type=float, default=0.999)
     add("--save_interval", type=int, default=1000, help="steps between resume states and pictures")
     add("--resume", default="False", help="True, or the path of a resume state")
-    add("--seed", type=int, default=42)
+    add("--seed", type=seed, default=42)
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
     return parser
@@ -127,11 +135,13 @@ def main() -> None:
     config = load_model_config(args.model_config)
     args.image_size = args.image_size or config.image_size
     check_config(config, args.image_size)
+    require_at_least(1, args, "train_batch_size", "steps", "save_interval")
     rate = LearningRate(
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, 0, args.steps
     )
     run = make_folder(args.output_path)
     resume_from = resume_path(args.resume, run)
+    refuse_used_folder(run, resume_from)
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image)
     log.info(data.summary())
     runtime.start(args.device_target, args.mode)
@@ -149,7 +159,7 @@ def main() -> None:
         args.max_grad_norm,
     )
     check_room(run, 2 * state_bytes(train_step))
-    settings = run_settings(args, config)
+    settings = run_settings(args, config, len(data))
     first = load_state(resume_from, train_step, settings)["step"] if resume_from else 0
     save_yaml(vars(args), run / "args.yaml")
 
@@ -192,10 +202,11 @@ def psnr(squared_error: float) -> float:
     return float(10 * np.log10(4 / squared_error))
 
 
-def run_settings(args: argparse.Namespace, config: ModelConfig) -> dict:
+def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int) -> dict:
     """What must be the same when a run is resumed."""
-    names = ("train_batch_size", "image_size", "seed", "optim", "ema_decay", "random_crop", "flip", "kl_weight")
-    return {"vae": to_dict(config)["model"]["vae"], **{name: getattr(args, name) for name in names}}
+    names = ("train_batch_size", "image_size", "seed", "optim", "betas", "weight_decay", "ema_decay")
+    names += ("random_crop", "flip", "kl_weight", "squared_weight")
+    return {**asdict(config.vae), **{name: getattr(args, name) for name in names}, "pictures": pictures}
 
 
 if __name__ == "__main__":

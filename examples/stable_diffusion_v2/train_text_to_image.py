@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from mindspore import nn
 from tqdm import tqdm
 
 from ldm import checkpoint
-from ldm.config import ModelConfig, load_model_config, save_model_config, to_dict
+from ldm.config import ModelConfig, load_model_config, save_model_config
 from ldm.data.batches import Augment, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.diffusion.loss import DiffusionLoss
@@ -36,15 +37,24 @@ from ldm.errors import UserError
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import TEXT, UNET, VAE, StableDiffusion
-from ldm.options import Parser, read_options, str2bool
+from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
 from ldm.train.ema import Ema
 from ldm.train.inputs import Inputs
-from ldm.train.learning_rate import LearningRate
+from ldm.train.learning_rate import SCHEDULES, LearningRate
 from ldm.train.log import ResultLog, loss_curve, read_log
 from ldm.train.optimizer import OPTIMIZERS, build_optimizer
-from ldm.train.state import RESUME_NAME, check_room, load_state, prune, resume_path, save_state, state_bytes
+from ldm.train.state import (
+    RESUME_NAME,
+    check_room,
+    load_state,
+    prune,
+    refuse_used_folder,
+    resume_path,
+    save_state,
+    state_bytes,
+)
 from ldm.train.step import LossScale, TrainStep
 from ldm.yaml_file import save_yaml
 
@@ -85,7 +95,7 @@ def build_parser() -> Parser:
     add("--optim", choices=list(OPTIMIZERS), default="adamw")
     add("--betas", type=float, nargs=2, default=[0.9, 0.999])
     add("--weight_decay", type=float, default=1e-6, help="not applied to norms and biases")
-    add("--scheduler", default="cosine_decay", help="learning-rate schedule after the warm-up")
+    add("--scheduler", choices=list(SCHEDULES), default="cosine_decay", help="of the learning rate, after the warm-up")
     add("--start_learning_rate", type=float, default=1e-5)
     add("--end_learning_rate", type=float, default=1e-7)
     add("--warmup_steps", type=int, default=1000)
@@ -96,7 +106,7 @@ def build_parser() -> Parser:
     add("--ema_decay", type=float, default=0.9999)
     add("--init_loss_scale", type=float, default=65536, help="with float16")
     add("--scale_window", type=int, default=1000, help="with float16: good steps before the loss scale is doubled")
-    add("--seed", type=int, default=3407)
+    add("--seed", type=seed, default=3407)
 
     add = parser.add_argument_group("output").add_argument
     add("--step_mode", type=str2bool, default=False, help="count ckpt_save_interval in steps instead of epochs")
@@ -136,10 +146,11 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     """Whatever can be known to be wrong before the data is read and the networks are built."""
     if args.use_parallel or args.use_lora:
         raise UserError(f"{'use_parallel' if args.use_parallel else 'use_lora'} is not available yet; set it to False")
-    for option in ("train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval"):
-        if getattr(args, option) < 1:
-            raise UserError(f"{option} is {getattr(args, option)}; it must be at least 1")
+    require_at_least(1, args, "train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval")
+    require_at_least(0, args, "train_steps", "ckpt_max_keep", "validation_interval")
     check_config(config, args.image_size)
+    build_schedule(config.schedule).timesteps(args.validation_steps)
+    Augment(args.random_crop, args.flip, args.caption_dropout)
     if not args.pretrained_model_path:
         raise UserError("no pretrained_model_path: give a checkpoint; unet_initialize_random alone still needs its VAE")
 
@@ -149,7 +160,7 @@ def build_model(args: argparse.Namespace, config: ModelConfig, ckpt: checkpoint.
     random = {UNET: args.unet_initialize_random, TEXT: args.text_encoder_initialize_random}
     model = StableDiffusion(config)
     prefixes = tuple(prefix for prefix in (VAE, UNET, TEXT) if not random.get(prefix))
-    model.load(ckpt.tensors, args.pretrained_model_path, prefixes)
+    model.load(ckpt.tensors, args.pretrained_model_path, prefixes, copy=True)
     for prefix, network in ((UNET, model.unet), (TEXT, model.text_encoder)):
         if random[prefix]:
             initialize(network, args.seed)
@@ -180,6 +191,7 @@ def main() -> None:
     output = make_folder(args.output_path)
     ckpt_folder = make_folder(output / "ckpt" / "rank_0")
     resume_from = resume_path(args.resume, ckpt_folder)
+    refuse_used_folder(ckpt_folder, resume_from)
     ckpt = read_checkpoint(args.pretrained_model_path, config, check_type=not args.unet_initialize_random)
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image)
     log.info(data.summary())
@@ -190,7 +202,7 @@ def main() -> None:
     del ckpt
     runtime.set_compute_dtype(model, dtype)
     train_step = build_train_step(args, config, model, dtype)
-    check_room(ckpt_folder, 4 * sum(map(np.prod, model.shapes().values())) + state_bytes(train_step))
+    check_room(ckpt_folder, 4 * sum(map(np.prod, model.shapes().values())) + 2 * state_bytes(train_step))
 
     micro = args.gradient_accumulation_steps
     augment = Augment(args.random_crop, args.flip, args.caption_dropout)
@@ -200,8 +212,10 @@ def main() -> None:
     rate = LearningRate(
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, args.decay_steps, total
     )
-    settings = run_settings(args, config)
+    settings = run_settings(args, config, len(data), dtype)
     progress = load_state(resume_from, train_step, settings) if resume_from else {"step": 0, "written": []}
+    if resume_from and resume_from.parent.resolve() != ckpt_folder.resolve():
+        progress["written"] = []  # another folder's files are not this run's to delete
     first = progress["step"]
     log.info("%d steps of %d are to be made, %d to an epoch", max(0, total - first), total, steps_per_epoch)
     save_yaml(vars(args), output / "args.yaml")
@@ -221,6 +235,8 @@ def main() -> None:
             seconds, done = time.perf_counter() - began, step + 1
             numbers = (done, 1 + step // steps_per_epoch, outcome.loss, *outcome.extras, lr, outcome.grad_norm, seconds)
             result.write(**dict(zip(COLUMNS, numbers)))
+            if not outcome.applied:
+                log.warning("step %d overflowed and was left out; the loss scale is now %g", done, train_step.scale)
             bar.set_postfix_str(f"loss {outcome.loss:.4f}, lr {lr:.2e}, {seconds:.2f} s", refresh=False)
             bar.update()
 
@@ -237,11 +253,17 @@ def main() -> None:
     log.info("checkpoints are in %s, the log is %s", ckpt_folder, output / "result.log")
 
 
-def run_settings(args: argparse.Namespace, config: ModelConfig) -> dict:
+def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int, dtype: str) -> dict:
     """What must be the same when a run is resumed, lest it silently become another one."""
     names = ("train_batch_size", "gradient_accumulation_steps", "image_size", "seed", "optim", "use_ema", "ema_decay")
     names += ("caption_dropout", "random_crop", "flip", "train_text_encoder", "loss_weighting", "snr_gamma")
-    return {"model": to_dict(config)["model"], **{name: getattr(args, name) for name in names}}
+    names += ("betas", "weight_decay", "clip_grad", "max_grad_norm")
+    facts = {"pretrained": Path(args.pretrained_model_path).name, "pictures": pictures, "dtype": dtype}
+    facts.update(prediction_type=config.prediction_type, scale_factor=config.scale_factor)
+    for part in ("schedule", "unet", "vae", "text"):
+        facts.update({f"{part}.{key}": value for key, value in asdict(getattr(config, part)).items()})
+    del facts["unet.use_checkpoint"]  # changes memory and time, not the result
+    return {**facts, **{name: getattr(args, name) for name in names}}
 
 
 def export(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, args: argparse.Namespace) -> None:

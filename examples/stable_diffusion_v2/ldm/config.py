@@ -154,8 +154,8 @@ class ModelConfig:
         unet, vae, text = self.unet, self.vae, self.text
         fits = text.width == unet.context_dim
         _require(fits, f"model.text.width {text.width} and model.unet.context_dim {unet.context_dim} must be equal")
-        fits = unet.out_channels == vae.embed_dim <= unet.in_channels
-        _require(fits, "model.unet.out_channels must equal model.vae.embed_dim, and in_channels must not be smaller")
+        fits = unet.out_channels == vae.embed_dim == unet.in_channels
+        _require(fits, "model.unet.in_channels and model.unet.out_channels must equal model.vae.embed_dim")
         step = vae.factor * unet.factor
         fits = self.image_size % step == 0
         _require(fits, f"model.image_size {self.image_size} must be a multiple of {step} (VAE's factor times UNet's)")

@@ -192,7 +192,8 @@ class NativeGroupNorm(nn.Cell):
         return self.forward(x.astype(ms.float32), weight, bias, self.settings)
 
     def bprop(self, x, weight, bias, out, dout):
-        return self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
+        dx, dweight, dbias = self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
+        return dx.astype(x.dtype), dweight, dbias
 
 
 class NativeLayerNorm(nn.Cell):
@@ -206,7 +207,8 @@ class NativeLayerNorm(nn.Cell):
         return self.forward(x.astype(ms.float32), weight, bias, self.settings)
 
     def bprop(self, x, weight, bias, out, dout):
-        return self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
+        dx, dweight, dbias = self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
+        return dx.astype(x.dtype), dweight, dbias
 
 
 def _half_width(x):
@@ -227,7 +229,7 @@ class NativeGEGLU(nn.Cell):
         return self.forward(x.astype(ms.float32))
 
     def bprop(self, x, out, dout):
-        return (self.backward(x.astype(ms.float32), dout),)
+        return (self.backward(x.astype(ms.float32), dout).astype(x.dtype),)
 
 
 class NativeGELU(nn.Cell):
@@ -240,7 +242,7 @@ class NativeGELU(nn.Cell):
         return self.forward(x.astype(ms.float32))
 
     def bprop(self, x, out, dout):
-        return (self.backward(x.astype(ms.float32), dout),)
+        return (self.backward(x.astype(ms.float32), dout).astype(x.dtype),)
 
 
 class NativeUpsample2(nn.Cell):
@@ -253,7 +255,7 @@ class NativeUpsample2(nn.Cell):
         return self.forward(x.astype(ms.float32))
 
     def bprop(self, x, out, dout):
-        return (self.backward(dout, x),)
+        return (self.backward(dout, x).astype(x.dtype),)
 
 
 # ---- Ascend ----
@@ -264,11 +266,18 @@ class FlashAttention(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.attend = Attention()
+        self.attend = SlicedAttention()
 
     def construct(self, q, k, v, mask=None):
-        if mask is not None or q.dtype == ms.float32 or q.shape[-1] % 16 != 0:  # what the operator does not take
+        width = q.shape[-1]
+        if mask is not None or q.dtype == ms.float32 or width > 512:  # what the operator does not take
             return self.attend(q, k, v, mask)
+        if width % 16 != 0:  # it wants multiples of 16, SD 1.x has 40; zeros change nothing
+            pad = (0, 16 - width % 16)
+            q, k, v = ops.pad(q, pad), ops.pad(k, pad), ops.pad(v, pad)
+        return self.flash(q, k, v)[..., :width]
+
+    def flash(self, q, k, v):
         return ops.flash_attention_score(q, k, v, head_num=q.shape[1], scalar_value=1.0, input_layout="BNSD")
 
 
@@ -299,6 +308,7 @@ ASCEND = Kernels(Attention=FlashAttention)
 @cache
 def select() -> Kernels:
     """The table for the device that `runtime.start` has set."""
-    if ms.get_context("device_target") != "CPU":
-        return ASCEND
-    return NATIVE if native_library() else SLICED
+    device = ms.get_context("device_target")
+    if device == "CPU" and native_library():
+        return NATIVE
+    return ASCEND if device == "Ascend" else SLICED

@@ -60,6 +60,21 @@ def str2bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
 
 
+def seed(text: str) -> int:
+    """A whole number from 0; for `type=`."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0, not {text!r}")
+    return int(text)
+
+
+def require_at_least(lowest: int, args: argparse.Namespace, *names: str) -> None:
+    """UserError where one of these options is below `lowest`; those that are None are left alone."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            raise UserError(f"{name} is {value}; it must be at least {lowest}")
+
+
 def read_options(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses a command: what it does not say is taken from its `--train_config` file, then from the defaults.
 

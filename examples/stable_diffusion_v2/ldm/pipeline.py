@@ -45,9 +45,10 @@ def read_checkpoint(path: str, config: ModelConfig, check_type: bool = True) -> 
             f"{path} was trained with prediction_type '{said}', the config says '{config.prediction_type}': "
             f'use a config with prediction_type: "{said}", or another checkpoint'
         )
-    zero_snr = json.loads(ckpt.meta.get("schedule", "{}")).get("zero_terminal_snr", config.schedule.zero_terminal_snr)
-    if bool(zero_snr) != config.schedule.zero_terminal_snr:
-        raise UserError(f"{path} was trained with zero_terminal_snr: {bool(zero_snr)}, the config says otherwise")
+    schedule = json.loads(ckpt.meta.get("schedule", "{}"))
+    for key, value in asdict(config.schedule).items():
+        if key != "spacing" and schedule.get(key, value) != value:  # spacing is a matter of sampling
+            raise UserError(f"{path} was trained with schedule {key}: {schedule[key]}, the config says {value}")
     return ckpt
 
 
@@ -124,7 +125,10 @@ class Pipeline:
         denoise = self.denoiser(prompts, negative_prompts, settings.guidance_scale)
         times = self.schedule.timesteps(settings.steps)
         latents = settings.sampler(denoise, noise(-1), times, self.schedule, noise, progress)
-        return to_uint8(self.model.decode(latents))
+        images = self.model.decode(latents)
+        if not np.isfinite(images).all():
+            raise UserError("the autoencoder returned NaN or infinity: check the checkpoint, or use --dtype float32")
+        return to_uint8(images)
 
     def denoiser(self, prompts: list[str], negative_prompts: list[str], guidance_scale: float) -> Denoiser:
         """What a sampler calls for this batch of prompts."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
+from ldm.checkpoint.formats import replacing
 from ldm.errors import UserError
 
 SCRIPTS = Path(__file__).resolve().parents[1]  # the folder the commands are run from
@@ -82,13 +82,9 @@ def dump_yaml(data: dict) -> str:
 
 
 def save_yaml(data: dict, path: str | Path) -> None:
-    """Writes to a temporary name and renames it, so that no reader ever sees half a file."""
-    partial = Path(f"{path}.partial")
-    try:
-        partial.write_text(dump_yaml(data), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from None
+    """Writes the file whole or not at all; UserError where that cannot be."""
+    with replacing(path) as file:
+        file.write(dump_yaml(data).encode())
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

@@ -155,6 +155,24 @@ def test_a_killed_run_goes_on_bit_for_bit(trained, place):
     assert len((output / "result.log").read_text().splitlines()) == 21
 
 
+def test_precision_recomputation_and_mode_change_no_loss(place, tmp_path, monkeypatch):
+    recomputing = replace(CONFIG, unet=replace(CONFIG.unet, use_checkpoint=True))
+    save_model_config(recomputing, tmp_path / "recompute.yaml")
+    ways = {
+        "plain": [],
+        "recompute": ["--model_config", tmp_path / "recompute.yaml"],
+        "pynative": ["--mode", 1],
+        "half": ["--dtype", "float16", "--init_loss_scale", 1024],
+    }
+    losses = {}
+    for way, more in ways.items():
+        call(monkeypatch, train_text_to_image, training(place, tmp_path / way, "--train_steps", 2, *more))
+        rows = (tmp_path / way / "result.log").read_text().splitlines()[1:]
+        losses[way] = np.array([float(row.split("\t")[2]) for row in rows])
+    for way, tolerance in (("recompute", 1e-5), ("pynative", 1e-5), ("half", 2e-2)):
+        np.testing.assert_allclose(losses[way], losses["plain"], rtol=tolerance, err_msg=way)
+
+
 def test_epochs_accumulation_text_encoder_and_safetensors(place):
     output = place / "epochs"
     more = ["--epochs", 2, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--train_text_encoder", True]

@@ -248,11 +248,19 @@ def test_loss_scale_falls_on_overflow_and_rises_again():
 def test_loss_scale_gives_up_at_one():
     train_step = make(loss_scale=LossScale(4.0, window=3))
     x, y = batch(0)
-    bad = [(x, Tensor(np.full(y.shape, np.nan, np.float32)))]
-    assert not train_step(bad, 1e-2, 0).applied
-    assert not train_step(bad, 1e-2, 1).applied
+    steep = [(Tensor(x.asnumpy() * 1e15), y)]  # the loss is finite, the squares of its gradient are not
+    assert not train_step(steep, 1e-2, 0).applied
+    assert not train_step(steep, 1e-2, 1).applied
     with pytest.raises(UserError, match="step 2"):
-        train_step(bad, 1e-2, 2)
+        train_step(steep, 1e-2, 2)
+
+
+def test_no_loss_scale_mends_a_loss_that_is_not_finite():
+    train_step = make(loss_scale=LossScale(4.0, window=3))
+    x, y = batch(0)
+    with pytest.raises(UserError, match="step 7.*the input 'target'"):
+        train_step([(x, Tensor(np.full(y.shape, np.nan, np.float32)))], 1e-2, 7)
+    assert train_step.scale == 4.0
 
 
 def test_a_limit_on_the_norm_must_be_positive():

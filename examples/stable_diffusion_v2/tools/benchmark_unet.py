@@ -102,6 +102,7 @@ def main() -> None:
                 target=worker, args=(there, Path(folder) / "unet.safetensors", args.batch, args.size), daemon=True
             )
             process.start()
+            there.close()  # so that a worker that dies is noticed
             sides.append((here.recv(), here, []))
         for _ in range(args.runs + 1):
             for _, pipe, answers in sides:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ def main() -> None:
     prompts.write_text("".join(f"{sample.text}\n" for sample in chosen), encoding="utf-8")
 
     before = draw("models/tiny-vpred.safetensors", prompts, output / "before")
+    shutil.rmtree(output / "train", ignore_errors=True)  # an earlier demo
     run("train_text_to_image.py", "--train_config", CONFIG, "--output_path", str(output / "train"), *train_options)
     newest = max((output / "train/ckpt/rank_0").glob("sd-*.safetensors"), key=lambda path: path.stat().st_mtime)
     after = draw(str(newest), prompts, output / "after")

@@ -20,10 +20,10 @@ def parameter(*shape: int, value: float = 0.0) -> Parameter:
     return Parameter(Tensor.from_numpy(array))
 
 
-def fill(target: Parameter, array: np.ndarray) -> None:
-    """Give a parameter the values of `array`, whose memory it shares from then on where its alignment allows."""
+def fill(target: Parameter, array: np.ndarray, copy: bool = False) -> None:
+    """Give a parameter the values of `array`, whose memory it shares from then on unless a copy is asked for."""
     array = np.ascontiguousarray(array, np.float32)
-    if array.ctypes.data % ALIGNMENT:
+    if copy or array.ctypes.data % ALIGNMENT:
         array = array.copy()
     target.set_data(Tensor.from_numpy(array))
 
@@ -85,12 +85,15 @@ class Conv2d(nn.Cell):
     def construct(self, x):
         return self.bias_add(self.conv(x, self.weight), self.bias)
 
-    def shifted(self, x, shift):
-        """The convolution with `shift` [B, out, 1, 1] in the place of the bias."""
-        return self.conv(x, self.weight) + shift
-
     def reset(self, rng: np.random.Generator) -> None:
         reset_uniform(self, self.weight.size // self.weight.shape[0], rng)
+
+
+class ShiftedConv2d(Conv2d):
+    """A convolution whose bias is left to the caller, who gives `shift` [B, out, 1, 1] in its place."""
+
+    def construct(self, x, shift):
+        return self.conv(x, self.weight) + shift
 
 
 class GroupNorm(nn.Cell):

@@ -68,12 +68,17 @@ class StableDiffusion(nn.Cell):
         """Every parameter's name and shape."""
         return {name: parameter.shape for name, parameter in self.parameters_and_names()}
 
-    def load(self, tensors: dict[str, np.ndarray], path: str, prefixes: tuple[str, ...] = ("",)) -> None:
-        """Set the parameters under these prefixes, all of them or none; UserError where names or shapes do not fit."""
+    def load(
+        self, tensors: dict[str, np.ndarray], path: str, prefixes: tuple[str, ...] = ("",), copy: bool = False
+    ) -> None:
+        """Set the parameters under these prefixes, all of them or none; UserError where names or shapes do not fit.
+
+        Without `copy` they are views of the file where they can be, which must then stay as it is: for short runs.
+        """
         fitting = checkpoint.match(tensors, self.shapes(), path, prefixes)
         for name, parameter in self.parameters_and_names():
             if name in fitting:
-                fill(parameter, fitting[name])
+                fill(parameter, fitting[name], copy)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every parameter by name, float32."""

@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm import kernels
-from ldm.models.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear, MatMul
+from ldm.models.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear, MatMul, ShiftedConv2d
 
 
 class UNet(nn.Cell):
@@ -106,7 +106,9 @@ class ResBlock(nn.Cell):
 
     def __init__(self, inputs: int, outputs: int, emb: int):
         super().__init__()
-        self.in_layers = nn.CellList([GroupNorm(inputs, 1e-5, silu=True), nn.Identity(), Conv2d(inputs, outputs, 3)])
+        self.in_layers = nn.CellList(
+            [GroupNorm(inputs, 1e-5, silu=True), nn.Identity(), ShiftedConv2d(inputs, outputs, 3)]
+        )
         self.emb_layers = nn.CellList([nn.Identity(), Linear(emb, outputs)])
         self.out_layers = nn.CellList(
             [GroupNorm(outputs, 1e-5, silu=True), nn.Identity(), nn.Identity(), Conv2d(outputs, outputs, 3, zero=True)]
@@ -116,7 +118,7 @@ class ResBlock(nn.Cell):
     def construct(self, h, emb, context):
         norm, _, conv = self.in_layers
         shift = conv.bias + self.emb_layers[1](emb)  # one addition for the bias and the embedding  [B, C]
-        inner = conv.shifted(norm(h), shift.reshape(shift.shape + (1, 1)))
+        inner = conv(norm(h), shift.reshape(shift.shape + (1, 1)))
         inner = self.out_layers[3](self.out_layers[0](inner))
         return self.skip_connection(h) + inner
 

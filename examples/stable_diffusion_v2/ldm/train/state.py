@@ -42,6 +42,12 @@ def resume_path(resume: str | bool, folder: str | Path) -> Path | None:
     return path
 
 
+def refuse_used_folder(folder: Path, resume_from: Path | None) -> None:
+    """UserError where a new run would replace the state of an old one."""
+    if resume_from is None and (folder / RESUME_NAME).exists():
+        raise UserError(f"{folder} holds a run: go on with it by --resume True, or choose another --output_path")
+
+
 def state_bytes(train_step: TrainStep) -> int:
     """The size of what `save_state` writes."""
     return sum(4 * variable.size for variable in train_step.variables().values())

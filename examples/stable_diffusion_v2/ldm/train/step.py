@@ -33,7 +33,7 @@ class LossScale:
 
     def succeeded(self) -> None:
         self.good += 1
-        if self.good == self.window:
+        if self.window and self.good >= self.window:
             self.value, self.good = self.value * 2, 0
 
     def overflowed(self) -> bool:
@@ -106,7 +106,7 @@ class TrainStep:
         applied = math.isfinite(loss) and math.isfinite(norm)
         if applied:
             self._apply(grads, unscale * min(1.0, self.max_grad_norm / (norm + 1e-6)), lr)
-        elif not self.loss_scale.overflowed():
+        elif not (math.isfinite(loss) and self.loss_scale.overflowed()):  # no scale mends the loss itself
             bad = _first_bad(self._tensors(micro_batches, loss, grads)) or "the gradients' norm, of finite gradients"
             raise UserError(
                 f"step {step}: training has diverged, first NaN or infinity in {bad}; the weights are those before this"
@@ -120,6 +120,11 @@ class TrainStep:
         return {
             v.name: v for v in (*self.optimizer.params, *self.optimizer.state, *(self.ema.state if self.ema else ()))
         }
+
+    @property
+    def scale(self) -> float:
+        """The loss scale."""
+        return self.loss_scale.value
 
     def counters(self) -> dict[str, float]:
         """Every number that training changes."""
