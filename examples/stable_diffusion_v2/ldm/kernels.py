@@ -219,6 +219,10 @@ def _twice_the_plane(x):
     return x[:2] + [2 * x[2], 2 * x[3]] if isinstance(x, (list, tuple)) else x
 
 
+def _half_the_plane(x):
+    return x[:2] + [x[2] // 2, x[3] // 2] if isinstance(x, (list, tuple)) else x
+
+
 class NativeGEGLU(nn.Cell):
     def __init__(self):
         super().__init__()
@@ -249,13 +253,13 @@ class NativeUpsample2(nn.Cell):
     def __init__(self):
         super().__init__()
         self.forward = _native("upsample2", _twice_the_plane)
-        self.backward = _native("upsample2_grad", lambda dy, x: x)
+        self.backward = _native("upsample2_grad", _half_the_plane)
 
     def construct(self, x):
         return self.forward(x.astype(ms.float32))
 
     def bprop(self, x, out, dout):
-        return (self.backward(dout, x).astype(x.dtype),)
+        return (self.backward(dout).astype(x.dtype),)
 
 
 # ---- Ascend ----

@@ -274,11 +274,11 @@ KERNEL(upsample2) {
   return 0;
 }
 
-// inputs dy [B, C, 2H, 2W] and x, for its shape; output dx [B, C, H, W]
+// input dy [B, C, 2H, 2W]; output dx [B, C, H, W]
 KERNEL(upsample2_grad) {
   const float* dy = in(p, 0);
-  float* dx = out(p, 2);
-  const int64_t width = shape[1][3], rows = count(3, shape[1]);
+  float* dx = out(p, 1);
+  const int64_t width = shape[0][3] / 2, rows = count(3, shape[0]) / 2;
   PARALLEL for (int64_t r = 0; r < rows; r++) {
     const float *top = dy + r * 4 * width, *low = top + 2 * width;
     float* dxr = dx + r * width;

@@ -85,6 +85,14 @@ def test_nan_passes_through_the_norm(rng):
     assert np.isnan(y[0, 0]).all() and np.isfinite(y[0, 1:]).all()
 
 
-def test_half_precision_comes_out_as_float32(rng):
-    x = Tensor(rng.standard_normal((1, 4, 64)), ms.float16)
-    assert kernels.NativeGEGLU()(x).dtype == ms.float32
+@pytest.mark.parametrize(
+    ("native", "shape"),
+    [(kernels.NativeGEGLU, (1, 4, 64)), (kernels.NativeGELU, (3, 65)), (kernels.NativeUpsample2, (1, 2, 4, 4))],
+)
+def test_half_precision_comes_out_as_float32_and_its_gradient_as_half(rng, native, shape):
+    operator, x = native(), Tensor(rng.standard_normal(shape), ms.float16)
+    y = operator(x)
+    given = ops.grad(Weighted(operator, Tensor(np.ones(y.shape, np.float32))))(x)
+    wanted = ops.grad(Weighted(operator, Tensor(np.ones(y.shape, np.float32))))(x.astype(ms.float32))
+    assert y.dtype == ms.float32 and given.dtype == ms.float16
+    np.testing.assert_allclose(given.asnumpy(), wanted.asnumpy(), atol=1e-2)

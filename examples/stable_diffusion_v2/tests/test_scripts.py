@@ -162,14 +162,14 @@ def test_precision_recomputation_and_mode_change_no_loss(place, tmp_path, monkey
         "plain": [],
         "recompute": ["--model_config", tmp_path / "recompute.yaml"],
         "pynative": ["--mode", 1],
-        "half": ["--dtype", "float16", "--init_loss_scale", 1],
+        "half": ["--dtype", "float16", "--init_loss_scale", 1024],
     }
     losses = {}
     for way, more in ways.items():
         call(monkeypatch, train_text_to_image, training(place, tmp_path / way, "--train_steps", 2, *more))
         rows = (tmp_path / way / "result.log").read_text().splitlines()[1:]
         losses[way] = np.array([float(row.split("\t")[2]) for row in rows])
-    for way, tolerance in (("recompute", 1e-5), ("pynative", 1e-5), ("half", 2e-2)):
+    for way, tolerance in (("recompute", 1e-5), ("pynative", 1e-5), ("half", 1e-2)):
         np.testing.assert_allclose(losses[way], losses["plain"], rtol=tolerance, err_msg=way)
 
 
