@@ -45,10 +45,11 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """A folder with model.yaml, eps.yaml, base.safetensors (random weights) and data/."""
+    """A folder with model.yaml, eps.yaml, wide.yaml, base.safetensors (random weights) and data/."""
     folder = tmp_path_factory.mktemp("scripts")
     save_model_config(CONFIG, folder / "model.yaml")
     save_model_config(replace(CONFIG, prediction_type="eps"), folder / "eps.yaml")
+    save_model_config(replace(CONFIG, unet=replace(CONFIG.unet, model_channels=64)), folder / "wide.yaml")
     runtime.start("CPU")
     model = StableDiffusion(CONFIG)
     initialize(model, 0)
@@ -322,7 +323,8 @@ def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_pa
         (["--image_size", 33], ["33", "not divisible by 4", "32"]),
         (["--pretrained_model_path", "nowhere.ckpt"], ["nowhere.ckpt does not exist"]),
         (["--model_config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
-        (["--model_config", "configs/tiny-vpred.yaml"], ["does not fit this model", "wrong shape", "time_embed"]),
+        (["--model_config", "configs/tiny-vpred.yaml"], ["latents scaled by 0.18215"]),
+        (["--model_config", "{place}/wide.yaml"], ["does not fit this model", "wrong shape", "time_embed"]),
         (["--scheduler", "cosin"], ["cosin", "cosine"]),
         (["--optim", "lion"], ["lion", "adamw"]),
         (["--start_learing_rate", 1], ["--start_learing_rate", "--start_learning_rate"]),
