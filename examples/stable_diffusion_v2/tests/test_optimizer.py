@@ -6,7 +6,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.errors import UserError
-from ldm.train.optimizer import OPTIMIZERS, build_optimizer
+from ldm.train.optimizer import OPTIMIZERS, build_optimizer, orthogonalize
 
 SHAPES = {"conv": (3, 2, 3, 3), "dense": (4, 5), "bias": (4,), "scale": ()}
 BETAS, EPS, DECAY = (0.9, 0.98), 1e-6, 0.3
@@ -59,14 +59,14 @@ def run(optimizer, steps, scale=1.0):
 def reference(name, w, scale, decayed):
     """Algorithm 2 of 1711.05101, algorithm 1 of 1412.6980 with L2, and momentum, as they are printed."""
     w = {key: value.astype(np.float64) for key, value in w.items()}
-    m, v = ({key: np.zeros_like(value) for key, value in w.items()} for _ in range(2))
+    m, v, momentum = ({key: np.zeros_like(value) for key, value in w.items()} for _ in range(3))
     beta1, beta2 = BETAS
     for step in range(STEPS):
         lr, t = lr_at(step), step + 1
         for key, g in gradients(step).items():
             g = scale * g.astype(np.float64)
             decay = DECAY if key in decayed else 0.0
-            if name != "adamw":
+            if name not in ("adamw", "muon"):
                 g = g + decay * w[key]
             if name in ("sgd", "momentum"):
                 m[key] = beta1 * m[key] + g
@@ -74,9 +74,23 @@ def reference(name, w, scale, decayed):
                 continue
             m[key] = beta1 * m[key] + (1 - beta1) * g
             v[key] = beta2 * v[key] + (1 - beta2) * g**2
+            if name == "muon" and key in ("conv", "dense"):
+                momentum[key] = 0.95 * momentum[key] + g
+                w[key] = w[key] * (1 - lr * decay) - lr * muon_update(g + 0.95 * momentum[key])
+                continue
             move = m[key] / (1 - beta1**t) / (np.sqrt(v[key] / (1 - beta2**t)) + EPS)
-            w[key] = w[key] - lr * (move + (decay * w[key] if name == "adamw" else 0))
+            w[key] = w[key] - lr * (move + (decay * w[key] if name in ("adamw", "muon") else 0))
     return w
+
+
+def muon_update(x):
+    """By the singular values themselves: each goes five times through the polynomial."""
+    u, s, vt = np.linalg.svd(x.reshape(len(x), -1), full_matrices=False)
+    s = s / np.sqrt((s**2).sum())
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    matrix = u @ np.diag(s) @ vt
+    return 0.2 * np.sqrt(max(matrix.shape)) * matrix.reshape(x.shape)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -108,12 +122,36 @@ def test_first_adamw_step_has_the_length_of_the_learning_rate():
     assert np.abs(moved["dense"] - start["dense"]) == pytest.approx(lr_at(0), rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (16, 16)])
+def test_muon_brings_singular_values_near_one(shape):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal(shape) @ np.diag(10.0 ** -np.linspace(0, 1.5, shape[1]))
+    s = np.linalg.svd(orthogonalize(Tensor(x.astype(np.float32))).asnumpy(), compute_uv=False)
+    assert s.min() > 0.3 and s.max() < 1.25  # the smallest were a thirtieth of the largest
+
+
+def test_muon_leaves_embeddings_to_adamw():
+    rng = np.random.default_rng(4)
+    start = rng.standard_normal((5, 4)).astype(np.float32)
+    gradient = Tensor(rng.standard_normal((5, 4)).astype(np.float32))
+
+    def one_step(name, parameter):
+        optimizer = build_optimizer(name, [Parameter(Tensor(start), parameter)], BETAS, EPS, 0.0)
+        Apply(optimizer)(Tensor(1.0, ms.float32), Tensor(optimizer.scalars(1e-2), ms.float32), gradient)
+        return optimizer.params[0].asnumpy()
+
+    assert np.array_equal(one_step("muon", "token_embedding.weight"), one_step("adamw", "token_embedding.weight"))
+    assert not np.allclose(one_step("muon", "dense"), one_step("adamw", "dense"))
+
+
 def test_state_is_named_after_the_parameters():
     _, adamw = make("adamw")
     assert [tensor.name for tensor in adamw.state] == [f"adam_{kind}.{key}" for kind in "mv" for key in SHAPES]
     _, sgd = make("sgd")
     assert [tensor.name for tensor in sgd.state] == [f"momentum.{key}" for key in SHAPES]
-    assert not any(tensor.requires_grad for tensor in (*adamw.state, *sgd.state))
+    _, muon = make("muon")
+    assert [t.name for t in muon.state] == [f"momentum.{key}" for key in SHAPES] + ["adam_v.bias", "adam_v.scale"]
+    assert not any(tensor.requires_grad for tensor in (*adamw.state, *sgd.state, *muon.state))
     assert [param.name for param in adamw.params] == list(SHAPES)
 
 
