@@ -148,7 +148,8 @@ def batches(pictures: list[Picture], size: int):
 def main() -> None:
     args = read_options(build_parser())
     version = VERSIONS[args.version]
-    sampler = get_sampler(chosen_sampler(args), args.ddim_eta)
+    sampler_name = chosen_sampler(args)
+    sampler = get_sampler(sampler_name, args.ddim_eta)
     pictures = plan(args)
     config = load_model_config(args.config or version.config)
     height, width = args.H or config.image_size, args.W or config.image_size
@@ -184,7 +185,8 @@ def main() -> None:
             drawn.extend(images[: IN_GRID - len(drawn)])
         if not args.skip_save:
             for picture, image in zip(batch, images):
-                save_png(image, samples / f"{first + picture.number:05}.png", parameters(picture, args, scale, path))
+                facts = parameters(picture, args, sampler_name, scale, path)
+                save_png(image, samples / f"{first + picture.number:05}.png", facts)
     bar.close()
     if not args.skip_save:
         log.info("%d pictures are in %s", len(pictures), samples)
@@ -202,14 +204,16 @@ def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer) -> None:
             log.warning("the last %d of %d tokens are not seen: %s", excess, excess + room, prompt)
 
 
-def parameters(picture: Picture, args: argparse.Namespace, scale: float, checkpoint: str) -> dict[str, str]:
+def parameters(
+    picture: Picture, args: argparse.Namespace, sampler: str, scale: float, checkpoint: str
+) -> dict[str, str]:
     """What a picture says of itself, as a PNG text entry."""
     facts = {
         "prompt": picture.prompt,
         "negative_prompt": picture.negative_prompt,
         "seed": args.seed,
         "number": picture.number,
-        "sampler": chosen_sampler(args),
+        "sampler": sampler,
         "sampling_steps": args.sampling_steps,
         "scale": scale,
         "checkpoint": Path(checkpoint).name,

@@ -223,11 +223,13 @@ def _half_the_plane(x):
     return x[:2] + [x[2] // 2, x[3] // 2] if isinstance(x, (list, tuple)) else x
 
 
-class NativeGEGLU(nn.Cell):
-    def __init__(self):
+class NativeActivation(nn.Cell):
+    """The operator `name` with the gradient `name`_grad, of one input."""
+
+    def __init__(self, name: str, out):
         super().__init__()
-        self.forward = _native("geglu", _half_width)
-        self.backward = _native("geglu_grad", lambda x, dy: x)
+        self.forward = _native(name, out)
+        self.backward = _native(f"{name}_grad", lambda x, dy: x)
 
     def construct(self, x):
         return self.forward(x.astype(ms.float32))
@@ -236,17 +238,14 @@ class NativeGEGLU(nn.Cell):
         return (self.backward(x.astype(ms.float32), dout).astype(x.dtype),)
 
 
-class NativeGELU(nn.Cell):
+class NativeGEGLU(NativeActivation):
     def __init__(self):
-        super().__init__()
-        self.forward = _native("gelu", lambda x: x)
-        self.backward = _native("gelu_grad", lambda x, dy: x)
+        super().__init__("geglu", _half_width)
 
-    def construct(self, x):
-        return self.forward(x.astype(ms.float32))
 
-    def bprop(self, x, out, dout):
-        return (self.backward(x.astype(ms.float32), dout).astype(x.dtype),)
+class NativeGELU(NativeActivation):
+    def __init__(self):
+        super().__init__("gelu", lambda x: x)
 
 
 class NativeUpsample2(nn.Cell):

@@ -260,7 +260,7 @@ def test_no_loss_scale_mends_a_loss_that_is_not_finite():
     x, y = batch(0)
     with pytest.raises(UserError, match="step 7.*the input 'target'"):
         train_step([(x, Tensor(np.full(y.shape, np.nan, np.float32)))], 1e-2, 7)
-    assert train_step.scale == 4.0
+    assert train_step.loss_scale.value == 4.0
 
 
 def test_a_limit_on_the_norm_must_be_positive():

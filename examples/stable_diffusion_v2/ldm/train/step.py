@@ -121,11 +121,6 @@ class TrainStep:
             v.name: v for v in (*self.optimizer.params, *self.optimizer.state, *(self.ema.state if self.ema else ()))
         }
 
-    @property
-    def scale(self) -> float:
-        """The loss scale."""
-        return self.loss_scale.value
-
     def counters(self) -> dict[str, float]:
         """Every number that training changes."""
         return {
