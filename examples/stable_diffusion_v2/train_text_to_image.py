@@ -236,7 +236,9 @@ def main() -> None:
             numbers = (done, 1 + step // steps_per_epoch, outcome.loss, *outcome.extras, lr, outcome.grad_norm, seconds)
             result.write(**dict(zip(COLUMNS, numbers)))
             if not outcome.applied:
-                log.warning("step %d overflowed and was left out; the loss scale is now %g", done, train_step.loss_scale.value)
+                log.warning(
+                    "step %d overflowed and was left out; the loss scale is now %g", done, train_step.loss_scale.value
+                )
             bar.set_postfix_str(f"loss {outcome.loss:.4f}, lr {lr:.2e}, {seconds:.2f} s", refresh=False)
             bar.update()
 

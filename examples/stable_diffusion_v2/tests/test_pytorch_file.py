@@ -1,0 +1,338 @@
+"""Files of torch.save, written here without PyTorch and read without it; and files that mean harm."""
+
+import io
+import pickle
+import pickletools
+import struct
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+from ldm import checkpoint
+from ldm.checkpoint import formats
+from ldm.errors import UserError
+
+STORAGES = {
+    "<f4": "FloatStorage",
+    "<f2": "HalfStorage",
+    "<f8": "DoubleStorage",
+    "<i8": "LongStorage",
+    "|b1": "BoolStorage",
+}
+MAGIC = 0x1950A86A20F9469CFC6C
+
+
+class Saved:
+    """A tensor as torch.save sees it: a view of a flat array."""
+
+    def __init__(self, flat, size, stride, offset=0, kind=None):
+        self.flat, self.size, self.stride, self.offset = flat, size, stride, offset
+        self.kind = kind or STORAGES[flat.dtype.str]
+
+    def __reduce__(self):
+        import torch._utils
+
+        return torch._utils._rebuild_tensor_v2, (
+            self.storage(),
+            self.offset,
+            self.size,
+            self.stride,
+            False,
+            OrderedDict(),
+        )
+
+    def storage(self):
+        return Stored(self.flat, self.kind)
+
+
+class Stored:
+    def __init__(self, flat, kind):
+        self.flat, self.kind = flat, kind
+
+
+@pytest.fixture(autouse=True)
+def torch_names(monkeypatch):
+    """What a pickler looks up when it writes a name; none of it is there when the file is read."""
+    if "torch" in sys.modules:
+        pytest.skip("PyTorch is loaded; tests/parity has the same with it")
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+
+    def _rebuild_tensor_v2():
+        raise AssertionError("called")
+
+    _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
+    utils._rebuild_tensor_v2, torch._utils = _rebuild_tensor_v2, utils
+    for name in (*STORAGES.values(), "BFloat16Storage", "ComplexFloatStorage"):
+        setattr(torch, name, type(name, (), {"__module__": "torch"}))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "torch._utils", utils)
+
+
+def contiguous(array):
+    strides = tuple(step // array.itemsize for step in np.ascontiguousarray(array).strides)
+    return Saved(array.reshape(-1), array.shape, strides if array.ndim else ())
+
+
+def dump(content, legacy=False, protocol=2):
+    """(pickle, storages in order of their keys)."""
+    stored, out = {}, io.BytesIO()
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing):
+            if not isinstance(thing, Stored):
+                return None
+            key, _ = stored.setdefault(id(thing.flat), (str(len(stored)), thing.flat))
+            view = (None,) if legacy else ()
+            return ("storage", getattr(sys.modules["torch"], thing.kind), key, "cpu", thing.flat.size, *view)
+
+    Pickler(out, protocol).dump(content)
+    return out.getvalue(), dict(stored.values())
+
+
+def save_zip(path, content, pickled=None, compression=zipfile.ZIP_STORED, **extra):
+    data, storages = dump(content)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", data if pickled is None else pickled)
+        archive.writestr("archive/byteorder", "little")
+        for key, flat in storages.items():
+            archive.writestr(f"archive/data/{key}", flat.tobytes())
+        for name, text in extra.items():
+            archive.writestr(f"archive/{name}", text)
+
+
+def save_legacy(path, content):
+    data, storages = dump(content, legacy=True)
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
+    parts = [pickle.dumps(part, 2) for part in (MAGIC, 1001, system)] + [data, pickle.dumps(list(storages), 2)]
+    parts += [struct.pack("<q", flat.size) + flat.tobytes() for flat in storages.values()]
+    path.write_bytes(b"".join(parts))
+
+
+SAVERS = {"zip": save_zip, "legacy": save_legacy}
+
+
+def tensors():
+    rng = np.random.default_rng(0)
+    return {
+        "a.weight": rng.standard_normal((3, 4, 2)).astype(np.float32),
+        "a.bias": rng.standard_normal(3).astype(np.float16),
+        "steps": np.array(7, np.int64),
+        "mask": np.array([True, False]),
+        "none": np.zeros((0, 3), np.float32),
+    }
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+@pytest.mark.parametrize("wrap", [dict, OrderedDict, lambda t: {"state_dict": t, "epoch": 3}])
+def test_every_tensor_comes_out(tmp_path, kind, wrap):
+    expected = tensors()
+    SAVERS[kind](tmp_path / "t.ckpt", wrap({name: contiguous(array) for name, array in expected.items()}))
+    read, _, found = formats.read(tmp_path / "t.ckpt")
+    assert found == "pytorch"
+    assert list(read) == list(expected)
+    for name, array in expected.items():
+        assert read[name].dtype == array.dtype and np.array_equal(read[name], array), name
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_views_of_one_storage(tmp_path, kind):
+    flat = np.arange(24, dtype=np.float32)
+    views = {
+        "all": Saved(flat, (4, 6), (6, 1)),
+        "transposed": Saved(flat, (6, 4), (1, 6)),
+        "part": Saved(flat, (2, 3), (6, 1), offset=7),
+    }
+    SAVERS[kind](tmp_path / "t.pt", views)
+    read = formats.read(tmp_path / "t.pt")[0]
+    whole = flat.reshape(4, 6)
+    for name, expected in {"all": whole, "transposed": whole.T, "part": whole[1:3, 1:4]}.items():
+        assert np.array_equal(read[name], expected)
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_bfloat16_is_widened(tmp_path, kind):
+    halves = np.array([0x3F80, 0xC000, 0x4049], np.uint16)
+    SAVERS[kind](tmp_path / "t.pt", {"w": Saved(halves, (3,), (1,), kind="BFloat16Storage")})
+    assert formats.read(tmp_path / "t.pt")[0]["w"].tolist() == [1.0, -2.0, 3.140625]
+
+
+def test_what_training_frameworks_leave_beside_the_weights(tmp_path):
+    content = {
+        "state_dict": OrderedDict(w=contiguous(np.ones(2, np.float32))),
+        "callbacks": {OrderedDict: {"best": np.float64(0.5), "names": {"a", "b"}, "bytes": b"x"}},
+        "prediction_type": "v_prediction",
+        "hyper_parameters": [1, 2.5, None, True, (1, 2, 3, 4), frozenset({1})],
+    }
+    save_zip(tmp_path / "t.ckpt", content)
+    loaded = checkpoint.load(tmp_path / "t.ckpt")
+    assert list(loaded.tensors) == ["w"]
+    assert loaded.meta["prediction_type"] == "v"
+
+
+# ---- harm ----
+
+
+class Calls:
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def refused(path, words):
+    with pytest.raises(UserError, match=words) as error:
+        checkpoint.load(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4])
+@pytest.mark.parametrize("function", [exec, __import__, getattr])
+def test_a_pickle_that_calls_is_refused_and_nothing_is_run(tmp_path, function, protocol):
+    witness = tmp_path / "witness"
+    code = f"open({str(witness)!r}, 'w')"
+    content = {"x": Calls(function, code), "w": contiguous(np.ones(2, np.float32))}
+    data, _ = dump(content, protocol=protocol)
+    save_zip(tmp_path / "t.ckpt", content, pickled=data)
+    refused(tmp_path / "t.ckpt", rf"wants to call \w+\.{function.__name__}, .* nothing of it was run")
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("pickled", "words"),
+    [
+        (b"cos\nsystem\n(S'true'\ntR.", r"wants to call os\.system"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.", r"wants to call os\.system"),
+        (b"(S'true'\nios\nsystem\n.", "operation INST"),
+        (b"(cos\nsystem\nS'true'\no.", "operation OBJ"),
+        (b"\x80\x02cos\nsystem\nS'true'\n\x85\x81.", r"wants to call os\.system"),
+        (b"\x80\x02\x82\x01.", "operation EXT1"),
+        (b"P1\n.", "operation PERSID"),
+        (b"(dS'x'\nj\xff\xff\xff\x7f.", "not readable"),  # a memo of two thousand million entries
+        (b"r\xff\xff\xff\x7f.", "not readable"),
+        (b"\x8d\xff\xff\xff\xff\xff\xff\xff\x7fx.", "not readable"),  # a text of 2^63 bytes
+        (b"\x8b\xff\xff\xff\x7f\x01.", "not readable"),
+        (b"N.", "no table of parameters"),
+        (b"}", "no end|not readable"),
+        (b"", "no end|not readable"),
+        (b"1.", "not readable"),
+        (b"(" + b")\x86" * 3 + b".", "not readable|no table"),
+    ],
+)
+def test_odd_pickles(tmp_path, pickled, words):
+    save_zip(tmp_path / "t.ckpt", {}, pickled=pickled)
+    refused(tmp_path / "t.ckpt", words)
+
+
+def test_nested_keys_cost_no_time(tmp_path):
+    """A tuple of itself twice, sixty deep: whoever takes its hash waits for ever."""
+    doubled = b")" + b"2\x86" * 60
+    save_zip(tmp_path / "t.ckpt", {}, pickled=b"\x80\x02}" + doubled + b"K\x01s.")
+    refused(tmp_path / "t.ckpt", "holds no parameters")
+    save_zip(tmp_path / "t.ckpt", {}, pickled=b"\x80\x02}" + doubled + b"R.")
+    refused(tmp_path / "t.ckpt", "wants to call an object")
+
+
+def tensor_of(size, stride, offset=0, count=4):
+    flat = np.zeros(4, np.float32)
+    saved = Saved(flat, size, stride, offset)
+    data, _ = dump({"w": saved})
+    return {"w": saved}, data.replace(b"K\x04t", b"K" + bytes([count]) + b"t")
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset"),
+    [
+        ((5,), (1,), 0),
+        ((4,), (1,), 1),
+        ((2, 2), (3, 1), 1),
+        ((10**12,), (0,), 0),
+        ((10**6, 10**6), (0, 0), 0),
+        ((1 << 62, 4), (0, 1), 0),
+        ((-1,), (1,), 0),
+        ((4,), (-1,), 3),
+        ((4,), (1, 1), 0),
+        ((1,) * 40, (1,) * 40, 0),
+        ((0,), (1,), 10**9),
+        ((1.5,), (1,), 0),
+    ],
+)
+def test_shapes_that_reach_beyond_the_numbers(tmp_path, size, stride, offset):
+    save_zip(tmp_path / "t.ckpt", *tensor_of(size, stride, offset))
+    refused(tmp_path / "t.ckpt", "is damaged: w")
+
+
+def test_counts_that_the_archive_does_not_hold(tmp_path):
+    save_zip(tmp_path / "t.ckpt", *tensor_of((4,), (1,), count=200))
+    refused(tmp_path / "t.ckpt", "16 bytes for 200 numbers")
+
+
+def test_archives_that_are_something_else(tmp_path):
+    path = tmp_path / "t.ckpt"
+    content = {"w": contiguous(np.zeros(64, np.float32))}
+    save_zip(path, content, compression=zipfile.ZIP_DEFLATED)
+    refused(path, "compressed or encrypted")
+    save_zip(path, content, byteorder="big")
+    refused(path, "holds a name twice|big-endian")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", "x")
+    refused(path, "not one that torch.save wrote")
+    for key in ("../../etc/passwd", "/etc/passwd", "1"):
+        data, _ = dump(content)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/data.pkl", data)
+            archive.writestr(f"a/data/{key}", b"x" * 256)
+        refused(path, "a/data/0 is missing")
+
+
+def test_types_that_nothing_here_can_hold(tmp_path):
+    save_zip(tmp_path / "t", {"w": Saved(np.zeros(2, np.float32), (2,), (1,), kind="ComplexFloatStorage")})
+    refused(tmp_path / "t", r"holds numbers as torch\.ComplexFloatStorage")
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_truncation_anywhere_is_noticed(tmp_path, kind):
+    path = tmp_path / "t.ckpt"
+    SAVERS[kind](path, {name: contiguous(array) for name, array in tensors().items()})
+    whole = path.read_bytes()
+    for size in {*range(1, len(whole), max(1, len(whole) // 40)), len(whole) - 1}:
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_random_damage_is_an_error_or_another_number(tmp_path, kind):
+    path, rng = tmp_path / "t.ckpt", np.random.default_rng(5)
+    SAVERS[kind](path, {name: contiguous(array) for name, array in tensors().items()})
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    outcomes = set()
+    for _ in range(1500):
+        damaged = whole.copy()
+        at = rng.integers(len(damaged), size=rng.integers(1, 6))
+        damaged[at] = rng.integers(256, size=len(at))
+        path.write_bytes(damaged.tobytes())
+        try:
+            read = checkpoint.load(path).tensors
+            assert sum(array.size for array in read.values()) < 1000
+            outcomes.add("read")
+        except UserError:
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+
+
+def test_no_operation_of_pickle_is_forgotten():
+    """Each is either run, or refused by name."""
+    from ldm.checkpoint import pytorch_file as file
+
+    known = {*file._CONSTANTS, *file._LITERALS, *file._BUILDERS, "GLOBAL", "STOP", "PROTO", "FRAME", "MEMOIZE"}
+    known |= {"PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"}
+    others = {opcode.name for opcode in pickletools.opcodes} - known
+    assert others == {
+        *("INST", "OBJ", "NEWOBJ_EX", "PERSID", "EXT1", "EXT2", "EXT4"),
+        *("BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"),
+    }
