@@ -58,6 +58,7 @@ def build_parser() -> Parser:
     add("-v", "--version", choices=list(VERSIONS), default="2.1", help="which published model")
     add("--config", help="the model's YAML file (default: the version's)")
     add("--ckpt_path", help="the checkpoint (default: the version's file in models/)")
+    add("--pretrained_model_path", help="a checkpoint that brings what ckpt_path lacks, where that is a UNet alone")
     add("--sampler", choices=list(SAMPLERS), help="default: dpm_solver_pp")
     for flag, name in OLD_SAMPLER_FLAGS.items():
         add(f"--{flag}", action="store_true", help=f"the same as --sampler {name}")
@@ -160,10 +161,12 @@ def main() -> None:
     settings = Settings(sampler, args.sampling_steps, scale, height, width, args.seed)
     samples = make_folder(Path(args.output_path) / "samples")
     device = runtime.start(args.device_target, args.mode)
-    ckpt = read_checkpoint(path, config)
+    tensors = read_checkpoint(path, config).tensors
+    if args.pretrained_model_path:
+        tensors = {**read_checkpoint(args.pretrained_model_path, config, check_type=False).tensors, **tensors}
 
     model = StableDiffusion(config)
-    model.load(ckpt.tensors, path)
+    model.load(tensors, path)
     runtime.set_compute_dtype(model, args.dtype or runtime.default_dtype(device))
     pipeline = Pipeline(config, model)
     warn_of_long_prompts(pictures, model.tokenizer)

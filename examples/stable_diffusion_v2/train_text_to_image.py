@@ -61,7 +61,7 @@ from ldm.yaml_file import save_yaml
 log = logging.getLogger("train_text_to_image")
 LORA_OPTIONS = ("lora_ft_unet", "lora_ft_text_encoder", "lora_rank", "lora_fp16", "lora_scale")
 COLUMNS = ("step", "epoch", "loss", "x0_loss", "eps_loss", "learning_rate", "grad_norm", "seconds")
-SUFFIXES = {"mindspore": ".ckpt", "safetensors": ".safetensors"}
+SUFFIXES = {"mindspore": ".ckpt", "safetensors": ".safetensors", "diffusers": ""}
 
 
 def build_parser() -> Parser:
@@ -271,8 +271,7 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int, d
 def export(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, args: argparse.Namespace) -> None:
     """The whole model, averaged where there is an average, as a checkpoint that says what it is."""
     tensors = {**model.tensors(), **(ema.tensors() if ema else {})}
-    tensors = {name: array.astype(args.ckpt_dtype, copy=False) for name, array in tensors.items()}
-    checkpoint.save(path, tensors, describe(config), args.ckpt_format)
+    checkpoint.save(path, tensors, describe(config), args.ckpt_format, args.ckpt_dtype)
 
 
 def validate(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, args) -> None:

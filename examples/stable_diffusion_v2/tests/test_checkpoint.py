@@ -645,7 +645,7 @@ def test_other_files_are_named(tmp_path, data, said):
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(UserError, match="none.ckpt does not exist"):
         checkpoint.load(tmp_path / "none.ckpt")
-    with pytest.raises(UserError, match="is a folder: diffusers folders are not read yet"):
+    with pytest.raises(UserError, match="is a folder, but no diffusers pipeline"):
         checkpoint.load(tmp_path)
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(UserError, match="cannot be read: Not a directory"):

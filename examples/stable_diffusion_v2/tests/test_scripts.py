@@ -186,6 +186,40 @@ def test_epochs_accumulation_text_encoder_and_safetensors(place):
     assert moved == {"model", "cond_stage_model"}
 
 
+def test_a_diffusers_folder_is_written_and_sampled_from(place, tmp_path, monkeypatch):
+    more = ["--train_steps", 2, "--step_mode", True, "--ckpt_max_keep", 1, "--ckpt_format", "diffusers"]
+    call(monkeypatch, train_text_to_image, training(place, tmp_path, *more, "--optim", "muon"))
+    folder = tmp_path / "ckpt/rank_0"
+    assert sorted(path.name for path in folder.iterdir()) == ["sd-2", "train_resume.safetensors"]
+    assert {name.split(".")[0] for name in tensors(folder / "train_resume.safetensors")} >= {"momentum", "adam_v"}
+    words = sampling(place, tmp_path, "--ckpt_path", folder / "sd-2", "--n_iter", 1, "--n_samples", 1)
+    call(monkeypatch, text_to_image, words)
+    assert (tmp_path / "samples/00000.png").exists()
+
+
+def test_a_unet_alone_borrows_the_rest(place, tmp_path, monkeypatch, capsys):
+    ckpt, prefix = checkpoint.load(place / "base.safetensors"), "model.diffusion_model."
+    unet = {name[len(prefix) :]: array for name, array in ckpt.tensors.items() if name.startswith(prefix)}
+    checkpoint.save(tmp_path / "unet.safetensors", unet, ckpt.meta, "safetensors")
+    words = ["--ckpt_path", tmp_path / "unet.safetensors", "--n_iter", 1, "--n_samples", 1]
+    line = refusal(monkeypatch, capsys, text_to_image, sampling(place, tmp_path / "no", *words))
+    assert "missing" in line and "first_stage_model" in line
+    words += ["--pretrained_model_path", place / "base.safetensors"]
+    call(monkeypatch, text_to_image, sampling(place, tmp_path / "alone", *words))
+    call(monkeypatch, text_to_image, sampling(place, tmp_path / "whole", "--n_iter", 1, "--n_samples", 1))
+    alone, whole = (np.asarray(Image.open(tmp_path / name / "samples/00000.png")) for name in ("alone", "whole"))
+    assert np.array_equal(alone, whole)
+
+
+def test_weights_that_are_not_numbers_are_warned_of(place, tmp_path, monkeypatch, capsys, caplog):
+    ckpt = checkpoint.load(place / "base.safetensors")
+    bad = {**ckpt.tensors, "model.diffusion_model.out.2.bias": np.full(4, np.nan, np.float32)}
+    checkpoint.save(tmp_path / "bad.safetensors", bad, ckpt.meta, "safetensors")
+    words = sampling(place, tmp_path, "--ckpt_path", tmp_path / "bad.safetensors", "--n_iter", 1, "--n_samples", 1)
+    assert "NaN or infinity at t = " in refusal(monkeypatch, capsys, text_to_image, words)
+    assert "NaN or infinity in 1 of" in caplog.text and "out.2.bias" in caplog.text
+
+
 def test_pictures_are_numbered_on_and_say_how_they_were_made(trained, place):
     output = place / "drawn"
     words = sampling(place, output, "--prompt", "a cat", "--n_iter", 2, "--n_samples", 2)

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.checkpoint import formats, names
-from ldm.checkpoint.formats import FORMATS
+from ldm.checkpoint import diffusers_folder, formats, names
 from ldm.errors import UserError
 
 __all__ = ["FORMATS", "Checkpoint", "load", "match", "save"]
+
+FORMATS = (*formats.FORMATS, "diffusers")  # that are written
 
 Tensors = dict[str, np.ndarray]
 Strings = dict[str, str]
@@ -66,9 +67,12 @@ def load(path: str | Path) -> Checkpoint:
     The arrays are views of the file wherever they can be: float16 stays float16, bfloat16 becomes float32. Names that
     nobody knows are kept; ``match`` reports them. Raises UserError for a file that cannot be read whole.
     """
+    if Path(path).is_dir():
+        tensors, meta = diffusers_folder.read(path)
+        return Checkpoint(tensors, meta, "diffusers")
     tensors, strings, kind = formats.read(path)
     try:
-        tensors = names.from_mindone(tensors, strings.pop(_VARIANT, None))
+        tensors = names.from_unet_alone(names.from_mindone(tensors, strings.pop(_VARIANT, None)))
         meta = _stated(tensors, strings)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} contradicts itself: {error}") from None
@@ -76,18 +80,23 @@ def load(path: str | Path) -> Checkpoint:
     return Checkpoint(tensors, meta, kind)
 
 
-def save(path: str | Path, tensors: Tensors, meta: Strings, format: str) -> None:
+def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: str | None = None) -> None:
     """Write ``tensors`` (Stability's names) and ``meta`` to ``path``, whole or not at all.
 
-    ``format`` is "mindspore" (MindONE's names, ``.ckpt``) or "safetensors" (Stability's names). No value of ``meta``
-    may be empty. Raises UserError where the file cannot be written; what was there before is then still there.
+    ``dtype`` is NumPy's name of the type that floating-point numbers are written in, without it each in its own.
+    ``format`` is "mindspore" (MindONE's names, ``.ckpt``), "safetensors" (Stability's names) or "diffusers" (a folder
+    that must not be there yet; ``meta`` must have the ``model_config``). No value of ``meta`` may be empty. Raises
+    UserError where it cannot be written; what was there before is then still there.
     """
-    if format == "mindspore":
+    if format == "diffusers":
+        diffusers_folder.write(path, tensors, meta, dtype)
+    elif format == "mindspore":
         variant = names.text_variant(tensors)
         strings = {**meta, _VARIANT: variant} if variant else meta
-        formats.write(path, names.to_mindone(tensors), strings, format)
+        formats.write(path, names.to_mindone(tensors), strings, format, dtype)
     else:
-        formats.write(path, {**tensors, **_marks(meta)}, {**meta, **_modelspec(tensors, meta, path)}, format)
+        strings = {**meta, **_modelspec(tensors, meta, path)}
+        formats.write(path, {**tensors, **_marks(meta)}, strings, format, dtype)
 
 
 def match(

@@ -41,6 +41,11 @@ def nbytes(dtype: np.dtype | str, shape: list[int]) -> int:
     return math.prod(shape) * (2 if dtype is BFLOAT16 else dtype.itemsize)
 
 
-def raw(array: np.ndarray) -> np.ndarray:
-    """An array's numbers as bytes, in order; copied only where it is not contiguous."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def stored_type(array: np.ndarray, dtype: np.dtype | str | None) -> np.dtype:
+    """The type an array is written in: `dtype` for floating-point numbers, where it is given; else its own."""
+    return array.dtype if dtype is None or array.dtype.kind != "f" else np.dtype(dtype)
+
+
+def raw(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """An array's numbers as bytes of that type, in order; copied only where it must be."""
+    return np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)

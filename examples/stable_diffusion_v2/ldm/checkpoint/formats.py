@@ -50,10 +50,11 @@ def read(path: str | Path) -> tuple[Tensors, Strings, str]:
     return tensors, strings, kind
 
 
-def write(path: str | Path, tensors: Tensors, strings: Strings, kind: str) -> None:
+def write(path: str | Path, tensors: Tensors, strings: Strings, kind: str, dtype: str | None = None) -> None:
     """Write a checkpoint file of format ``kind`` (one of FORMATS), or leave what was there as it was.
 
-    Keys and values of ``strings`` must not be empty (MindSpore cannot read an empty one back).
+    Floating-point numbers are written as ``dtype``, one of NumPy's, where it is given: converted tensor by tensor, so
+    it costs no memory. Keys and values of ``strings`` must not be empty (MindSpore cannot read an empty one back).
     Raises UserError where the disk or the folder refuses, or the format is unknown.
     """
     if kind not in FORMATS:
@@ -62,7 +63,7 @@ def write(path: str | Path, tensors: Tensors, strings: Strings, kind: str) -> No
         raise ValueError("empty string among the strings of a checkpoint")
     strings = {_printable(key): _printable(text) for key, text in strings.items()}
     with replacing(path) as file:
-        for chunk in _KINDS[kind].chunks(tensors, strings):
+        for chunk in _KINDS[kind].chunks(tensors, strings, dtype):
             file.write(chunk)
 
 
@@ -104,9 +105,7 @@ def _map(path: Path) -> mmap.mmap:
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist: give the path of a .ckpt or .safetensors file") from None
     except IsADirectoryError:
-        raise UserError(
-            f"{path} is a folder: diffusers folders are not read yet, give one .ckpt or .safetensors file"
-        ) from None
+        raise UserError(f"{path} is a folder; a file is wanted here") from None
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
 

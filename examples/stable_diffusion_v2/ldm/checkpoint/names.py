@@ -267,6 +267,15 @@ def to_diffusers(tensors: Tensors) -> dict[str, Tensors]:
     return {"unet": unet, "vae": vae, "text_encoder": {f"text_model.{name}": array for name, array in text.items()}}
 
 
+def from_unet_alone(tensors: Tensors) -> Tensors:
+    """Stability's names for a file of a UNet alone without the part's name before them, Stability's or diffusers'."""
+    if "input_blocks.0.0.weight" in tensors:
+        return {_UNET + name: array for name, array in tensors.items()}
+    if "conv_in.weight" in tensors and "down_blocks.0.resnets.0.conv1.weight" in tensors:
+        return from_diffusers(tensors, {}, {}, "openclip")
+    return tensors
+
+
 def _unet_modules(levels: int, depth: int, attended: list[bool]) -> dict[str, str]:
     """{Stability's module: diffusers' module} of a UNet with ``depth`` residual blocks at each of ``levels`` levels.
 

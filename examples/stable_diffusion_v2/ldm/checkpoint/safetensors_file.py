@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, raw, truncation
+from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, raw, stored_type, truncation
 
 TYPES = {
     "F64": np.dtype("<f8"),
@@ -83,18 +83,19 @@ def _entry(name: str, entry: dict) -> tuple:
     return (name, TYPES[dtype], entry["shape"], *entry["data_offsets"])
 
 
-def chunks(tensors: Tensors, strings: Strings) -> Iterator[bytes | np.ndarray]:
+def chunks(tensors: Tensors, strings: Strings, dtype: str | None = None) -> Iterator[bytes | np.ndarray]:
+    """The file in parts; floating-point numbers as `dtype` where it is given, converted one tensor at a time."""
     type_names = {dtype: name for name, dtype in TYPES.items()}
     header = {"__metadata__": strings} if strings else {}
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # wide numbers first: all stay aligned
+    types = {name: stored_type(array, dtype) for name, array in tensors.items()}
+    names = sorted(tensors, key=lambda name: (-types[name].itemsize, name))  # wide numbers first: all stay aligned
     end = 0
     for name in names:
-        array = tensors[name]
-        offsets = [end, end + array.nbytes]
-        header[name] = {"dtype": type_names[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
-        end += array.nbytes
+        shape, size = tensors[name].shape, tensors[name].size * types[name].itemsize
+        header[name] = {"dtype": type_names[types[name]], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield raw(tensors[name])
+        yield raw(tensors[name], types[name])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 from mindspore import Tensor, nn
 
@@ -13,6 +15,8 @@ from ldm.models.vae import AutoencoderKL, VAEEncode
 from ldm.text.tokenizer import Tokenizer
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."  # how the files begin their names
+
+log = logging.getLogger(__name__)
 
 
 class StableDiffusion(nn.Cell):
@@ -74,8 +78,12 @@ class StableDiffusion(nn.Cell):
         """Set the parameters under these prefixes, all of them or none; UserError where names or shapes do not fit.
 
         Without `copy` they are views of the file where they can be, which must then stay as it is: for short runs.
+        Numbers that are NaN or infinite are warned of.
         """
         fitting = checkpoint.match(tensors, self.shapes(), path, prefixes)
+        bad = [name for name, array in fitting.items() if not np.isfinite(array.sum(dtype=np.float32))]
+        if bad:
+            log.warning("%s: NaN or infinity in %d of %d tensors, first %s", path, len(bad), len(fitting), bad[0])
         for name, parameter in self.parameters_and_names():
             if name in fitting:
                 fill(parameter, fitting[name], copy)

@@ -24,7 +24,7 @@ from ldm.train.step import TrainStep
 
 RESUME_NAME = "train_resume.safetensors"
 _KEY, _VERSION = "train_state", 1
-_CHECKPOINT = re.compile(r"sd-\d+\.(ckpt|safetensors)")
+_CHECKPOINT = re.compile(r"sd-\d+(\.ckpt|\.safetensors)?")  # or a diffusers folder
 
 
 def resume_path(resume: str | bool, folder: str | Path) -> Path | None:
@@ -126,6 +126,7 @@ def prune(folder: str | Path, written: Sequence[str], keep: int) -> list[str]:
     names = list(dict.fromkeys(reversed(written)))[::-1]  # one written twice is as young as its last writing
     old = names[:-keep] if keep else []
     for name in old:
+        path = Path(folder) / name
         with suppress(OSError):
-            (Path(folder) / name).unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return names[len(old) :]

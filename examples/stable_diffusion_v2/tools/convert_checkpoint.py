@@ -1,0 +1,65 @@
+"""Convert a checkpoint to another format: any that is read, to any that is written.
+
+    python tools/convert_checkpoint.py SOURCE DESTINATION [--dtype float16] [--version 2.1-v]
+
+SOURCE is MindSpore's .ckpt, PyTorch's .ckpt or .pt, .safetensors, or a diffusers folder. DESTINATION says the format:
+NAME.ckpt is MindSpore's with MindONE's names, NAME.safetensors has Stability's, any other name becomes a diffusers
+folder. What the source says of itself (prediction type, schedule, resolution) goes along; where it says nothing,
+--version or --config says it. Tensors are converted one by one: memory stays at about the source's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+
+from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
+
+# isort: split
+from ldm import checkpoint  # noqa: E402
+from ldm.config import load_model_config  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+from ldm.pipeline import describe, read_checkpoint  # noqa: E402
+from ldm.versions import VERSIONS  # noqa: E402
+
+log = logging.getLogger("convert_checkpoint")
+SUFFIXES = {".ckpt": "mindspore", ".safetensors": "safetensors", "": "diffusers"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source")
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--dtype", choices=("float32", "float16"), help="of the numbers (default: the source's)")
+    parser.add_argument("--config", help="the model's YAML file, where the source does not describe itself")
+    parser.add_argument("--version", choices=list(VERSIONS), help="the published model whose config it is")
+    args = parser.parse_args()
+    kind = SUFFIXES.get(args.destination.suffix, "diffusers")
+    if args.destination.exists():
+        raise UserError(f"{args.destination} exists; remove it or give another name")
+    meta = {}
+    if args.config or args.version:
+        config = load_model_config(args.config or VERSIONS[args.version].config)
+        ckpt, meta = read_checkpoint(args.source, config), describe(config)
+    else:
+        ckpt = checkpoint.load(args.source)
+    checkpoint.save(args.destination, ckpt.tensors, {**meta, **ckpt.meta}, kind, args.dtype)
+    said = ckpt.meta.get("prediction_type") or meta.get("prediction_type")
+    log.info(
+        "%s (%s) is now %s (%s), %d tensors, %s",
+        args.source,
+        ckpt.format,
+        args.destination,
+        kind,
+        len(ckpt.tensors),
+        f"prediction type {said}" if said else "which does not say its prediction type: give --version or --config",
+    )
+
+
+if __name__ == "__main__":
+    runtime.run(main)
