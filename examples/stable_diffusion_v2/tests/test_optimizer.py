@@ -122,12 +122,24 @@ def test_first_adamw_step_has_the_length_of_the_learning_rate():
     assert np.abs(moved["dense"] - start["dense"]) == pytest.approx(lr_at(0), rel=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (16, 16)])
-def test_muon_brings_singular_values_near_one(shape):
+def test_muon_brings_singular_values_near_one():
     rng = np.random.default_rng(3)
-    x = rng.standard_normal(shape) @ np.diag(10.0 ** -np.linspace(0, 1.5, shape[1]))
-    s = np.linalg.svd(orthogonalize(Tensor(x.astype(np.float32))).asnumpy(), compute_uv=False)
-    assert s.min() > 0.3 and s.max() < 1.25  # the smallest were a thirtieth of the largest
+    matrices = [rng.standard_normal((6, n)) @ np.diag(10.0 ** -np.linspace(0, 1.5, n)) for n in (40, 6, 9)]
+    for x in orthogonalize(tuple(Tensor(1e3 * x.astype(np.float32)) for x in matrices)):
+        s = np.linalg.svd(x.asnumpy(), compute_uv=False)
+        assert s.min() > 0.3 and s.max() < 1.25  # the smallest were a thirtieth of the largest
+
+
+def test_muon_takes_matrices_of_all_shapes_together():
+    rng = np.random.default_rng(5)
+    shapes = {"wide": (4, 9), "tall": (9, 4), "conv": (4, 3, 3, 3), "narrow": (2, 1, 1, 1), "square": (9, 9)}
+    start, slopes = ({k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()} for _ in range(2))
+    optimizer = build_optimizer("muon", [Parameter(Tensor(w), k) for k, w in start.items()], BETAS, EPS, 0.0)
+    scalars = Tensor(optimizer.scalars(1e-2), ms.float32)
+    Apply(optimizer)(Tensor(1.0, ms.float32), scalars, *map(Tensor, slopes.values()))
+    for param in optimizer.params:
+        update = muon_update(1.95 * slopes[param.name].astype(np.float64))
+        np.testing.assert_allclose(param.asnumpy(), start[param.name] - 1e-2 * update, atol=2e-6, err_msg=param.name)
 
 
 def test_muon_leaves_embeddings_to_adamw():

@@ -121,42 +121,60 @@ class Muon(AdamW):
         self.state += squares
         left = iter(squares)  # the place of a matrix is filled with what is not read
         self.slots += (ParameterTuple([m if matrix else next(left) for m, matrix in zip(momenta, self.matrix)]),)
+        sizes = [min(len(p), p.size // len(p)) if matrix else 0 for p, matrix in zip(self.params, self.matrix)]
+        self.groups = tuple(
+            tuple(i for i, size in enumerate(sizes) if size == wanted) for wanted in sorted({*sizes} - {0})
+        )
 
     def scalars(self, lr: float) -> tuple[float, ...]:
         return (*super().scalars(lr), lr)
 
     def construct(self, scale: Tensor, scalars: tuple, grads: tuple):
-        one = ops.partial(self.one, scale, scalars)
-        return self.map(one, self.decayed, self.matrix, self.params, *self.slots, grads)
+        *adamw, lr = scalars
+        one = ops.partial(self.one, scale, adamw)
+        done = self.map(one, self.decayed, self.matrix, self.params, *self.slots, grads)
+        for group in self.groups:
+            wide = ()
+            for i in group:
+                wide += (done[i] if done[i].shape[0] <= done[i].shape[1] else done[i].swapaxes(0, 1),)
+            updates = orthogonalize(wide)
+            for n, i in enumerate(group):
+                update = updates[n] if done[i].shape[0] <= done[i].shape[1] else updates[n].swapaxes(0, 1)
+                length = lr * 0.2 * max(update.shape) ** 0.5
+                ops.assign_sub(self.params[i], length * update.reshape(self.params[i].shape))
+        return done
 
     def one(self, scale, scalars, decayed, matrix, param, momentum, v, grad):
-        *adamw, lr = scalars
+        """AdamW's update; of a matrix the decay, and what is to be orthogonalized."""
         if not matrix:
-            return super().one(scale, adamw, decayed, param, momentum, v, grad)
+            return super().one(scale, scalars, decayed, param, momentum, v, grad)
         if decayed:
-            ops.assign_sub(param, adamw[2] * param)
+            ops.assign_sub(param, scalars[2] * param)
         grad = scale * grad
         momentum = ops.assign(momentum, MUON_MOMENTUM * momentum + grad)
-        update = orthogonalize((grad + MUON_MOMENTUM * momentum).reshape(param.shape[0], -1))  # Nesterov's
-        return ops.assign_sub(param, lr * 0.2 * max(update.shape) ** 0.5 * update.reshape(param.shape))
+        return (grad + MUON_MOMENTUM * momentum).reshape(param.shape[0], -1)  # Nesterov's
 
 
 MUON_MOMENTUM = 0.95
 
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """x [m, n] with its singular values brought near 1 (to between 0.7 and 1.2), its singular vectors kept.
+def orthogonalize(matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Matrices [m, n], one m for all and n >= m, with their singular values brought near 1 (to between 0.7 and 1.2).
 
-    Five steps of Jordan's Newton-Schulz iteration s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5.
+    Five steps of Jordan's Newton-Schulz iteration x <- (3.4445 - 4.775 G + 2.0315 G^2) x with G = x xT. The factors are
+    polynomials of the first G, so they commute: they are multiplied up on [m, m], for all matrices at once, and meet x
+    at the end.
     """
-    tall = x.shape[0] > x.shape[1]
-    if tall:
-        x = x.swapaxes(0, 1)
-    x = x * ops.rsqrt((x * x).sum(-1).sum() + 1e-14)
-    for _ in range(5):
-        gram = ops.matmul(x, x.swapaxes(0, 1))
-        x = 3.4445 * x + ops.matmul(2.0315 * ops.matmul(gram, gram) - 4.775 * gram, x)
-    return x.swapaxes(0, 1) if tall else x
+    gram = ops.stack([ops.matmul(x, x.swapaxes(0, 1)) for x in matrices])  # [k, m, m]
+    identity = ops.eye(gram.shape[1], gram.shape[1], gram.dtype)
+    shrink = ops.rsqrt((gram * identity).sum(-1, keepdims=True).sum(-2, keepdims=True) + 1e-14)  # 1 / norm  [k, 1, 1]
+    gram, product = gram * shrink * shrink, identity
+    for step in range(5):
+        factor = 3.4445 * identity - 4.775 * gram + 2.0315 * ops.matmul(gram, gram)
+        product = ops.matmul(factor, product) if step else factor
+        gram = ops.matmul(factor, ops.matmul(gram, factor)) if step < 4 else gram
+    factors = ops.unstack(product * shrink)
+    return tuple([ops.matmul(factor, x) for factor, x in zip(factors, matrices)])
 
 
 class SGD(Optimizer):

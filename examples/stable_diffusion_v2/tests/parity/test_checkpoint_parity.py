@@ -1,0 +1,129 @@
+"""Files of PyTorch and diffusers read here, and our diffusers folders read there."""
+
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: make parity")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make parity")
+pytest.importorskip("transformers", reason="transformers is not installed: make parity")
+
+from ldm import checkpoint  # noqa: E402
+from ldm.checkpoint import formats  # noqa: E402
+from ldm.config import load_model_config  # noqa: E402
+from ldm.diffusion.samplers import get_sampler  # noqa: E402
+from ldm.models.stable_diffusion import StableDiffusion  # noqa: E402
+from ldm.pipeline import Pipeline  # noqa: E402
+
+pytestmark = pytest.mark.parity
+TINY = "models/tiny-vpred.safetensors"
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(6, 8, generator=generator)
+    return {
+        "weight": whole,
+        "transposed": whole.T,
+        "part": whole[1:4, 2:7],
+        "half": whole.half(),
+        "bfloat16": whole.bfloat16(),
+        "double": whole.double(),
+        "steps": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(whole[0].clone()),
+    }
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrap", [dict, lambda t: {"state_dict": t, "epoch": 1, "lr": np.float64(0.1)}])
+def test_what_torch_saves_is_read(tmp_path, legacy, wrap):
+    torch.save(wrap(tensors()), tmp_path / "t.pt", _use_new_zipfile_serialization=not legacy)
+    read = formats.read(tmp_path / "t.pt")[0]
+    for name, tensor in tensors().items():
+        expected = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+        assert read[name].dtype == expected.dtype and np.array_equal(read[name], expected), name
+
+
+def test_a_module_and_an_optimizer_are_read(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "t.pt")
+    read = formats.read(tmp_path / "t.pt")[0]
+    assert read.keys() == model.state_dict().keys()
+    assert np.array_equal(read["0.weight"], model[0].weight.detach().numpy())
+
+
+def test_a_whole_module_is_refused(tmp_path):
+    torch.save(torch.nn.Linear(3, 4), tmp_path / "t.pt")
+    with pytest.raises(Exception, match=r"wants to call torch\.nn\.modules\.linear\.Linear"):
+        checkpoint.load(tmp_path / "t.pt")
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return checkpoint.load(TINY)
+
+
+@pytest.fixture(scope="module")
+def folder(ours, tmp_path_factory):
+    path = tmp_path_factory.mktemp("ours") / "pipeline"
+    checkpoint.save(path, ours.tensors, ours.meta, "diffusers", "float32")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return diffusers.StableDiffusionPipeline.from_pretrained(folder)
+
+
+def test_diffusers_draws_the_same_from_our_folder(ours, pipe):
+    """Five guided DDIM steps from the same noise; the schedule, the type and the tokenizer come from the folder."""
+    config = load_model_config("configs/tiny-vpred.yaml")
+    model = StableDiffusion(config)
+    model.load(ours.tensors, TINY)
+    pipeline, prompts = Pipeline(config, model), ["a drawing of a tomato, red, noto style"]
+    noise = np.random.default_rng(0).standard_normal((1, *model.latent_shape(64, 64)))
+    denoise = pipeline.denoiser(prompts, [""], 5.0)
+    times = pipeline.schedule.timesteps(5)
+    latents = get_sampler("ddim")(denoise, noise, times, pipeline.schedule, None, iter)
+    theirs = pipe(
+        prompts,
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        height=64,
+        width=64,
+        latents=torch.from_numpy(noise).float(),
+        output_type="latent",
+    ).images.numpy()
+    error = np.sqrt(np.mean((latents - theirs) ** 2) / np.mean(theirs**2))
+    assert error < 1e-3
+    decoded = pipe.vae.decode(torch.from_numpy(latents).float() / pipe.vae.config.scaling_factor).sample
+    picture = decoded.detach().numpy()
+    assert np.sqrt(np.mean((model.decode(latents) - picture) ** 2) / np.mean(picture**2)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"safe_serialization": False},
+        {"variant": "fp16"},
+        {"max_shard_size": "5MB"},
+        {"safe_serialization": False, "max_shard_size": "5MB"},
+        {"variant": "fp16", "max_shard_size": "5MB"},
+    ],
+    ids=str,
+)
+def test_what_diffusers_saves_is_read(tmp_path, ours, pipe, options):
+    pipe.save_pretrained(tmp_path / "theirs", **options)
+    read = checkpoint.load(tmp_path / "theirs")
+    assert read.meta["prediction_type"] == "v"
+    assert json.loads(read.meta["schedule"])["name"] == "scaled_linear"
+    assert read.tensors.keys() == ours.tensors.keys()
+    for name, array in ours.tensors.items():
+        assert np.array_equal(read.tensors[name], array.astype(np.float32)), name
