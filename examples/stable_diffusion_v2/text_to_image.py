@@ -58,6 +58,7 @@ def build_parser() -> Parser:
     add("-v", "--version", choices=list(VERSIONS), default="2.1", help="which published model")
     add("--config", help="the model's YAML file (default: the version's)")
     add("--ckpt_path", help="the checkpoint (default: the version's file in models/)")
+    add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
     add("--pretrained_model_path", help="a checkpoint that brings what ckpt_path lacks, where that is a UNet alone")
     add("--sampler", choices=list(SAMPLERS), help="default: dpm_solver_pp")
     for flag, name in OLD_SAMPLER_FLAGS.items():
@@ -156,7 +157,7 @@ def main() -> None:
     height, width = args.H or config.image_size, args.W or config.image_size
     check_config(config, height, width)
     build_schedule(config.schedule).timesteps(args.sampling_steps)  # or the number of steps is refused
-    path = args.ckpt_path or find_checkpoint(args.version)
+    path = args.ckpt_path or find_checkpoint(args.version, args.download)
     scale = version.guidance_scale if args.scale is None else args.scale
     settings = Settings(sampler, args.sampling_steps, scale, height, width, args.seed)
     samples = make_folder(Path(args.output_path) / "samples")

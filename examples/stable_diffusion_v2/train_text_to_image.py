@@ -56,11 +56,13 @@ from ldm.train.state import (
     state_bytes,
 )
 from ldm.train.step import LossScale, TrainStep
+from ldm.versions import VERSIONS, find_checkpoint
 from ldm.yaml_file import save_yaml
 
 log = logging.getLogger("train_text_to_image")
 LORA_OPTIONS = ("lora_ft_unet", "lora_ft_text_encoder", "lora_rank", "lora_fp16", "lora_scale")
 COLUMNS = ("step", "epoch", "loss", "x0_loss", "eps_loss", "learning_rate", "grad_norm", "seconds")
+DEFAULT_CONFIG = "configs/v2-vpred-inference.yaml"
 SUFFIXES = {"mindspore": ".ckpt", "safetensors": ".safetensors", "diffusers": ""}
 
 
@@ -69,8 +71,10 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("model and data").add_argument
     add("--train_config", help="YAML file with values for these options; the command line overrides it")
-    add("--model_config", default="configs/v2-vpred-inference.yaml", help="the model's YAML file, as for sampling")
-    add("--pretrained_model_path", default="", help="the checkpoint to start from")
+    add("-v", "--version", choices=list(VERSIONS), help="a published model: its config, and its file in models/")
+    add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
+    add("--model_config", help="the model's YAML file, as for sampling (default: the version's, or SD 2.x with v)")
+    add("--pretrained_model_path", default="", help="the checkpoint to start from (default: the version's)")
     add("--unet_initialize_random", type=str2bool, default=False, help="random weights for the UNet")
     add("--text_encoder_initialize_random", type=str2bool, default=False, help="random weights for the text encoder")
     add("--data_path", default="dataset", help="a folder with pictures and img_txt.csv (columns dir,text)")
@@ -152,7 +156,9 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     build_schedule(config.schedule).timesteps(args.validation_steps)
     Augment(args.random_crop, args.flip, args.caption_dropout)
     if not args.pretrained_model_path:
-        raise UserError("no pretrained_model_path: give a checkpoint; unet_initialize_random alone still needs its VAE")
+        raise UserError(
+            "no pretrained_model_path: give a checkpoint or a --version; random networks still need its VAE"
+        )
 
 
 def build_model(args: argparse.Namespace, config: ModelConfig, ckpt: checkpoint.Checkpoint) -> StableDiffusion:
@@ -185,7 +191,10 @@ def build_train_step(args: argparse.Namespace, config: ModelConfig, model: Stabl
 
 def main() -> None:
     args = read_options(build_parser())
-    config = load_model_config(args.model_config)
+    if args.version:
+        args.model_config = args.model_config or VERSIONS[args.version].config
+        args.pretrained_model_path = args.pretrained_model_path or find_checkpoint(args.version, args.download)
+    config = load_model_config(args.model_config or DEFAULT_CONFIG)
     args.image_size = args.image_size or config.image_size
     check(args, config)
     output = make_folder(args.output_path)

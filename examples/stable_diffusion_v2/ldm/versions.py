@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ldm.download import download
 from ldm.errors import UserError
 from ldm.yaml_file import SCRIPTS, search
 
@@ -26,15 +27,23 @@ VERSIONS = {
 }
 
 
-def find_checkpoint(version: str) -> str:
-    """The file of that version under models/.
+def find_checkpoint(version: str, fetch: bool = False) -> str:
+    """The file of that version under models/; with `fetch` it is downloaded where it is not there.
 
     Raises:
         UserError: it is not there; says which file to get, from where and where to put it.
     """
     name = VERSIONS[version].checkpoint
     found = search(f"models/{name}")
-    if found is None:
-        source = f"get it from {PUBLISHED}/{name}" if name.endswith(".ckpt") else "restore it from the repository"
-        raise UserError(f"no models/{name} for --version {version}: {source} and put it into {SCRIPTS / 'models'}")
-    return str(found)
+    if found is not None:
+        return str(found)
+    place = SCRIPTS / "models" / name
+    if not name.endswith(".ckpt"):
+        raise UserError(f"no models/{name} for --version {version}: restore it from the repository to {place.parent}")
+    if not fetch:
+        raise UserError(
+            f"no models/{name} for --version {version}: add --download, or get it from {PUBLISHED}/{name} and put it "
+            f"into {place.parent}"
+        )
+    download(f"{PUBLISHED}/{name}", place)
+    return str(place)

@@ -1,0 +1,101 @@
+"""Downloads from a server of our own: whole, broken off and continued, refused, and without room."""
+
+import hashlib
+import shutil
+import threading
+from collections import namedtuple
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from ldm import versions
+from ldm.download import download
+from ldm.errors import UserError
+
+CONTENT = bytes(range(256)) * 9000  # more than two chunks
+
+
+@pytest.fixture
+def server():
+    """Settings of a server: ranges (whether it knows them), cut (after so many bytes it hangs up), requests (seen)."""
+
+    class Handler(BaseHTTPRequestHandler):
+        ranges, cut, requests = True, None, []
+
+        def do_GET(self):  # noqa: N802
+            asked = self.headers.get("Range")
+            self.requests.append(asked)
+            if self.path != "/model.ckpt":
+                return self.send_error(404)
+            start = int(asked[6:-1]) if asked and self.ranges else 0
+            if start >= len(CONTENT):
+                return self.send_error(416)
+            self.send_response(206 if asked and self.ranges else 200)
+            self.send_header("Content-Length", str(len(CONTENT) - start))
+            self.end_headers()
+            return self.wfile.write(CONTENT[start : self.cut])
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Handler.requests = []
+    Handler.url = f"http://127.0.0.1:{server.server_port}"
+    yield Handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_whole_file_comes(server, tmp_path):
+    download(f"{server.url}/model.ckpt", tmp_path / "models/model.ckpt")
+    assert (tmp_path / "models/model.ckpt").read_bytes() == CONTENT
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["model.ckpt"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_goes_on(server, tmp_path, ranges):
+    server.cut, server.ranges = 1_500_000, ranges
+    with pytest.raises(UserError, match="goes on from there"):
+        download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt.partial"]
+    server.cut = None
+    download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
+    assert (tmp_path / "model.ckpt").read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=1500000-"]
+
+
+def test_a_partial_file_that_is_too_long_is_begun_anew(server, tmp_path):
+    (tmp_path / "model.ckpt.partial").write_bytes(CONTENT + b"more")
+    download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
+    assert (tmp_path / "model.ckpt").read_bytes() == CONTENT
+
+
+def test_what_cannot_be_had(server, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="answered 404 .* by hand"):
+        download(f"{server.url}/other.ckpt", tmp_path / "model.ckpt")
+    with pytest.raises(UserError, match="cannot download .*nothing was written"):
+        download("http://127.0.0.1:9/model.ckpt", tmp_path / "model.ckpt")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1 << 20))
+    with pytest.raises(UserError, match="0.0 GiB of disk left"):
+        download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_digits_in_the_name(server, tmp_path, caplog, right):
+    digits = hashlib.sha256(CONTENT).hexdigest()[:8] if right else "01234567"
+    download(f"{server.url}/model.ckpt", tmp_path / f"model-{digits}.ckpt")
+    assert ("its name says" in caplog.text) == (not right)
+
+
+def test_nothing_is_fetched_without_being_asked(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(versions, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(versions, "PUBLISHED", server.url)
+    monkeypatch.setitem(versions.VERSIONS, "2.1", versions.Version("configs/v2-inference.yaml", "model.ckpt", 9.0))
+    with pytest.raises(UserError, match=f"--download, or get it from {server.url}/model.ckpt and put it into"):
+        versions.find_checkpoint("2.1")
+    assert not server.requests
+    assert versions.find_checkpoint("2.1", fetch=True) == str(tmp_path / "models/model.ckpt")
+    assert (tmp_path / "models/model.ckpt").read_bytes() == CONTENT
