@@ -16,6 +16,8 @@ from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
 import argparse
 import contextlib
 import logging
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -36,12 +38,12 @@ from ldm.diffusion.weighting import WEIGHTINGS, loss_weight
 from ldm.errors import UserError
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
 from ldm.models.layers import initialize
-from ldm.models.stable_diffusion import TEXT, UNET, VAE, StableDiffusion
+from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE, StableDiffusion
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
 from ldm.train.ema import Ema
-from ldm.train.inputs import Inputs
+from ldm.train.inputs import FrozenOutputs, Inputs
 from ldm.train.learning_rate import SCHEDULES, LearningRate
 from ldm.train.log import ResultLog, loss_curve, read_log
 from ldm.train.optimizer import OPTIMIZERS, build_optimizer
@@ -61,6 +63,7 @@ from ldm.yaml_file import save_yaml
 
 log = logging.getLogger("train_text_to_image")
 LORA_OPTIONS = ("lora_ft_unet", "lora_ft_text_encoder", "lora_rank", "lora_fp16", "lora_scale")
+OWN_PROCESS_BYTES = 256 << 20  # frozen networks larger than this fill the caches in a process of their own
 COLUMNS = ("step", "epoch", "loss", "x0_loss", "eps_loss", "learning_rate", "grad_norm", "seconds")
 DEFAULT_CONFIG = "configs/v2-vpred-inference.yaml"
 SUFFIXES = {"mindspore": ".ckpt", "safetensors": ".safetensors", "diffusers": ""}
@@ -87,6 +90,8 @@ def build_parser() -> Parser:
     add("--on_bad_image", choices=ON_BAD_IMAGE, default="error", help="what to do about an unreadable picture")
     add("--cache_latents", type=str2bool, default=True, help="encode each picture once, where no change is random")
     add("--cache_text", type=str2bool, default=True, help="encode each caption once, where the encoder is frozen")
+    add("--cache_path", help="a folder for both caches, which runs may share (default: cache/ in output_path)")
+    add("--cache_only", type=str2bool, default=False, help="fill the caches and stop")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=10)
@@ -161,16 +166,44 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
         )
 
 
-def build_model(args: argparse.Namespace, config: ModelConfig, ckpt: checkpoint.Checkpoint) -> StableDiffusion:
+def open_caches(args: argparse.Namespace, config: ModelConfig, tensors: dict, dtype: str) -> FrozenOutputs:
+    """The caches of what is frozen and does not change at random."""
+    text = args.cache_text and not (args.train_text_encoder or args.text_encoder_initialize_random)
+    folder = Path(args.cache_path or Path(args.output_path) / "cache")
+    return FrozenOutputs(folder, config, tensors, args.image_size, dtype, caches_latents(args), text)
+
+
+def caches_latents(args: argparse.Namespace) -> bool:
+    return args.cache_latents and not (args.random_crop or args.flip)
+
+
+def wanted_parts(args: argparse.Namespace, caches: FrozenOutputs, to_fill: bool) -> tuple[str, ...]:
+    """The networks that this process needs: without the frozen ones where the caches stand in for them."""
+    if args.cache_only:
+        return VAE, TEXT
+    drawing = to_fill or bool(args.validation_prompts)
+    vae = (VAE,) if drawing or caches.latents is None else ()
+    return (*vae, UNET, *((TEXT,) if drawing or caches.features is None else ()))
+
+
+def build_model(
+    args: argparse.Namespace, config: ModelConfig, ckpt: checkpoint.Checkpoint, parts: tuple[str, ...] = PARTS
+) -> StableDiffusion:
     """The networks with the checkpoint's weights, or random ones where that is asked for."""
     random = {UNET: args.unet_initialize_random, TEXT: args.text_encoder_initialize_random}
-    model = StableDiffusion(config)
-    prefixes = tuple(prefix for prefix in (VAE, UNET, TEXT) if not random.get(prefix))
+    model = StableDiffusion(config, parts)
+    prefixes = tuple(prefix for prefix in parts if not random.get(prefix))
     model.load(ckpt.tensors, args.pretrained_model_path, prefixes, copy=True)
     for prefix, network in ((UNET, model.unet), (TEXT, model.text_encoder)):
-        if random[prefix]:
+        if network and random[prefix]:
             initialize(network, args.seed)
     return model
+
+
+def fill_elsewhere() -> None:
+    """Fill the caches in a process of its own, with which the memory of the frozen networks goes away."""
+    if subprocess.run([sys.executable, *sys.argv, "--cache_only", "True"]).returncode:
+        raise UserError("the caches could not be filled; the reason is above")
 
 
 def build_train_step(args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, dtype: str) -> TrainStep:
@@ -189,79 +222,150 @@ def build_train_step(args: argparse.Namespace, config: ModelConfig, model: Stabl
     )
 
 
-def main() -> None:
-    args = read_options(build_parser())
+def prepare(
+    args: argparse.Namespace, config: ModelConfig, ckpt: checkpoint.Checkpoint, data: CaptionedImages, dtype: str
+) -> tuple[StableDiffusion, FrozenOutputs]:
+    """The networks that are needed, on their device, and the caches, full."""
+    caches = open_caches(args, config, ckpt.tensors, dtype)
+    to_fill = any(caches.missing(data))
+    if to_fill and not args.cache_only and sum(a.nbytes for a in frozen_tensors(ckpt).values()) > OWN_PROCESS_BYTES:
+        fill_elsewhere()
+        caches, to_fill = open_caches(args, config, ckpt.tensors, dtype), False
+    runtime.start(args.device_target, args.mode)
+    model = build_model(args, config, ckpt, wanted_parts(args, caches, to_fill))
+    runtime.set_compute_dtype(model, dtype)
+    if to_fill:
+        caches.fill(model, data, args.train_batch_size)
+    caches.leave_out_missing(data)
+    return model, caches
+
+
+class Output:
+    """What a run leaves in its folder: checkpoints, resume state, loss curve, validation pictures.
+
+    Args:
+        args, config: what the run was asked for.
+        model, train_step: what it trains.
+        frozen: the tensors of the checkpoint that are not trained, for networks that were not built.
+        settings: what a resumed run must have in common with this one.
+    """
+
+    def __init__(self, args, config: ModelConfig, model: StableDiffusion, train_step: TrainStep, frozen, settings):
+        self.args, self.config, self.model, self.train_step = args, config, model, train_step
+        self.frozen, self.settings = frozen, settings
+        self.folder, self.progress = Path(args.output_path), {"step": 0, "written": []}
+        self.ckpt_folder = ckpt_folder(args)
+
+    def resume(self, path: Path | None) -> int:
+        """Put the run back to where a resume state left it; how many steps were made."""
+        if path:
+            self.progress = load_state(path, self.train_step, self.settings)
+            if path.parent.resolve() != self.ckpt_folder.resolve():
+                self.progress["written"] = []  # another folder's files are not this run's to delete
+        return self.progress["step"]
+
+    def save(self, step: int, number: int) -> None:
+        """The checkpoint sd-{number} and the resume state."""
+        args, ema = self.args, self.train_step.ema
+        name = f"sd-{number}{SUFFIXES[args.ckpt_format]}"
+        tensors = {**self.frozen, **self.model.tensors(), **(ema.tensors() if ema else {})}  # averages where there are
+        checkpoint.save(self.ckpt_folder / name, tensors, describe(self.config), args.ckpt_format, args.ckpt_dtype)
+        written = [*(old for old in self.progress["written"] if old != name), name]
+        self.progress = {"step": step, "written": prune(self.ckpt_folder, written, args.ckpt_max_keep)}
+        save_state(self.ckpt_folder / RESUME_NAME, self.train_step, self.progress, self.settings)
+        loss_curve(self.folder / "loss_curve.png", read_log(self.folder / "result.log"))
+
+    def validate(self, step: int) -> None:
+        """One picture per validation prompt, always from the same noise, side by side."""
+        args, ema = self.args, self.train_step.ema if step else None
+        path = make_folder(self.folder / "validation") / f"{step:06}.png"
+        sampler, size = get_sampler(args.validation_sampler), args.image_size
+        settings = Settings(sampler, args.validation_steps, args.validation_scale, size, size, args.seed)
+        with ema.applied() if ema else contextlib.nullcontext():
+            pipeline, prompts = Pipeline(self.config, self.model), args.validation_prompts
+            pictures = [pipeline.draw([prompt], [""], [i], settings)[0] for i, prompt in enumerate(prompts)]
+        save_png(grid(np.stack(pictures), 1 if len(pictures) < 5 else 2), path)
+        log.info("validation pictures: %s", path)
+
+
+def ckpt_folder(args: argparse.Namespace) -> Path:
+    return Path(args.output_path) / "ckpt" / "rank_0"
+
+
+def frozen_tensors(ckpt: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
+    return {name: array for name, array in ckpt.tensors.items() if name.startswith((VAE, TEXT))}
+
+
+def settle(args: argparse.Namespace) -> ModelConfig:
+    """Fill in what a version and the model's config decide; returns that config."""
     if args.version:
         args.model_config = args.model_config or VERSIONS[args.version].config
         args.pretrained_model_path = args.pretrained_model_path or find_checkpoint(args.version, args.download)
     config = load_model_config(args.model_config or DEFAULT_CONFIG)
     args.image_size = args.image_size or config.image_size
+    return config
+
+
+def main() -> None:
+    args = read_options(build_parser())
+    config = settle(args)
     check(args, config)
-    output = make_folder(args.output_path)
-    ckpt_folder = make_folder(output / "ckpt" / "rank_0")
-    resume_from = resume_path(args.resume, ckpt_folder)
-    refuse_used_folder(ckpt_folder, resume_from)
+    folder = make_folder(ckpt_folder(args))
+    resume_from = resume_path(args.resume, folder)
+    if not args.cache_only:
+        refuse_used_folder(folder, resume_from)
     ckpt = read_checkpoint(args.pretrained_model_path, config, check_type=not args.unet_initialize_random)
-    data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image)
+    in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # then pictures are read once at most
+    data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)
     log.info(data.summary())
 
-    device = runtime.start(args.device_target, args.mode)
-    dtype = args.dtype or runtime.default_dtype(device)
-    model = build_model(args, config, ckpt)
-    del ckpt
-    runtime.set_compute_dtype(model, dtype)
+    dtype = args.dtype or runtime.default_dtype(args.device_target or runtime.default_device())
+    model, caches = prepare(args, config, ckpt, data, dtype)
+    if args.cache_only:
+        return
     train_step = build_train_step(args, config, model, dtype)
-    check_room(ckpt_folder, 4 * sum(map(np.prod, model.shapes().values())) + 2 * state_bytes(train_step))
-
-    micro = args.gradient_accumulation_steps
+    check_room(folder, 4 * sum(map(np.prod, model.shapes().values())) + 2 * state_bytes(train_step))
+    output = Output(args, config, model, train_step, frozen_tensors(ckpt), run_settings(args, config, len(data), dtype))
+    first = output.resume(resume_from)
+    save_yaml(vars(args), output.folder / "args.yaml")
+    save_model_config(config, output.folder / "model_config.yaml")
     augment = Augment(args.random_crop, args.flip, args.caption_dropout)
-    batches = Batches(data, args.train_batch_size, args.seed, augment)
-    steps_per_epoch = max(1, batches.steps_per_epoch // micro)
-    total = args.train_steps or args.epochs * steps_per_epoch
+    batches = Batches(data, args.train_batch_size, args.seed, augment, pictures=caches.latents is None)
+    batches.start_step = first * args.gradient_accumulation_steps
+    train(args, output, batches, Inputs(model, data, batches, caches, args.train_text_encoder, config), first)
+
+
+def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: Inputs, first: int) -> None:
+    """The loop: all steps from `first` on."""
+    micro = args.gradient_accumulation_steps
+    epoch = max(1, batches.steps_per_epoch // micro)
+    total = args.train_steps or args.epochs * epoch
+    log.info("%d steps of %d are to be made, %d to an epoch", max(0, total - first), total, epoch)
     rate = LearningRate(
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, args.decay_steps, total
     )
-    settings = run_settings(args, config, len(data), dtype)
-    progress = load_state(resume_from, train_step, settings) if resume_from else {"step": 0, "written": []}
-    if resume_from and resume_from.parent.resolve() != ckpt_folder.resolve():
-        progress["written"] = []  # another folder's files are not this run's to delete
-    first = progress["step"]
-    log.info("%d steps of %d are to be made, %d to an epoch", max(0, total - first), total, steps_per_epoch)
-    save_yaml(vars(args), output / "args.yaml")
-    save_model_config(config, output / "model_config.yaml")
-    inputs = Inputs(model, data, batches, args.train_text_encoder, config.schedule.timesteps)
-    inputs.cache(args.cache_latents, args.cache_text)
-
     if args.validation_prompts and not first:  # what there is to improve on, and whether drawing works at all
-        validate(output / "validation" / "000000.png", model, None, config, args)
-    batches.start_step = first * micro
+        output.validate(0)
     stream = map(inputs, batches)
-    result = ResultLog(output / "result.log", COLUMNS, first)
+    result = ResultLog(output.folder / "result.log", COLUMNS, first)
     with tqdm(total=total, initial=first, unit="step") as bar:
         for step in range(first, total):
             began, lr = time.perf_counter(), rate(step)
-            outcome = train_step([next(stream) for _ in range(micro)], lr, step)
+            outcome = output.train_step([next(stream) for _ in range(micro)], lr, step)
             seconds, done = time.perf_counter() - began, step + 1
-            numbers = (done, 1 + step // steps_per_epoch, outcome.loss, *outcome.extras, lr, outcome.grad_norm, seconds)
+            numbers = (done, 1 + step // epoch, outcome.loss, *outcome.extras, lr, outcome.grad_norm, seconds)
             result.write(**dict(zip(COLUMNS, numbers)))
             if not outcome.applied:
-                log.warning(
-                    "step %d overflowed and was left out; the loss scale is now %g", done, train_step.loss_scale.value
-                )
+                scale = output.train_step.loss_scale.value
+                log.warning("step %d overflowed and was left out; the loss scale is now %g", done, scale)
             bar.set_postfix_str(f"loss {outcome.loss:.4f}, lr {lr:.2e}, {seconds:.2f} s", refresh=False)
             bar.update()
 
-            if done % (args.ckpt_save_interval * (1 if args.step_mode else steps_per_epoch)) == 0 or done == total:
-                number = done if args.step_mode else -(-done // steps_per_epoch)
-                name = f"sd-{number}{SUFFIXES[args.ckpt_format]}"
-                export(ckpt_folder / name, model, train_step.ema, config, args)
-                written = [*(old for old in progress["written"] if old != name), name]
-                progress = {"step": done, "written": prune(ckpt_folder, written, args.ckpt_max_keep)}
-                save_state(ckpt_folder / RESUME_NAME, train_step, progress, settings)
-                loss_curve(output / "loss_curve.png", read_log(output / "result.log"))
+            if done % (args.ckpt_save_interval * (1 if args.step_mode else epoch)) == 0 or done == total:
+                output.save(done, done if args.step_mode else -(-done // epoch))
             if args.validation_prompts and (done % (args.validation_interval or total) == 0 or done == total):
-                validate(output / "validation" / f"{done:06}.png", model, train_step.ema, config, args)
-    log.info("checkpoints are in %s, the log is %s", ckpt_folder, output / "result.log")
+                output.validate(done)
+    log.info("checkpoints are in %s, the log is %s", output.ckpt_folder, output.folder / "result.log")
 
 
 def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int, dtype: str) -> dict:
@@ -275,30 +379,6 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int, d
         facts.update({f"{part}.{key}": value for key, value in asdict(getattr(config, part)).items()})
     del facts["unet.use_checkpoint"]  # changes memory and time, not the result
     return {**facts, **{name: getattr(args, name) for name in names}}
-
-
-def export(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, args: argparse.Namespace) -> None:
-    """The whole model, averaged where there is an average, as a checkpoint that says what it is."""
-    tensors = {**model.tensors(), **(ema.tensors() if ema else {})}
-    checkpoint.save(path, tensors, describe(config), args.ckpt_format, args.ckpt_dtype)
-
-
-def validate(path: Path, model: StableDiffusion, ema: Ema | None, config: ModelConfig, args) -> None:
-    """One picture per validation prompt, always from the same noise, side by side."""
-    make_folder(path.parent)
-    prompts = args.validation_prompts
-    settings = Settings(
-        get_sampler(args.validation_sampler),
-        args.validation_steps,
-        args.validation_scale,
-        *[args.image_size] * 2,
-        args.seed,
-    )
-    with ema.applied() if ema else contextlib.nullcontext():
-        pipeline = Pipeline(config, model)
-        pictures = [pipeline.draw([prompt], [""], [i], settings)[0] for i, prompt in enumerate(prompts)]
-    save_png(grid(np.stack(pictures), 1 if len(pictures) < 5 else 2), path)
-    log.info("validation pictures: %s", path)
 
 
 if __name__ == "__main__":

@@ -72,11 +72,12 @@ def load(path: str | Path) -> Checkpoint:
         return Checkpoint(tensors, meta, "diffusers")
     tensors, strings, kind = formats.read(path)
     try:
-        tensors = names.from_unet_alone(names.from_mindone(tensors, strings.pop(_VARIANT, None)))
+        variant = strings.pop(_VARIANT, None)
         meta = _stated(tensors, strings)
+        tensors = {name: array for name, array in tensors.items() if name not in (_V_MARK, _ZERO_SNR_MARK)}
+        tensors = names.from_unet_alone(names.from_mindone(tensors, variant))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} contradicts itself: {error}") from None
-    tensors = {name: array for name, array in tensors.items() if name not in (_V_MARK, _ZERO_SNR_MARK)}
     return Checkpoint(tensors, meta, kind)
 
 

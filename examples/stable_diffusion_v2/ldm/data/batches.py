@@ -43,10 +43,10 @@ class Augment:
 class Batch:
     """One rank's share of a step: images float32 [B, 3, S, S] in [-1, 1], B captions, ordinals int64 [B].
 
-    indices int64 [B] are the samples' places in the dataset.
+    indices int64 [B] are the samples' places in the dataset. Without pictures images is None.
     """
 
-    images: np.ndarray
+    images: np.ndarray | None
     texts: list[str]
     ordinals: np.ndarray
     indices: np.ndarray
@@ -62,6 +62,7 @@ class Batches:
         augment: random changes.
         start_step: the first step to give, as after a resume.
         rank, ranks: which share of every step is given.
+        pictures: whether the pictures are wanted, or captions and places alone.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class Batches:
         start_step: int = 0,
         rank: int = 0,
         ranks: int = 1,
+        pictures: bool = True,
     ):
         if batch_size < 1 or not 0 <= rank < ranks:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {ranks}")
         self.dataset, self.batch_size, self.seed, self.augment = dataset, batch_size, seed, augment
-        self.start_step, self.rank, self.ranks = start_step, rank, ranks
+        self.start_step, self.rank, self.ranks, self.pictures = start_step, rank, ranks, pictures
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,7 +103,8 @@ class Batches:
                 pending.append(self._submit(pool, step + AHEAD))
                 images, texts = zip(*samples)
                 ordinals = np.array(self.ordinals(step), np.int64)
-                yield Batch(to_float(images), list(texts), ordinals, np.array([self.index(i) for i in ordinals]))
+                images = to_float(images) if self.pictures else None
+                yield Batch(images, list(texts), ordinals, np.array([self.index(i) for i in ordinals]))
                 step += 1
 
     def index(self, ordinal: int) -> int:
@@ -109,15 +112,18 @@ class Batches:
         epoch, position = divmod(ordinal, len(self.dataset))
         return epoch_order(self.seed, len(self.dataset), epoch)[position]
 
-    def sample(self, ordinal: int) -> tuple[np.ndarray, str]:
+    def sample(self, ordinal: int) -> tuple[np.ndarray | None, str]:
         """The picture, uint8 [S, S, 3], and the caption of one ordinal, with its random changes."""
-        picture, text = self.dataset[self.index(ordinal)]
+        index = self.index(ordinal)
+        picture, text = self.dataset[index] if self.pictures else (None, self.dataset.samples[index].text)
+        if generator(self.seed, "caption dropout", ordinal).random() < self.augment.caption_dropout:
+            text = ""
+        if picture is None:
+            return None, text
         rng = generator(self.seed, "crop", ordinal) if self.augment.random_crop else None
         picture = crop(picture, self.dataset.image_size, rng)
         if self.augment.flip and generator(self.seed, "flip", ordinal).random() < 0.5:
             picture = picture[:, ::-1]
-        if generator(self.seed, "caption dropout", ordinal).random() < self.augment.caption_dropout:
-            text = ""
         return picture, text
 
     def _submit(self, pool: ThreadPoolExecutor, step: int) -> list[Future]:

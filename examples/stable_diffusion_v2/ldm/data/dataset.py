@@ -88,6 +88,20 @@ class CaptionedImages:
                 self._take_note({sample.path: error})
         raise UserError("all pictures of the data folder are unreadable")
 
+    def read(self, path: str) -> np.ndarray | None:
+        """The picture of a path, scaled; None where it is unreadable and such are skipped."""
+        try:
+            return self._picture(path)
+        except BadImageError as error:
+            self._take_note({path: error})
+            return None
+
+    def leave_out(self, paths: set[str]) -> None:
+        """Go on without these pictures; UserError where none is left."""
+        self.samples = [sample for sample in self.samples if sample.path not in paths]
+        if not self.samples:
+            raise UserError("all pictures of the data folder are unreadable")
+
     def summary(self) -> str:
         """One line: how many captioned pictures there are and how many were left out for what."""
         left_out = [f"{self.small} smaller than image_filter_size left out"] if self.small else []

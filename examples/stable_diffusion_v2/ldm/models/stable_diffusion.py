@@ -15,21 +15,32 @@ from ldm.models.vae import AutoencoderKL, VAEEncode
 from ldm.text.tokenizer import Tokenizer
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."  # how the files begin their names
+PARTS = (VAE, UNET, TEXT)
 
 log = logging.getLogger(__name__)
 
 
 class StableDiffusion(nn.Cell):
-    """All networks of one model config; parameters are named as in Stability's single-file checkpoints."""
+    """The networks of one model config; parameters are named as in Stability's single-file checkpoints.
 
-    def __init__(self, config):
+    Args:
+        config: ModelConfig.
+        parts: which networks to build; one that is left out takes no memory and must not be asked for.
+    """
+
+    def __init__(self, config, parts: tuple[str, ...] = PARTS):
         super().__init__()
         network, under_prefix, padding = VARIANTS[config.text.variant]
-        unet, vae, text_encoder = UNet(config.unet), AutoencoderKL(config.vae), network(config.text)
-        self.model = Under(diffusion_model=unet)
-        self.first_stage_model = vae
-        self.cond_stage_model = under_prefix(text_encoder)
-        self.parts = (unet, vae, text_encoder, VAEEncode(vae))
+        unet = UNet(config.unet) if UNET in parts else None
+        vae = AutoencoderKL(config.vae) if VAE in parts else None
+        text_encoder = network(config.text) if TEXT in parts else None
+        if unet:
+            self.model = Under(diffusion_model=unet)
+        if vae:
+            self.first_stage_model = vae
+        if text_encoder:
+            self.cond_stage_model = under_prefix(text_encoder)
+        self.parts = (unet, vae, text_encoder, VAEEncode(vae) if vae else None)
         self.tokenizer = Tokenizer(config.text.vocab_size, config.text.context_length, padding)
         self.scale_factor = config.scale_factor
         self.channels, self.factor = config.vae.embed_dim, config.vae.factor

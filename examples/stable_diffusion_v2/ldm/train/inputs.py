@@ -1,69 +1,154 @@
 """What a training step is fed: latents, text, noise and times of a batch, all keyed by the sample's ordinal.
 
-The frozen autoencoder and text encoder give the same for the same picture and caption every time, so their outputs can
-be computed once and held, where they fit into memory.
+The frozen autoencoder and text encoder give the same for the same picture and caption every time, so their outputs are
+computed once and kept on disk (ldm.train.cache).
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
+from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
 
+from ldm.config import ModelConfig
 from ldm.data.batches import Batch, Batches
 from ldm.data.dataset import CaptionedImages
 from ldm.data.images import crop, to_float
-from ldm.models.stable_diffusion import StableDiffusion
+from ldm.errors import UserError
+from ldm.models.stable_diffusion import TEXT, VAE, StableDiffusion
 from ldm.randomness import generator
-
-CACHE_BYTES = 2 << 30  # for latents and for text features each
+from ldm.train.cache import Rows, file_key, settings_key, text_key
 
 log = logging.getLogger(__name__)
+
+
+class FrozenOutputs:
+    """The caches of a run: Gaussians of the latents by picture, features by caption.
+
+    Args:
+        folder: where they are kept.
+        config: the model's.
+        tensors: the checkpoint's; a cache belongs to the weights that filled it.
+        image_size: side of the pictures in pixels.
+        dtype: what the networks compute in.
+        latents, text: which of the two are kept.
+    """
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, tensors: dict, image_size: int, dtype: str, latents: bool, text: bool
+    ):
+        def rows(kind: str, prefix: str, shape: tuple[int, ...], **settings) -> Rows:
+            weights = {name: array for name, array in tensors.items() if name.startswith(prefix)}
+            return Rows(folder / f"{kind}-{settings_key(weights, **settings)}", shape)
+
+        side, self.latents, self.features = image_size // config.vae.factor, None, None
+        if latents:
+            shape = (2, config.vae.embed_dim, side, side)  # mean and standard deviation
+            self.latents = rows("latents", VAE, shape, size=image_size, scale=config.scale_factor, dtype=dtype)
+        if text:
+            shape = (config.text.context_length, config.text.width)
+            self.features = rows("text", TEXT, shape, variant=config.text.variant, heads=config.text.heads, dtype=dtype)
+
+    def missing(self, data: CaptionedImages) -> tuple[list[str], list[str]]:
+        """(paths, captions) that have no row yet, each once."""
+        paths = dict.fromkeys(sample.path for sample in data.samples) if self.latents is not None else ()
+        texts = dict.fromkeys(["", *(sample.text for sample in data.samples)]) if self.features is not None else ()
+        return (
+            [path for path in paths if file_key(path) not in self.latents],
+            [text for text in texts if text_key(text) not in self.features],
+        )
+
+    def fill(self, model: StableDiffusion, data: CaptionedImages, batch_size: int) -> None:
+        """Compute what is missing; what an earlier try has left is taken over.
+
+        Raises:
+            UserError: a picture is unreadable and such are not skipped; there is no room on the disk.
+        """
+        self._check_room(*self.missing(data))
+        kinds = ((self.latents, "latents", self._fill_latents), (self.features, "text", self._fill_text))
+        for n, (rows, title, fill) in enumerate(kinds):
+            if rows is None:
+                continue
+            with rows.filling():
+                todo = self.missing(data)[n]
+                for start in tqdm(range(0, len(todo), batch_size), title, delay=2, leave=False):
+                    fill(model, data, todo[start : start + batch_size], batch_size)
+
+    def leave_out_missing(self, data: CaptionedImages) -> None:
+        """After filling, the pictures without a row are those that are unreadable and skipped."""
+        unreadable = set(self.missing(data)[0])
+        if unreadable:
+            log.warning("%d unreadable pictures are skipped", len(unreadable))
+            data.leave_out(unreadable)
+
+    def _fill_latents(self, model: StableDiffusion, data: CaptionedImages, paths: list[str], size: int) -> None:
+        read = {path: data.read(path) for path in paths}
+        pictures = {path: crop(picture, data.image_size) for path, picture in read.items() if picture is not None}
+        if pictures:
+            full = [*pictures.values()] + [next(iter(pictures.values()))] * (
+                size - len(pictures)
+            )  # one size, one graph
+            gaussians = np.stack(model.encode_images(to_float(full)), 1)[: len(pictures)]
+            self.latents.append([file_key(path) for path in pictures], gaussians)
+
+    def _fill_text(self, model: StableDiffusion, data: CaptionedImages, texts: list[str], size: int) -> None:
+        features = model.encode_prompts(texts + [""] * (size - len(texts)))[: len(texts)]
+        self.features.append([text_key(text) for text in texts], features)
+
+    def _check_room(self, paths: list[str], texts: list[str]) -> None:
+        for rows, count in ((self.latents, len(paths)), (self.features, len(texts))):
+            if rows is not None:
+                free, needed = shutil.disk_usage(rows.folder).free, count * rows.row_bytes
+                if needed > free:
+                    raise UserError(
+                        f"the cache {rows.folder} needs {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f}: "
+                        "choose another --cache_path, or switch cache_latents and cache_text off"
+                    )
 
 
 class Inputs:
     """Batches to the arguments of the loss.
 
     Args:
-        model: whose autoencoder is frozen.
+        model: for what is not cached.
         data: the pictures of `batches`.
         batches: for their seed, size and random changes.
+        frozen: the caches, full.
         token_ids: give token ids int32 [B, L], for a text encoder that is trained, not features float32 [B, L, D].
-        timesteps: T of the noise schedule.
+        config: the model's, for the number of training times T.
     """
 
     def __init__(
-        self, model: StableDiffusion, data: CaptionedImages, batches: Batches, token_ids: bool, timesteps: int
+        self,
+        model: StableDiffusion,
+        data: CaptionedImages,
+        batches: Batches,
+        frozen: FrozenOutputs,
+        token_ids: bool,
+        config: ModelConfig,
     ):
-        self.model, self.data, self.batches = model, data, batches
-        self.token_ids, self.timesteps = token_ids, timesteps
+        self.model, self.data, self.batches, self.frozen = model, data, batches, frozen
+        self.token_ids, self.timesteps = token_ids, config.schedule.timesteps
         self.shape = model.latent_shape(data.image_size, data.image_size)
-        self.gaussians: np.ndarray | None = None  # [2, N, C, h, w], mean and standard deviation of all latents
-        self.features: dict[str, np.ndarray] = {}  # caption -> [L, D]
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(latents float32 [B, C, h, w] of unit variance, text, eps like the latents, t int32 [B]).
 
         Latents are drawn from the autoencoder's Gaussian, as SD was trained, not set to its mean.
         """
-        if self.gaussians is None:
+        if self.frozen.latents is None:
             mean, std = self.model.encode_images(batch.images)
         else:
-            mean, std = self.gaussians[:, batch.indices]
+            rows = self.frozen.latents.take(file_key(self.data.samples[i].path) for i in batch.indices)
+            mean, std = rows[:, 0], rows[:, 1]
         latents = mean + std * self._noise("latent", batch.ordinals)
         t = [generator(self.batches.seed, "timestep", i).integers(self.timesteps) for i in batch.ordinals]
         eps = self._noise("noise", batch.ordinals)
         return Tensor(latents), Tensor(self._text(batch.texts)), Tensor(eps), Tensor(np.array(t, np.int32))
-
-    def cache(self, latents: bool, text: bool) -> None:
-        """Compute once what never changes: latents unless pictures are changed at random, features unless trained."""
-        augment = self.batches.augment
-        if latents and not (augment.random_crop or augment.flip):
-            self._cache_latents()
-        if text and not self.token_ids:
-            self._cache_features()
 
     def _noise(self, purpose: str, ordinals: np.ndarray) -> np.ndarray:
         seed = self.batches.seed
@@ -72,32 +157,6 @@ class Inputs:
     def _text(self, texts: list[str]) -> np.ndarray:
         if self.token_ids:
             return self.model.tokenizer.encode(texts)
-        if all(text in self.features for text in texts):
-            return np.stack([self.features[text] for text in texts])
+        if self.frozen.features is not None:
+            return self.frozen.features.take(map(text_key, texts))
         return self.model.encode_prompts(texts)
-
-    def _cache_latents(self) -> None:
-        count, size = len(self.data), self.batches.batch_size
-        needed = 8 * count * int(np.prod(self.shape))
-        if needed > CACHE_BYTES:
-            log.info("latents of %d pictures are not cached: %.1f GiB", count, needed / 2**30)
-            return
-        self.gaussians = np.empty((2, count, *self.shape), np.float32)
-        for start in tqdm(range(0, count, size), "latents", delay=2, leave=False):
-            rows = range(start, min(start + size, count))
-            pictures = [crop(self.data[i][0], self.data.image_size) for i in rows]
-            pictures += pictures[-1:] * (size - len(rows))  # one batch size, one compiled graph
-            for part, values in zip(self.gaussians, self.model.encode_images(to_float(pictures))):
-                part[rows.start : rows.stop] = values[: len(rows)]
-
-    def _cache_features(self) -> None:
-        size, unique = self.batches.batch_size, list(dict.fromkeys(["", *(s.text for s in self.data.samples)]))
-        for start in tqdm(range(0, len(unique), size), "text", delay=2, leave=False):
-            texts = unique[start : start + size]
-            for text, features in zip(texts, self.model.encode_prompts(texts + [""] * (size - len(texts)))):
-                self.features[text] = features
-            needed = len(unique) * features.nbytes
-            if needed > CACHE_BYTES:
-                log.info("features of %d captions are not cached: %.1f GiB", len(unique), needed / 2**30)
-                self.features.clear()
-                return

@@ -1,0 +1,114 @@
+"""What frozen networks answer, kept on disk: one row per picture or caption, found by its content.
+
+Neither the networks nor their answers then need memory while the UNet is trained, and a second run on the same data
+starts at once. Rows are keyed by content and stand in a folder keyed by the network and its settings, so a changed
+picture, caption, size or checkpoint is computed anew, never mistaken.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from ldm.errors import UserError
+from ldm.pictures import make_folder
+
+KEY_BYTES = 32
+
+
+def settings_key(tensors: dict[str, np.ndarray], **settings) -> str:
+    """16 hexadecimal digits that stand for a network's weights and for what else decides its answers."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name], np.float32).reshape(-1).view(np.uint8))
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1 << 20)
+def file_key(path: str) -> bytes:
+    """The key of a picture: sha256 of its file."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"cannot read the picture '{path}': {error.strerror}") from None
+    return digest.digest()
+
+
+def text_key(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+class Rows:
+    """Arrays float32 of one shape in a file that only grows, and their keys in another.
+
+    A row is written before its key: whatever is killed or fills the disk in between, a row that has a key is whole.
+
+    Args:
+        folder: for this network and these settings alone.
+        shape: of one row.
+    """
+
+    def __init__(self, folder: str | Path, shape: tuple[int, ...]):
+        self.folder, self.shape = make_folder(folder), tuple(shape)
+        self.values_path, self.keys_path = self.folder / "rows.f32", self.folder / "keys.sha256"
+        self.row_bytes = 4 * int(np.prod(shape))
+        self._read_keys()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def take(self, keys: Iterable[bytes]) -> np.ndarray:
+        """The rows of these keys, [len(keys), *shape]; they must be there."""
+        if len(self.values) < self.written:
+            self.values = np.memmap(self.values_path, np.float32, "r", shape=(self.written, *self.shape))
+        return self.values[[self.places[key] for key in keys]]
+
+    def append(self, keys: list[bytes], values: np.ndarray) -> None:
+        """Add rows [len(keys), *shape], within `filling`.
+
+        Raises:
+            UserError: the disk is full or the folder not writable; the rows before stay.
+        """
+        try:
+            with open(self.values_path, "r+b" if self.values_path.exists() else "wb") as file:
+                file.seek(self.written * self.row_bytes)  # over a row that lost its key
+                file.write(np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8))
+            with open(self.keys_path, "r+b" if self.keys_path.exists() else "wb") as file:
+                file.seek(self.written * KEY_BYTES)
+                file.write(b"".join(keys))
+        except OSError as error:
+            raise UserError(
+                f"cannot write the cache {self.folder}: {error.strerror}; make room there, choose another --cache_path,"
+                " or switch cache_latents and cache_text off"
+            ) from None
+        self.places.update({key: self.written + n for n, key in enumerate(keys)})
+        self.written += len(keys)
+
+    @contextmanager
+    def filling(self) -> Iterator[Rows]:
+        """One process at a time may append; the others wait and then see its rows."""
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read_keys()
+            yield self
+
+    def _read_keys(self) -> None:
+        keys = self.keys_path.read_bytes() if self.keys_path.exists() else b""
+        size = self.values_path.stat().st_size if self.values_path.exists() else 0
+        self.written = min(len(keys) // KEY_BYTES, size // self.row_bytes)
+        self.places = {keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(self.written)}
+        self.values = np.empty((0, *self.shape), np.float32)  # mapped when it is needed

@@ -1,0 +1,103 @@
+"""The cache of frozen networks' answers: found by content, whole after any interruption, one writer at a time."""
+
+import multiprocessing
+import resource
+import signal
+
+import numpy as np
+import pytest
+
+from ldm.errors import UserError
+from ldm.train.cache import KEY_BYTES, Rows, file_key, settings_key, text_key
+
+SHAPE = (2, 3)
+
+
+def rows(*numbers):
+    return np.stack([np.full(SHAPE, n, np.float32) for n in numbers])
+
+
+def keys(*numbers):
+    return [text_key(str(n)) for n in numbers]
+
+
+def test_rows_are_found_again_by_their_keys(tmp_path):
+    store = Rows(tmp_path / "c", SHAPE)
+    with store.filling():
+        store.append(keys(1, 2), rows(1, 2))
+        store.append(keys(3), rows(3))
+    for again in (store, Rows(tmp_path / "c", SHAPE)):
+        assert len(again) == 3 and keys(2)[0] in again and keys(4)[0] not in again
+        assert again.take(keys(3, 1, 3))[:, 0, 0].tolist() == [3, 1, 3]
+
+
+@pytest.mark.parametrize("lost", [1, KEY_BYTES - 1, KEY_BYTES])
+def test_a_row_without_its_whole_key_is_written_anew(tmp_path, lost):
+    """As after a kill between the two files, or in the middle of the second."""
+    store = Rows(tmp_path, SHAPE)
+    store.append(keys(1, 2), rows(1, 2))
+    path = tmp_path / "keys.sha256"
+    path.write_bytes(path.read_bytes()[:-lost])
+    store = Rows(tmp_path, SHAPE)
+    assert len(store) == 1
+    store.append(keys(5), rows(5))
+    store = Rows(tmp_path, SHAPE)
+    assert store.take(keys(1, 5))[:, 0, 0].tolist() == [1, 5] and len(store) == 2
+
+
+def test_keys_without_their_rows_are_forgotten(tmp_path):
+    Rows(tmp_path, SHAPE).append(keys(1, 2), rows(1, 2))
+    path = tmp_path / "rows.f32"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(Rows(tmp_path, SHAPE)) == 1
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path):
+    store = Rows(tmp_path, SHAPE)
+    store.append(keys(1), rows(1))
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, old[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write the cache"):
+            store.append(keys(2, 3), rows(2, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    store = Rows(tmp_path, SHAPE)
+    assert len(store) == 1 and store.take(keys(1))[0, 0, 0] == 1
+    store.append(keys(4), rows(4))
+    assert Rows(tmp_path, SHAPE).take(keys(4))[0, 0, 0] == 4
+
+
+def fill(folder, first):
+    store = Rows(folder, SHAPE)
+    with store.filling():
+        for n in range(first, first + 50):
+            if keys(n)[0] not in store:
+                store.append(keys(n), rows(n))
+
+
+def test_two_processes_fill_one_cache(tmp_path):
+    spawn = multiprocessing.get_context("fork")
+    workers = [spawn.Process(target=fill, args=(tmp_path, first)) for first in (0, 25)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    store = Rows(tmp_path, SHAPE)
+    assert len(store) == 75
+    assert store.take(keys(*range(75)))[:, 0, 0].tolist() == list(range(75))
+
+
+def test_keys_stand_for_content_and_settings(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "b.png").write_bytes(b"x")
+    (tmp_path / "c.png").write_bytes(b"y")
+    a, b, c = (file_key(str(tmp_path / f"{name}.png")) for name in "abc")
+    assert a == b != c and len(a) == KEY_BYTES
+    with pytest.raises(UserError, match="cannot read the picture"):
+        file_key(str(tmp_path / "no.png"))
+    weights = {"w": np.arange(4, dtype=np.float16)}
+    key = settings_key(weights, size=64)
+    assert key == settings_key({"w": np.arange(4, dtype=np.float32)}, size=64)
+    assert len({key, settings_key(weights, size=32), settings_key({"w": np.ones(4, np.float16)}, size=64)}) == 3
