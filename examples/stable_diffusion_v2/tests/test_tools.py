@@ -15,27 +15,6 @@ import compare_prediction_types as compare  # noqa: E402
 import measure_offline as offline  # noqa: E402
 
 
-def test_kid_is_zero_for_one_source_and_grows_with_the_distance():
-    rng = np.random.default_rng(0)
-
-    def draw(mean):
-        return rng.standard_normal((300, 16)) + mean
-
-    same = np.mean([offline.kid(draw(0), draw(0)) for _ in range(20)])
-    near, far = offline.kid(draw(0), draw(0.3)), offline.kid(draw(0), draw(1))
-    assert abs(same) < 0.01 < near < far
-
-
-def test_kid_of_two_points_a_side_is_the_formula():
-    a, b = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [2.0, 0.0]])
-
-    def k(x, y):
-        return (x @ y / 2 + 1) ** 3
-
-    between = (k(a[0], b[0]) + k(a[0], b[1]) + k(a[1], b[0]) + k(a[1], b[1])) / 4
-    assert offline.kid(a, b) == pytest.approx(k(a[0], a[1]) + k(b[0], b[1]) - 2 * between)
-
-
 def test_retrieval_counts_own_targets_among_the_nearest():
     targets = np.eye(4)
     assert offline.retrieval(3 * targets, targets, 1) == 1.0  # length does not matter

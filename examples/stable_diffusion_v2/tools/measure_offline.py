@@ -28,6 +28,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
+from eval.metrics import kid_with_error  # noqa: E402
 from ldm.data.captions import read_captions  # noqa: E402
 
 SIDE = 224
@@ -66,26 +67,6 @@ def _field(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2, len(content)]) + content
 
 
-def kid(a: np.ndarray, b: np.ndarray) -> float:
-    """The unbiased squared maximum mean discrepancy of features [N, D] and [M, D], kernel (x·y / D + 1)^3."""
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x):
-        k = kernel(x, x)
-        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
-
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
-
-
-def kid_with_error(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """(KID of all, standard deviation of the KIDs of random subsets), both of features [N, D] and [M, D]."""
-    rng, size = np.random.default_rng(0), min(SUBSET_SIZE, len(a), len(b))
-    picks = ((rng.choice(len(a), size, False), rng.choice(len(b), size, False)) for _ in range(SUBSETS))
-    return kid(a, b), float(np.std([kid(a[i], b[j]) for i, j in picks]))
-
-
 def retrieval(queries: np.ndarray, targets: np.ndarray, k: int) -> float:
     """The share of queries [N, D] with their own target (same row) among the k targets of highest cosine."""
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, targets)]
@@ -120,7 +101,7 @@ def measure(gen: Path, real: Path) -> dict[str, float]:
     """KID x 1000 with its deviation; where there are as many generated as real pictures, retrieval too."""
     features = OpenNsfw()
     a, b = features(pictures(gen)), features(pictures(real))
-    value, error = kid_with_error(a, b)
+    value, error = kid_with_error(a, b, SUBSETS, SUBSET_SIZE)
     row = {"pictures": len(a), "kid_x1000": round(1000 * value, 1), "subset_std": round(1000 * error, 1)}
     if len(a) == len(b):
         row.update({f"top{k}": round(retrieval(a, b, k), 3) for k in (1, 5)})

@@ -38,9 +38,9 @@ def load_image(path: str, size: int) -> np.ndarray:
             image.load()
             with suppress(Exception):  # a damaged camera record says nothing against the pixels
                 ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_scale(_to_rgb(image), size))
+            return np.asarray(_scale(to_rgb(image), size))
     except Exception as error:  # Pillow's readers raise all sorts of exceptions on a broken file
-        raise BadImageError(f"cannot read the picture '{path}': {_reason(error)}") from error
+        raise BadImageError(f"cannot read the picture '{path}': {reason(error)}") from error
 
 
 def check_image(path: str) -> tuple[int, int]:
@@ -58,7 +58,7 @@ def check_image(path: str) -> tuple[int, int]:
                 image.load()
             return image.size
     except Exception as error:
-        raise BadImageError(f"cannot read the picture '{path}': {_reason(error)}") from error
+        raise BadImageError(f"cannot read the picture '{path}': {reason(error)}") from error
 
 
 def crop(picture: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -74,7 +74,7 @@ def to_float(pictures: list[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(stacked, dtype=np.float32) / 127.5 - 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_16_bits(image)
     if image.mode == "F":
@@ -113,7 +113,7 @@ def _has_end(path: str, image_format: str) -> bool:
         return END_MARKS[image_format] in file.read()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not a complete picture of a known format ({', '.join(FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):

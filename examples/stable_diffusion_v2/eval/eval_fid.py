@@ -1,0 +1,296 @@
+"""FID, KID, Inception score, precision and recall of generated pictures beside real ones.
+
+python eval/eval_fid.py --real_dir datasets/emoji/noto/test --gen_dir output/samples
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
+
+# isort: split
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import logging  # noqa: E402
+import tempfile  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
+
+import mindspore as ms  # noqa: E402
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from eval import inception, metrics, pictures  # noqa: E402
+from ldm.checkpoint.formats import replacing  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+from ldm.options import Parser, read_options, require_at_least, seed, str2bool  # noqa: E402
+from ldm.pictures import make_folder  # noqa: E402
+from ldm.randomness import generator  # noqa: E402
+
+log = logging.getLogger("eval_fid")
+
+ENOUGH = 2048  # pictures; with fewer the covariance of 2,048 features is singular and the FID far too high
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+SPLITS = 10  # of the Inception score
+NEIGHBOURS = 3  # of precision and recall
+NAMED = 10  # unreadable pictures on the screen; the JSON names all
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--real_dir", required=True, help="a folder with real pictures, or an .npz file with their mu and sigma")
+    add("--gen_dir", help="a folder with generated pictures, or an .npz file; may be left out with --save_stats")
+    add("--load_checkpoint", help="the Inception network's weights (default: a known file in models/)")
+    add("--resize", choices=list(pictures.RESIZE), default="clean", help="as clean-fid does it, or as pytorch-fid")
+    add("--batch_size", type=int, default=32, help="changes speed and memory, not the figures")
+    add("--save_stats", help="an .npz file for mean and covariance of real_dir, to be given as --real_dir later")
+    add("--kid", type=str2bool, help=f"default: where there are fewer than {ENOUGH:,} pictures on a side")
+    add("--inception_score", type=str2bool, nargs="?", const=True, default=False, help="of the generated pictures")
+    add("--precision_recall", type=str2bool, nargs="?", const=True, default=False, help="with k = 3")
+    add("--output", help="a JSON file for the figures and the settings")
+    add("--seed", type=seed, default=0, help="of KID's subsets and the Inception score's splits")
+    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
+    add("--mode", "--ms_mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    parser.ignore({"backend": "the network runs in MindSpore"})
+    return parser
+
+
+# ---- one side: a folder's pictures or a file's statistics ----
+
+
+@dataclass
+class Side:
+    """The pictures of one folder, or the statistics of a file; then what was measured of them."""
+
+    path: str
+    pictures: list[Path] = field(default_factory=list)  # none where it is a file
+    said: dict[str, str] = field(default_factory=dict)  # what a file says of itself beside the numbers
+    mean: np.ndarray | None = None  # [2048]
+    covariance: np.ndarray | None = None  # [2048, 2048]
+    count: int | None = None  # pictures; None where a file does not say
+    unreadable: list[str] = field(default_factory=list)  # one message each
+    features: np.ndarray | None = None  # [count, 2048], where they are asked for
+    logits: np.ndarray | None = None  # [count, 1008], where they are asked for
+
+
+def find_side(path: str) -> Side:
+    """The pictures of a folder, or a statistics file that can be read; UserError where there is neither."""
+    if path.endswith(".npz"):
+        return read_statistics(path)
+    found = pictures.find_pictures(path)
+    if len(found) < 2:
+        raise UserError(f"there is only one picture in {path}: a covariance needs two at least")
+    return Side(path, found, count=len(found))
+
+
+def read_statistics(path: str) -> Side:
+    """The mu [2048] and sigma [2048, 2048] of an .npz file, as pytorch-fid, clean-fid and this script write it."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except Exception as error:  # zipfile's, NumPy's and the system's
+        raise UserError(f"cannot read statistics from {path}: {error}") from None
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise UserError(f"{path} holds no statistics: they are arrays mu and sigma, it has {', '.join(arrays)}")
+    mean, covariance, width = arrays["mu"], arrays["sigma"], inception.FEATURES
+    if mean.shape != (width,) or covariance.shape != (width, width):
+        raise UserError(f"{path} is of other features: mu {mean.shape} and sigma {covariance.shape}, not {width} wide")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{path} holds numbers that are not finite: measure its pictures again, two at least")
+    said = {name: str(array) for name, array in arrays.items() if array.ndim == 0}
+    count = int(said["count"]) if said.get("count", "").isdecimal() else None
+    return Side(path, said=said, mean=mean, covariance=covariance, count=count)
+
+
+def check_said(side: Side, settings: dict[str, str]) -> None:
+    """UserError where a statistics file was made with other settings; a warning where it does not say with which."""
+    for name, value in settings.items():
+        if side.said.get(name, value) != value:
+            raise UserError(
+                f"{side.path} was made with {name} {side.said[name]}, not {value}: measure its pictures again"
+            )
+    if not side.pictures and "resize" not in side.said:
+        hint = "pytorch-fid's files belong to --resize legacy, clean-fid's to clean"
+        log.warning("%s does not say how its pictures were resized: %s", side.path, hint)
+
+
+def write_statistics(path: str, side: Side, settings: dict[str, str]) -> None:
+    with replacing(path) as file:
+        np.savez(file, mu=side.mean, sigma=side.covariance, count=side.count, **settings)
+
+
+# ---- measuring ----
+
+
+class Rows:
+    """Rows of float32 that come one batch after another: written to a temporary file, given back as a memory map."""
+
+    def __init__(self, width: int):
+        self.file, self.width = tempfile.TemporaryFile(), width  # noqa: SIM115  it lives as long as the map
+
+    def add(self, rows: np.ndarray) -> None:
+        try:
+            self.file.write(np.ascontiguousarray(rows, np.float32).data)
+        except OSError as error:
+            raise UserError(f"cannot keep features in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR") from None
+
+    def all(self) -> np.ndarray:
+        """[N, width]."""
+        self.file.flush()
+        return np.memmap(self.file, np.float32, "r").reshape(-1, self.width)
+
+
+def measure(side: Side, net: inception.Inception, args: argparse.Namespace, features: bool, logits: bool) -> None:
+    """Fills in the figures of a side; of `features` and `logits` the rows are kept where they are asked for.
+
+    Memory does not depend on the number of pictures. Raises UserError where fewer than two can be read.
+    """
+    if not side.pictures:
+        return
+    moments = metrics.Moments(inception.FEATURES)
+    kept = Rows(inception.FEATURES) if features else None, Rows(inception.CLASSES) if logits else None
+    with tqdm(total=len(side.pictures), unit="picture", desc=side.path) as bar:
+        for batch, count, bad in pictures.batches(side.pictures, args.batch_size, pictures.RESIZE[args.resize]):
+            side.unreadable += bad
+            if count:
+                outputs = [out.asnumpy()[:count] for out in net(ms.Tensor.from_numpy(batch))]
+                if not np.isfinite(outputs[0]).all():
+                    raise UserError("the Inception network gives NaN or infinity: are these its weights?")
+                moments.add(outputs[0])
+                for rows, output in zip(kept, outputs):
+                    if rows:
+                        rows.add(output)
+            bar.update(count + len(bad))
+    warn_of_unreadable(side)
+    if moments.count < 2:
+        raise UserError(f"only {moments.count} of {len(side.pictures)} pictures in {side.path} can be read")
+    side.mean, side.covariance, side.count = moments.mean, moments.covariance(), moments.count
+    side.features, side.logits = (rows and rows.all() for rows in kept)
+
+
+def warn_of_unreadable(side: Side) -> None:
+    for message in side.unreadable[:NAMED]:
+        log.warning("left out: %s", message)
+    if len(side.unreadable) > NAMED:
+        log.warning("left out: %d more of %s; --output names them all", len(side.unreadable) - NAMED, side.path)
+
+
+def figures(real: Side, gen: Side, args: argparse.Namespace) -> dict[str, float]:
+    """All that the two sides allow and the options ask for."""
+    out = {"fid": metrics.frechet_distance(real.mean, real.covariance, gen.mean, gen.covariance)}
+    if args.kid:
+        size = min(KID_SUBSET_SIZE, max(2, min(real.count, gen.count) // 2))
+        rng = generator(args.seed, "kid")
+        out["kid"], out["kid_std"] = metrics.kid_with_error(real.features, gen.features, KID_SUBSETS, size, rng)
+        out["kid_subset_size"] = size
+    if args.inception_score and gen.count >= SPLITS:
+        rng = generator(args.seed, "inception score")
+        out["inception_score"], out["inception_score_std"] = metrics.inception_score(gen.logits, SPLITS, rng)
+    if args.precision_recall and min(real.count, gen.count) > NEIGHBOURS:
+        out["precision"], out["recall"] = metrics.precision_recall(real.features, gen.features, NEIGHBOURS)
+    return out
+
+
+# ---- the command ----
+
+
+def check_options(args: argparse.Namespace, real: Side, gen: Side | None) -> None:
+    """Settles what is to be measured, in `args`; UserError for what cannot be, before anything expensive."""
+    require_at_least(1, args, "batch_size")
+    if gen is None and not args.save_stats:
+        raise UserError("give --gen_dir, or --save_stats to keep the statistics of real_dir alone")
+    if args.save_stats and not args.save_stats.endswith(".npz"):
+        raise UserError(f"save_stats is {args.save_stats}; it must end in .npz")
+    if args.save_stats and not real.pictures:
+        raise UserError("save_stats needs the pictures: real_dir is a file of statistics already")
+    for path in filter(None, (args.save_stats, args.output)):
+        make_folder(Path(path).parent)
+    if gen is None:
+        args.kid = args.inception_score = args.precision_recall = False
+        return
+    files = [side.path for side in (real, gen) if not side.pictures]
+    if args.kid is None:
+        args.kid = not files and min(real.count, gen.count) < ENOUGH
+    if files and (args.kid or args.precision_recall):
+        raise UserError(f"KID, precision and recall need the pictures, not the statistics in {files[0]}")
+    if args.inception_score and not gen.pictures:
+        raise UserError(f"the Inception score needs the pictures, not the statistics in {gen.path}")
+    args.batch_size = min(args.batch_size, max(len(real.pictures), len(gen.pictures), 1))
+
+
+def warn_of_few(real: Side, gen: Side, args: argparse.Namespace) -> None:
+    few = [f"{side.count:,} in {side.path}" for side in (real, gen) if side.count is not None and side.count < ENOUGH]
+    if few:
+        beside = "KID has no such bias" if args.kid else "KID, of the pictures themselves, has no such bias"
+        message = "the FID is too high and not comparable: fewer than %s pictures (%s); %s"
+        log.warning(message, f"{ENOUGH:,}", ", ".join(few), beside)
+    if args.inception_score and gen.count < SPLITS:
+        log.warning("no Inception score: it needs %d pictures, one for each split", SPLITS)
+    if args.precision_recall and min(real.count, gen.count) <= NEIGHBOURS:
+        log.warning("no precision and recall: they need %d pictures on both sides", NEIGHBOURS + 1)
+
+
+def table(row: dict) -> str:
+    """The figures for people to read."""
+    lines = [("pictures, real", row["real_count"]), ("pictures, generated", row["gen_count"])]
+    lines.append((f"FID ({row['resize']})", f"{row['fid']:.3f}"))
+    if "kid" in row:
+        lines.append(("KID x 1000", f"{1000 * row['kid']:.3f} ± {1000 * row['kid_std']:.3f}"))
+    if "inception_score" in row:
+        lines.append(("Inception score", f"{row['inception_score']:.3f} ± {row['inception_score_std']:.3f}"))
+    if "precision" in row:
+        lines += [("precision", f"{row['precision']:.3f}"), ("recall", f"{row['recall']:.3f}")]
+    lines = [(name, "unknown" if value is None else str(value)) for name, value in lines]
+    return "\n".join(f"{name:<20} {value:>16}" for name, value in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = read_options(build_parser(), argv)
+    real, gen = find_side(args.real_dir), find_side(args.gen_dir) if args.gen_dir else None
+    check_options(args, real, gen)
+    weights = Path(args.load_checkpoint) if args.load_checkpoint else inception.find_weights()
+    device = runtime.start(args.device_target, args.mode)
+    net = inception.Inception()
+    checksum = inception.load(net, weights, args.inception_score)
+    settings = {"resize": args.resize, "weights_crc32": checksum}
+    for side in filter(None, (real, gen)):
+        check_said(side, settings)
+
+    by_features = args.kid or args.precision_recall
+    measure(real, net, args, by_features, False)
+    if args.save_stats:
+        write_statistics(args.save_stats, real, settings)
+        log.info("the statistics of %s are in %s", real.path, args.save_stats)
+    if gen is None:
+        return
+    measure(gen, net, args, by_features, args.inception_score)
+    warn_of_few(real, gen, args)
+    row = {
+        **figures(real, gen, args),
+        "real_dir": real.path,
+        "gen_dir": gen.path,
+        "real_count": real.count,
+        "gen_count": gen.count,
+        **settings,
+        "weights": weights.name,
+        "seed": args.seed,
+        "device": device,
+        "mindspore": ms.__version__,
+        "unreadable": real.unreadable + gen.unreadable,
+    }
+    log.info("%s", table(row))
+    if args.output:
+        with replacing(args.output) as file:
+            file.write((json.dumps(row, ensure_ascii=False, indent=1) + "\n").encode())
+    print(json.dumps(row, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    runtime.run(main)

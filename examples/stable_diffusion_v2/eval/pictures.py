@@ -1,0 +1,140 @@
+"""Pictures of a folder for the evaluation networks: found, decoded, resized, in threads ahead of the network.
+
+Pictures are decoded as the training data are (ldm.data.images): upright, on white, 16 bits scaled to 8, of an animation
+the first frame. Of pictures with 8-bit pixels, no transparency and no orientation mark, which are nearly all, that is
+what pytorch-fid and clean-fid see.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ldm.data import images
+from ldm.data.images import BadImageError
+from ldm.errors import UserError
+
+SIDE = 299  # pixels; what the Inception network takes
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def find_pictures(folder: str | Path) -> list[Path]:
+    """The picture files of a folder and the folders in it, by their suffix, in order; hidden ones are passed over.
+
+    Raises UserError where there is no such folder, or no picture in it.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}")
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    if not found:
+        raise UserError(f"there is no picture in {folder}: files {', '.join(f'*{suffix}' for suffix in SUFFIXES)}")
+    return sorted(found)
+
+
+def decode(path: str | Path) -> np.ndarray:
+    """A picture as uint8 [height, width, 3]; BadImageError, naming it, where it cannot be read whole."""
+    try:
+        with Image.open(path, formats=images.FORMATS) as image:
+            image.load()
+            with suppress(Exception):  # a damaged camera record says nothing against the pixels
+                ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(images.to_rgb(image))
+    except Exception as error:  # Pillow's readers raise all sorts of exceptions on a broken file
+        raise BadImageError(f"cannot read the picture '{path}': {images.reason(error)}") from error
+
+
+def resize_clean(picture: np.ndarray) -> np.ndarray:
+    """uint8 [height, width, 3] to float32 [299, 299, 3] in 0 to 255: bicubic, antialiased (arXiv 2104.11222).
+
+    The channels are scaled one by one in floating point by Pillow, whose bicubic filter grows with the scale. Nothing
+    is rounded to whole numbers; what the filter drives beyond 0 and 255 is clipped.
+    """
+    planes = [Image.fromarray(picture[..., i].astype(np.float32)) for i in range(3)]  # mode F
+    scaled = [np.asarray(plane.resize((SIDE, SIDE), Image.BICUBIC)) for plane in planes]
+    return np.stack(scaled, -1).clip(0, 255)
+
+
+def resize_legacy(picture: np.ndarray) -> np.ndarray:
+    """uint8 [height, width, 3] to float32 [299, 299, 3] in 0 to 1: bilinear, not antialiased, as pytorch-fid does it.
+
+    It samples between the four nearest pixels, the corners not aligned: x = (i + 1/2) width / 299 - 1/2, within the
+    picture.
+    """
+    top, bottom, down = _neighbours(picture.shape[0])
+    left, right, across = _neighbours(picture.shape[1])
+    x = picture.astype(np.float32) / 255
+    x = x[:, left] * (1 - across[:, None]) + x[:, right] * across[:, None]  # [height, 299, 3]
+    return x[top] * (1 - down[:, None, None]) + x[bottom] * down[:, None, None]
+
+
+def _neighbours(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of 299 places along a side: the pixel before it, the one behind it, and how near it is to the latter."""
+    place = (np.arange(SIDE, dtype=np.float32) + 0.5) * (np.float32(length) / np.float32(SIDE)) - 0.5
+    place = np.maximum(place, 0).astype(np.float32)
+    before = np.minimum(place.astype(np.int64), length - 1)
+    return before, np.minimum(before + 1, length - 1), (place - before).astype(np.float32)
+
+
+def clean(picture: np.ndarray) -> np.ndarray:
+    """uint8 [height, width, 3] to the network's input, float32 [3, 299, 299], as clean-fid has it: (x - 128) / 128."""
+    return np.ascontiguousarray(((resize_clean(picture) - 128) / 128).transpose(2, 0, 1))
+
+
+def legacy(picture: np.ndarray) -> np.ndarray:
+    """uint8 [height, width, 3] to the network's input, float32 [3, 299, 299], as pytorch-fid has it: 2 x - 1."""
+    return np.ascontiguousarray((2 * resize_legacy(picture) - 1).transpose(2, 0, 1))
+
+
+RESIZE = {"clean": clean, "legacy": legacy}
+
+
+def ahead(function: Callable, items: Iterable, number: int) -> Iterator[tuple[object, Future]]:
+    """(item, its future) for each item in order, while threads work on the next `number` of them.
+
+    So much is held at once and no more, whatever the number of items. `result()` of the future gives the function's
+    value or raises what it raised.
+    """
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    items = iter(items)
+    try:
+        waiting = deque((item, pool.submit(function, item)) for item in islice(items, number))
+        while waiting:
+            yield waiting.popleft()
+            waiting.extend((item, pool.submit(function, item)) for item in islice(items, 1))
+    finally:  # also where the one who asked breaks off
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def batches(
+    paths: list[Path], size: int, prepare: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[tuple[np.ndarray, int, list[str]]]:
+    """Prepared pictures in batches of one size, decoded in threads while the batch before is in use.
+
+    Yields:
+        float32 [size, 3, 299, 299], whose rows beyond the second value repeat the last picture;
+        how many pictures it holds, 0 if none could be read;
+        the messages of the pictures since the last batch that could not be read; they are left out.
+    """
+    rows, bad = [], []
+    for _, future in ahead(lambda path: prepare(decode(path)), paths, 2 * size):
+        try:
+            rows.append(future.result())
+        except BadImageError as error:
+            bad.append(str(error))
+        if len(rows) == size:
+            yield np.stack(rows), size, bad
+            rows, bad = [], []
+    if rows or bad:
+        filled = rows + rows[-1:] * (size - len(rows))
+        yield (np.stack(filled) if rows else np.empty((0,))), len(rows), bad
