@@ -2,6 +2,7 @@
 
 import pickletools
 import sys
+import types
 import zipfile
 from collections import OrderedDict
 
@@ -78,6 +79,92 @@ def test_what_training_frameworks_leave_beside_the_weights(tmp_path):
     loaded = checkpoint.load(tmp_path / "t.ckpt")
     assert list(loaded.tensors) == ["w"]
     assert loaded.meta["prediction_type"] == "v"
+
+
+# ---- TorchScript ----
+
+
+def script_module(state=None, reduce=False, place="__torch__.model", **attributes):
+    """An object as torch.jit.save writes it: class, NEWOBJ (or REDUCE), table of attributes, BUILD."""
+    kind = type("Net", (), {"__module__": place})
+    if reduce:
+        kind.__reduce__ = lambda self: (kind, (), self.__dict__)
+    if state is not None:
+        kind.__getstate__ = lambda self: state
+    module = kind()
+    module.__dict__.update(attributes)
+    return module
+
+
+def save_script(path, content):
+    """data.pkl as torch.jit.save writes it, and a program beside it that nobody may look at."""
+
+    def classes(thing, seen):
+        if id(thing) not in seen and hasattr(thing, "__dict__") and type(thing).__name__ == "Net":
+            seen[id(thing)] = type(thing)
+            for value in thing.__dict__.values():
+                classes(value, seen)
+        return seen
+
+    with pytest.MonkeyPatch.context() as patch:
+        for number, kind in enumerate(classes(content, {}).values()):  # the pickler looks every class up by its name
+            kind.__qualname__ = kind.__name__ = f"Net{number}"
+            for name in (kind.__module__.split(".")[0], kind.__module__):
+                patch.setitem(sys.modules, name, sys.modules.get(name) or types.ModuleType(name))
+            setattr(sys.modules[kind.__module__], kind.__name__, kind)
+        save_zip(path, content, **{"code/__torch__.py": "raise SystemExit", "version": "3"})
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+def test_a_scripted_module_is_its_state_dict(tmp_path, reduce):
+    expected = tensors()
+    block = script_module(reduce=reduce, training=False, bias=contiguous(expected["a.bias"]))
+    block.weight = contiguous(expected["a.weight"])
+    net = script_module(
+        reduce=reduce, a=block, steps=contiguous(expected["steps"]), sizes=[1, 2], empty=script_module()
+    )
+    save_script(tmp_path / "t.pt", net)
+    read, strings, found = formats.read(tmp_path / "t.pt")
+    assert found == "pytorch" and strings == {}
+    assert sorted(read) == ["a.bias", "a.weight", "steps"]
+    assert all(np.array_equal(read[name], expected[name]) and read[name].dtype == expected[name].dtype for name in read)
+
+
+def test_a_module_that_is_shared_has_both_names(tmp_path):
+    shared = script_module(w=contiguous(np.arange(3, dtype=np.float32)))
+    save_script(tmp_path / "t.pt", script_module(a=shared, b=shared))
+    assert list(formats.read(tmp_path / "t.pt")[0]) == ["a.w", "b.w"]
+
+
+def test_lists_with_a_type_tag_are_passed_over(tmp_path):
+    raw = b"\x80\x02c__torch__\nM\n)\x81}X\x01\x00\x00\x00sctorch.jit._pickle\nrestore_type_tag\n](K\x01e"
+    raw += b"X\x09\x00\x00\x00List[int]\x86RsX\x01\x00\x00\x00tctorch.jit._pickle\nbuild_intlist\n]\x85Rsb."
+    save_zip(tmp_path / "t.pt", {}, pickled=raw)
+    refused(tmp_path / "t.pt", "holds no parameters")
+
+
+def test_modules_that_hold_each_other_or_too_many(tmp_path):
+    w = contiguous(np.ones(2, np.float32))
+    ring = script_module(w=w)
+    ring.again = ring
+    doubled = script_module(w=w)
+    for _ in range(60):
+        doubled = script_module(a=doubled, b=doubled)
+    named = script_module(**{"n" * 400: w})
+    for content, words in ((ring, "is no checkpoint"), (doubled, "too many"), (named, "no usable name")):
+        save_script(tmp_path / "t.pt", content)
+        refused(tmp_path / "t.pt", words)
+
+
+def test_a_scripted_module_calls_nothing(tmp_path):
+    witness = tmp_path / "witness"
+    save_script(tmp_path / "t.pt", script_module(w=Calls(exec, f"open({str(witness)!r}, 'w')")))
+    refused(tmp_path / "t.pt", r"wants to call \w+\.exec")
+    save_script(tmp_path / "t.pt", script_module(place="__torchx__.model", w=contiguous(np.ones(2, np.float32))))
+    refused(tmp_path / "t.pt", r"wants to call __torchx__\.model\.Net0")
+    save_script(tmp_path / "t.pt", script_module(state=("no", "table")))
+    refused(tmp_path / "t.pt", "holds no parameters")
+    assert not witness.exists()
 
 
 # ---- harm ----

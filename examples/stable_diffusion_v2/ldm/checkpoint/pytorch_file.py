@@ -4,6 +4,10 @@ Two containers: a zip archive with ``NAME/data.pkl`` and the numbers in ``NAME/d
 the older row of pickles with the numbers behind it. A pickle is a program for a small stack machine; ``_Machine`` is
 such a machine that builds plain containers, notes tensors, and knows no way to import or to call. What a pickle calls
 must be in ADMITTED, otherwise the file is refused; a class that is only named is a word.
+
+``torch.jit.save`` uses the same archive, with the program beside it (``NAME/code``, never looked at) and a tree of
+modules in data.pkl: objects of classes ``__torch__.*``. They become tables of their attributes, and a tensor's name is
+the path to it with dots, as in the module's state dict.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ TYPES = {
 STATE_DICTS = ("state_dict", "model", "module")  # where training frameworks keep the parameters
 MAX_OPERATIONS = 10_000_000  # of one pickle; SD 1.5 with its moving average has 200,000
 MAX_PICKLE = 64 << 20  # bytes of a zip archive's data.pkl
+MAX_ATTRIBUTES = 100_000  # of all TorchScript modules, each counted as often as there are paths to it
+MAX_NAME = 300  # characters of such a path
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_HEAD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # that number as a pickle
@@ -67,6 +73,10 @@ class _Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
+class _Module(dict):
+    """A TorchScript module: its attributes by name."""
+
+
 _MARK, _OPAQUE = object(), object()  # _OPAQUE: a value that is of no use here
 
 
@@ -80,6 +90,8 @@ def read(data: mmap.mmap) -> tuple[Tensors, Strings]:
     content, locate = (_open_zip if data[:4] == _ZIP_HEAD else _open_legacy)(data)
     if not isinstance(content, dict):
         raise FileError("holds no table of parameters but another object; save its state_dict()")
+    if isinstance(content, _Module):
+        content = _flat(content)
     strings = {key: text for key, text in content.items() if isinstance(key, str) and isinstance(text, str) and text}
     if not any(isinstance(value, _Tensor) for value in content.values()):
         content = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
@@ -89,6 +101,31 @@ def read(data: mmap.mmap) -> tuple[Tensors, Strings]:
         if isinstance(name, str) and isinstance(value, _Tensor):
             tensors[name] = _view(name, value, storages, data, locate)
     return tensors, strings
+
+
+def _flat(root: _Module) -> dict[str, Any]:
+    """The tensors and texts of a tree of modules, by dotted path and in the order of the file."""
+    flat, count = {}, 0
+    waiting = [iter([("", root)])]  # the attributes still to come, of every module on the way down
+    while waiting:
+        path, value = next(waiting[-1], (None, None))
+        if path is None:
+            waiting.pop()
+        elif isinstance(value, _Module):
+            waiting.append(_paths(path, value))
+        elif isinstance(value, (_Tensor, str)):
+            flat[path] = value
+        count += 1
+        if count > MAX_ATTRIBUTES or len(waiting) > MAX_NAME:
+            raise FileError("is no checkpoint: its modules are too many, or hold each other")
+    return flat
+
+
+def _paths(path: str, module: _Module) -> Iterator[tuple[str, Any]]:
+    for name, value in module.items():
+        if not isinstance(name, str) or len(path) + len(name) >= MAX_NAME:
+            raise FileError(f"is no checkpoint: a module below {path[:80] or 'its root'} has no usable name")
+        yield f"{path}.{name}" if path else name, value
 
 
 def _view(
@@ -216,6 +253,10 @@ def _opaque(*_):
     return _OPAQUE
 
 
+def _module(*_):
+    return _Module()
+
+
 # What a file may call, and what is done instead. Tensors and tables are what is wanted; the rest are numbers and
 # settings that training frameworks leave beside them.
 ADMITTED: dict[tuple[str, str], Callable] = {
@@ -232,7 +273,18 @@ ADMITTED: dict[tuple[str, str], Callable] = {
     ("numpy", "dtype"): _opaque,
     ("_codecs", "encode"): _opaque,
     **{(builtins, kind): _opaque for builtins in ("builtins", "__builtin__") for kind in ("set", "frozenset")},
+    **{("torch.jit._pickle", f"build_{kind}list"): _first for kind in ("int", "double", "bool", "tensor")},
+    ("torch.jit._pickle", "restore_type_tag"): _first,
 }
+
+
+def _admitted(function: Any) -> Callable | None:
+    """What to do instead of a call; None where there is no such thing and the file is refused."""
+    if not isinstance(function, _Global):
+        return None
+    if function.module.split(".")[0] == "__torch__":  # where TorchScript puts the classes that a file defines itself
+        return _module
+    return ADMITTED.get(tuple(function))
 
 
 def _set_item(table: dict, key: Any, value: Any) -> None:
@@ -304,12 +356,13 @@ class _Machine:
 
     def call(self) -> None:
         function, arguments = self.take(2)
-        if not isinstance(function, _Global) or tuple(function) not in ADMITTED:
+        instead = _admitted(function)
+        if instead is None:
             raise FileError(
                 f"wants to call {_named(function)}, which no checkpoint needs; nothing of it was run. "
                 "If you trust the file, load it in PyTorch and save its tensors as .safetensors"
             )
-        self.stack.append(ADMITTED[tuple(function)](*arguments))
+        self.stack.append(instead(*arguments))
 
     def storage(self) -> None:
         ((mark, kind, key, _, count, *view),) = self.take(1)
@@ -334,6 +387,12 @@ class _Machine:
         if isinstance(table, dict):
             for key, value in zip(values[::2], values[1::2]):
                 _set_item(table, key, value)
+
+    def build(self) -> None:
+        """An object's state: a module's attributes; of no use to what is a plain container here."""
+        (state,) = self.take(1)
+        if isinstance(self.stack[-1], _Module) and isinstance(state, dict):
+            self.stack[-1].update(state)
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -368,7 +427,7 @@ _BUILDERS: dict[str, Callable[[_Machine], None]] = {
     "STACK_GLOBAL": lambda m: m.push(_Global(*map(_word, m.take(2)))),
     "REDUCE": lambda m: m.call(),
     "NEWOBJ": lambda m: m.call(),
-    "BUILD": lambda m: m.take(1),  # the state of an object that is a plain container here
+    "BUILD": lambda m: m.build(),
     "BINPERSID": lambda m: m.storage(),
 }
 
