@@ -6,13 +6,13 @@ import gzip
 import json
 import mmap
 import re
-import resource
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import files_of_at_most
 
 from ldm import checkpoint
 from ldm.checkpoint import formats, mindspore_file, names, safetensors_file
@@ -655,28 +655,21 @@ def test_missing_files_and_folders(tmp_path):
 # ---- writing ----
 
 
-@pytest.fixture
-def disk_of_4_kib():
-    """From here on no file of this process grows beyond 4 KiB, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("kind", FORMATS)
-def test_full_disk_leaves_the_old_file(tmp_path, kind, disk_of_4_kib):
+def test_full_disk_leaves_the_old_file(tmp_path, kind):
     path = tmp_path / "sd-1.ckpt"
     tensors = {UNET + "out.0.weight": np.arange(10, dtype=np.float32)}
     checkpoint.save(path, tensors, {"step": "1"}, kind)
     too_much = {UNET + "out.0.weight": np.zeros(100_000, np.float32)}
-    with pytest.raises(UserError, match="cannot write .*sd-1.ckpt: File too large; the previous file is intact"):
+    full = pytest.raises(UserError, match="cannot write .*sd-1.ckpt: File too large; the previous file is intact")
+    with full, files_of_at_most(4096):
         checkpoint.save(path, too_much, {"step": "2"}, kind)
     assert [file.name for file in tmp_path.iterdir()] == ["sd-1.ckpt"]
     assert checkpoint.load(path).meta == {"step": "1"}
     assert_same(checkpoint.load(path).tensors, tensors)
 
-    with pytest.raises(UserError, match="sd-2.ckpt: File too large; nothing is left behind"):
+    full = pytest.raises(UserError, match="sd-2.ckpt: File too large; nothing is left behind")
+    with full, files_of_at_most(4096):
         checkpoint.save(tmp_path / "sd-2.ckpt", too_much, {}, kind)
     assert [file.name for file in tmp_path.iterdir()] == ["sd-1.ckpt"]
 

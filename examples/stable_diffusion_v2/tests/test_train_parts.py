@@ -1,7 +1,6 @@
 """The training step, the moving average and the resume state, with a network small enough to compile in a second."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
+from full_disk import files_of_at_most
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.checkpoint import formats
@@ -446,13 +446,8 @@ def test_full_disk_leaves_the_old_state(saved, tmp_path):
     path = tmp_path / RESUME_NAME
     save_state(path, train_step, {"step": 2}, SETTINGS)
     old = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))
-    try:
-        with pytest.raises(UserError, match=RESUME_NAME):
-            save_state(path, train_step, {"step": 3}, SETTINGS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(UserError, match=RESUME_NAME), files_of_at_most(len(old) // 2):
+        save_state(path, train_step, {"step": 3}, SETTINGS)
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == [RESUME_NAME]
 
