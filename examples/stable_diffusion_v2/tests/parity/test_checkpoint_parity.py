@@ -9,12 +9,15 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: make pari
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make parity")
 pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 
+from reference import CONFIGS, reference, states  # noqa: E402
+
 from ldm import checkpoint  # noqa: E402
 from ldm.checkpoint import formats  # noqa: E402
+from ldm.checkpoint.names import from_diffusers  # noqa: E402
 from ldm.config import load_model_config  # noqa: E402
 from ldm.diffusion.samplers import get_sampler  # noqa: E402
 from ldm.models.stable_diffusion import StableDiffusion  # noqa: E402
-from ldm.pipeline import Pipeline  # noqa: E402
+from ldm.pipeline import Pipeline, describe  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TINY = "models/tiny-vpred.safetensors"
@@ -127,3 +130,62 @@ def test_what_diffusers_saves_is_read(tmp_path, ours, pipe, options):
     assert read.tensors.keys() == ours.tensors.keys()
     for name, array in ours.tensors.items():
         assert np.array_equal(read.tensors[name], array.astype(np.float32)), name
+
+
+# ---- the shapes of SD 1.x and 2.x; with FULL_SIZE (reference.py) the published models' ----
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request):
+    """(config, diffusers' and transformers' networks as tables of arrays, the same by Stability's names)."""
+    config = CONFIGS[request.param]
+    theirs = states(reference(config))
+    return config, theirs, from_diffusers(*theirs, config.text.variant)
+
+
+def same(got, wanted):
+    """Equal names and bits."""
+    assert set(got) == set(wanted)
+    for name, array in wanted.items():
+        assert np.array_equal(got[name], array), name
+
+
+@pytest.mark.parametrize("kind", checkpoint.FORMATS)
+def test_a_round_trip_keeps_every_bit(tmp_path, model, kind):
+    config, _, tensors = model
+    path = tmp_path / "model"
+    checkpoint.save(path, tensors, describe(config), kind)
+    read = checkpoint.load(path)
+    same(read.tensors, tensors)
+    assert read.meta["prediction_type"] == config.prediction_type
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_single_file_of_torch_is_read(tmp_path, model, legacy):
+    """As Stability published them: under state_dict, with schedule buffers."""
+    _, _, tensors = model
+    state = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}
+    content = {"state_dict": {**state, "betas": torch.zeros(1000)}, "global_step": 1}
+    torch.save(content, tmp_path / "sd.ckpt", _use_new_zipfile_serialization=not legacy)
+    read = checkpoint.load(tmp_path / "sd.ckpt").tensors
+    assert (
+        checkpoint.match(read, {name: array.shape for name, array in tensors.items()}, "sd.ckpt").keys() == state.keys()
+    )
+    same({name: read[name] for name in tensors}, tensors)
+
+
+@pytest.mark.parametrize("kind", ["folder", "single file"])
+def test_diffusers_loads_what_we_write(tmp_path, model, kind):
+    config, theirs, tensors = model
+    folder, file = tmp_path / "folder", tmp_path / "model.safetensors"
+    checkpoint.save(folder, tensors, describe(config), "diffusers")
+    if kind == "folder":
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    else:
+        checkpoint.save(file, tensors, describe(config), "safetensors")
+        for weights in folder.glob("*/*.safetensors"):
+            weights.unlink()  # what it reads must come from the file
+        pipe = diffusers.StableDiffusionPipeline.from_single_file(file, config=str(folder), local_files_only=True)
+    for network, table in zip((pipe.unet, pipe.vae, pipe.text_encoder), theirs):
+        same({name: tensor.numpy() for name, tensor in network.state_dict().items()}, table)
+    assert pipe.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[config.prediction_type]
