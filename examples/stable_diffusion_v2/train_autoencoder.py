@@ -2,7 +2,8 @@
 
     python train_autoencoder.py --train_config configs/train/train_config_tiny_vae.yaml --output_path output/tiny_vae
 
-Its last act is to measure the latents' spread; one over it is the `scale_factor` of the config beside the weights.
+Latent channels that have learned nothing are cut away from what it exports; one over the spread of the others is the
+`scale_factor` of the config beside the weights.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ldm.pictures import grid, make_folder, save_png, to_uint8
 from ldm.pipeline import check_config, describe
 from ldm.randomness import generator
 from ldm.train.ema import Ema
+from ldm.train.latent_channels import alive, keep_channels
 from ldm.train.learning_rate import SCHEDULES, LearningRate
 from ldm.train.log import ResultLog, loss_curve, read_log
 from ldm.train.optimizer import OPTIMIZERS, build_optimizer
@@ -88,6 +90,11 @@ def build_parser() -> Parser:
     add("--flip", type=str2bool, default=False, help="mirror half of the pictures")
     add("--train_batch_size", type=int, default=16)
     add("--steps", type=int, default=5000, help="training steps")
+    add(
+        "--latent_channels",
+        type=int,
+        help="to train with (default: the model config's); those that learn nothing are not exported",
+    )
     add("--kl_weight", type=float, default=1e-6)
     add("--squared_weight", type=float, default=1.0, help="of the squared error beside the absolute one")
     add("--optim", choices=list(OPTIMIZERS), default="adamw")
@@ -113,21 +120,32 @@ def fixed_pictures(data: CaptionedImages, count: int) -> np.ndarray:
     return to_float([crop(data[i][0], data.image_size) for i in places])
 
 
-def latent_scale(model: StableDiffusion, data: CaptionedImages, batch_size: int) -> float:
-    """The factor that brings the latents of the data's pictures to unit mean square."""
-    squares = []
+def encode(model: StableDiffusion, data: CaptionedImages, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the latents of pictures from all over the data."""
     pictures = fixed_pictures(data, batch_size * min(64, max(1, len(data) // batch_size)))
-    for start in range(0, len(pictures), batch_size):
-        mean, std = model.encode_images(pictures[start : start + batch_size])
-        squares.append(np.mean(mean**2 + std**2, dtype=np.float64))
-    return float(model.scale_factor / np.sqrt(np.mean(squares)))
+    parts = [model.encode_images(pictures[i : i + batch_size]) for i in range(0, len(pictures), batch_size)]
+    return np.concatenate([mean for mean, _ in parts]), np.concatenate([std for _, std in parts])
 
 
-def export(run: Path, ema: Ema, config: ModelConfig, scale_factor: float) -> None:
-    """The autoencoder's averaged weights, and the config with their scale factor."""
-    config = replace(config, scale_factor=scale_factor)
-    checkpoint.save(run / "vae.safetensors", ema.tensors(), describe(config), "safetensors")
+def export(run: Path, ema: Ema, config: ModelConfig, mean: np.ndarray, std: np.ndarray) -> None:
+    """The averaged weights without dead channels, and their config, with the scale that gives latents a mean square
+    of 1; mean and std: of latents [N, C, h, w] as they are scaled now."""
+    tensors, kept = ema.tensors(), alive(mean, std) or list(range(mean.shape[1]))
+    if len(kept) < mean.shape[1]:
+        log.info("of %d latent channels %d say something of the picture; the rest is cut", mean.shape[1], len(kept))
+        tensors = keep_channels(tensors, kept)
+    scale = config.scale_factor / np.sqrt(np.mean(mean[:, kept] ** 2 + std[:, kept] ** 2, dtype=np.float64))
+    config = replace(with_latent_channels(config, len(kept)), scale_factor=float(scale))
+    checkpoint.save(run / "vae.safetensors", tensors, describe(config), "safetensors")
     save_model_config(config, run / "model_config.yaml")
+
+
+def with_latent_channels(config: ModelConfig, channels: int) -> ModelConfig:
+    return replace(
+        config,
+        unet=replace(config.unet, in_channels=channels, out_channels=channels),
+        vae=replace(config.vae, z_channels=channels, embed_dim=channels),
+    )
 
 
 def main() -> None:
@@ -136,6 +154,9 @@ def main() -> None:
     args.image_size = args.image_size or config.image_size
     check_config(config, args.image_size)
     require_at_least(1, args, "train_batch_size", "steps", "save_interval")
+    if args.latent_channels is not None:
+        require_at_least(1, args, "latent_channels")
+        config = with_latent_channels(config, args.latent_channels)
     rate = LearningRate(
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, 0, args.steps
     )
@@ -188,9 +209,9 @@ def main() -> None:
             bar.update()
             if (step + 1) % args.save_interval == 0 or step + 1 == args.steps:
                 with train_step.ema.applied():
-                    scale_factor = latent_scale(model, data, args.train_batch_size)
+                    mean, std = encode(model, data, args.train_batch_size)
                     decoded = model.decode(model.encode_images(shown)[0])
-                export(run, train_step.ema, config, scale_factor)
+                export(run, train_step.ema, config, mean, std)
                 save_png(grid(to_uint8(np.concatenate([shown, decoded])), rows=2), run / "reconstructions.png")
                 save_state(run / RESUME_NAME, train_step, {"step": step + 1}, settings)
                 loss_curve(run / "loss_curve.png", read_log(run / "result.log"))

@@ -16,3 +16,15 @@ def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
         index: which draw it is, e.g. the global number of the training sample or of the image.
     """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *index])))
+
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def spread(seed: int, purpose: str, index: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1), float64 like `index`, each uniform over seeds, and any run of consecutive ones evenly spread.
+
+    Additive recurrence with the golden ratio: a batch of times from it covers the noise levels, so that its loss varies
+    less (the aim of arXiv 2107.00630, appendix I.1), and still no number depends on the size of the batch.
+    """
+    return (generator(seed, purpose).random() + GOLDEN * np.asarray(index)) % 1

@@ -20,9 +20,9 @@ import train_text_to_image
 from PIL import Image
 
 from ldm import checkpoint, runtime
-from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, save_model_config
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, load_model_config, save_model_config
 from ldm.models.layers import initialize
-from ldm.models.stable_diffusion import StableDiffusion
+from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.pipeline import describe
 from ldm.randomness import generator
 
@@ -326,13 +326,16 @@ def test_the_autoencoder_learns_and_resumes(place, monkeypatch):
     output = place / "vae"
     words = ["--model_config", place / "model.yaml", "--data_path", place / "data", "--output_path", output]
     words += ["--train_batch_size", 4, "--save_interval", 6, "--warmup_steps", 2, "--start_learning_rate", 3e-3]
+    words += ["--latent_channels", 5]
     call(monkeypatch, train_autoencoder, [*words, "--steps", 12])
     rows = [line.split("\t") for line in (output / "result.log").read_text().splitlines()]
     psnr = [float(row[rows[0].index("psnr")]) for row in rows[1:]]
     assert len(psnr) == 12 and np.mean(psnr[-3:]) > np.mean(psnr[:3]) + 1
     ckpt = checkpoint.load(output / "vae.safetensors")
     assert all(name.startswith("first_stage_model.") for name in ckpt.tensors)
-    assert f"scale_factor: {ckpt.meta['scale_factor']}" in (output / "model_config.yaml").read_text()
+    written = load_model_config(output / "model_config.yaml")
+    assert written.scale_factor == float(ckpt.meta["scale_factor"])
+    assert written.vae.embed_dim == written.unet.in_channels == len(ckpt.tensors[VAE + "post_quant_conv.bias"])
     assert Image.open(output / "reconstructions.png").size[0] > 8 * 32
     call(monkeypatch, train_autoencoder, [*words, "--steps", 12, "--resume", True])  # nothing is left to do
 

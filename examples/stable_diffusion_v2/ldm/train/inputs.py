@@ -20,7 +20,7 @@ from ldm.data.dataset import CaptionedImages
 from ldm.data.images import crop, to_float
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import TEXT, VAE, StableDiffusion
-from ldm.randomness import generator
+from ldm.randomness import generator, spread
 from ldm.train.cache import Rows, file_key, settings_key, text_key
 
 log = logging.getLogger(__name__)
@@ -146,9 +146,9 @@ class Inputs:
             rows = self.frozen.latents.take(file_key(self.data.samples[i].path) for i in batch.indices)
             mean, std = rows[:, 0], rows[:, 1]
         latents = mean + std * self._noise("latent", batch.ordinals)
-        t = [generator(self.batches.seed, "timestep", i).integers(self.timesteps) for i in batch.ordinals]
+        t = self.timesteps * spread(self.batches.seed, "timestep", batch.ordinals)
         eps = self._noise("noise", batch.ordinals)
-        return Tensor(latents), Tensor(self._text(batch.texts)), Tensor(eps), Tensor(np.array(t, np.int32))
+        return Tensor(latents), Tensor(self._text(batch.texts)), Tensor(eps), Tensor(t.astype(np.int32))
 
     def _noise(self, purpose: str, ordinals: np.ndarray) -> np.ndarray:
         seed = self.batches.seed
