@@ -10,7 +10,6 @@ from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
 # isort: split
 
 import argparse
-import json
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ldm.config import load_model_config
+from ldm.config import ModelConfig, load_model_config
 from ldm.diffusion.samplers import SAMPLERS, get_sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool
-from ldm.pictures import grid, make_folder, next_number, save_png
+from ldm.pictures import grid, make_folder, next_number, read_facts, save_drawn, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, read_checkpoint
 from ldm.text.tokenizer import Tokenizer
 from ldm.versions import VERSIONS, find_checkpoint
@@ -77,6 +76,7 @@ def build_parser() -> Parser:
     add("--W", type=int, help="width in pixels")
     add("--seed", type=seed, default=42, help="picture k depends on the seed and k alone")
     add("--fixed_code", action="store_true", help="the same starting noise for every picture")
+    add("--resume", action="store_true", help="number from 0 and keep the pictures that this command has drawn before")
     add("--skip_grid", action="store_true", help="no grid picture")
     add("--skip_save", action="store_true", help="no single pictures")
     add("--n_rows", type=int, default=0, help="rows of the grid (default: one per prompt and iteration)")
@@ -147,20 +147,65 @@ def batches(pictures: list[Picture], size: int):
         yield batch, batch + batch[-1:] * (size - len(batch))
 
 
+def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str) -> dict:
+    """What decides the pictures beside their prompts and numbers, as their files tell it."""
+    name, scale = chosen_sampler(args), VERSIONS[args.version].guidance_scale
+    return {
+        "seed": args.seed,
+        "sampler": name,
+        "eta": get_sampler(name, args.ddim_eta).eta,
+        "sampling_steps": args.sampling_steps,
+        "scale": scale if args.scale is None else args.scale,
+        "H": args.H or config.image_size,
+        "W": args.W or config.image_size,
+        "prediction_type": config.prediction_type,
+        "dtype": args.dtype or runtime.default_dtype(args.device_target or runtime.default_device()),
+        "checkpoint": Path(checkpoint).name,
+    }
+
+
+def picture_facts(picture: Picture, args: argparse.Namespace, run: dict) -> dict:
+    """All that a picture's file tells."""
+    number = 0 if args.fixed_code else picture.number
+    return {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt, "number": number, **run}
+
+
+def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, run: dict) -> list[Picture]:
+    """Those that have no file yet; UserError where a file was drawn with other settings or from another prompt."""
+    left = []
+    for picture in pictures:
+        path = samples / f"{picture.number:05}.png"
+        if not path.exists():
+            left.append(picture)
+            continue
+        said, wanted = read_facts(path), picture_facts(picture, args, run)
+        other = next((key for key in wanted if said.get(key) != wanted[key]), None)
+        if other:
+            raise UserError(
+                f"cannot resume: {path} was drawn with {other} {said.get(other)!r}, not {wanted[other]!r}; "
+                "choose another --output_path"
+            )
+    return left
+
+
 def main() -> None:
     args = read_options(build_parser())
     version = VERSIONS[args.version]
-    sampler_name = chosen_sampler(args)
-    sampler = get_sampler(sampler_name, args.ddim_eta)
+    sampler = get_sampler(chosen_sampler(args), args.ddim_eta)
     pictures = plan(args)
     config = load_model_config(args.config or version.config)
     height, width = args.H or config.image_size, args.W or config.image_size
     check_config(config, height, width)
     build_schedule(config.schedule).timesteps(args.sampling_steps)  # or the number of steps is refused
     path = args.ckpt_path or find_checkpoint(args.version, args.download)
-    scale = version.guidance_scale if args.scale is None else args.scale
-    settings = Settings(sampler, args.sampling_steps, scale, height, width, args.seed)
+    facts = run_facts(args, config, path)
+    settings = Settings(sampler, args.sampling_steps, facts["scale"], height, width, args.seed)
     samples = make_folder(Path(args.output_path) / "samples")
+    if args.resume:
+        pictures = missing(pictures, samples, args, facts)
+        if not pictures:
+            log.info("all pictures are in %s", samples)
+            return
     device = runtime.start(args.device_target, args.mode)
     tensors = read_checkpoint(path, config).tensors
     if args.pretrained_model_path:
@@ -172,7 +217,7 @@ def main() -> None:
     pipeline = Pipeline(config, model)
     warn_of_long_prompts(pictures, model.tokenizer)
 
-    first, drawn = next_number(samples), []
+    first, drawn = 0 if args.resume else next_number(samples), []
     size = min(args.batch_size or args.n_samples, len(pictures))
     bar = tqdm(total=-(-len(pictures) // size) * args.sampling_steps, unit="step", desc=f"{len(pictures)} pictures")
 
@@ -189,13 +234,12 @@ def main() -> None:
             drawn.extend(images[: IN_GRID - len(drawn)])
         if not args.skip_save:
             for picture, image in zip(batch, images):
-                facts = parameters(picture, args, sampler_name, scale, path)
-                save_png(image, samples / f"{first + picture.number:05}.png", facts)
+                save_drawn(image, samples / f"{first + picture.number:05}.png", picture_facts(picture, args, facts))
     bar.close()
     if not args.skip_save:
         log.info("%d pictures are in %s", len(pictures), samples)
     if drawn:
-        name = Path(args.output_path) / f"grid-{first:05}.png"
+        name = Path(args.output_path) / f"grid-{first + pictures[0].number:05}.png"
         save_png(grid(np.stack(drawn), args.n_rows or max(1, len(drawn) // args.n_samples)), name)
         log.info("%s together: %s", "all" if len(drawn) == len(pictures) else f"the first {len(drawn)}", name)
 
@@ -206,23 +250,6 @@ def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer) -> None:
         excess = len(tokenizer.tokens(prompt)) - room
         if excess > 0:
             log.warning("the last %d of %d tokens are not seen: %s", excess, excess + room, prompt)
-
-
-def parameters(
-    picture: Picture, args: argparse.Namespace, sampler: str, scale: float, checkpoint: str
-) -> dict[str, str]:
-    """What a picture says of itself, as a PNG text entry."""
-    facts = {
-        "prompt": picture.prompt,
-        "negative_prompt": picture.negative_prompt,
-        "seed": args.seed,
-        "number": picture.number,
-        "sampler": sampler,
-        "sampling_steps": args.sampling_steps,
-        "scale": scale,
-        "checkpoint": Path(checkpoint).name,
-    }
-    return {"parameters": json.dumps(facts, ensure_ascii=False)}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import re  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
 import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from eval.clip import ACTIVATIONS, CLIP, config_of, preprocess  # noqa: E402
@@ -32,11 +31,11 @@ from ldm.checkpoint.formats import replacing  # noqa: E402
 from ldm.data.images import BadImageError, check_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.options import Parser, read_options, require_at_least  # noqa: E402
+from ldm.pictures import RECORD, read_facts, read_record  # noqa: E402
 
 log = logging.getLogger("eval_clip_score")
 
 FROM_PNG = "from_png"
-ENTRY = "parameters"  # the PNG text entry that text_to_image.py writes
 UNCHANGED = 1e-6  # lengths of a difference of unit vectors below which it has no direction
 SCALES = {
     "clip_score": "100 * max(cosine, 0)",
@@ -62,7 +61,8 @@ def build_parser() -> Parser:
     add(
         "--prompt",
         "--prompt_or_path",
-        help=f"a text, a file with one prompt per line, or {FROM_PNG}: what text_to_image.py wrote into each picture",
+        help=f"a text, a file with one prompt per line, the {RECORD} that text_to_image.py leaves, or {FROM_PNG}: what "
+        f"it wrote into each picture (default: {RECORD} in the folder of the pictures)",
     )
     add("--load_checkpoint", "--ckpt_path", help="CLIP's file or folder (default: the first published one in models/)")
     add("--activation", choices=list(ACTIVATIONS), help="default: as the checkpoint's config or its size says")
@@ -118,15 +118,25 @@ def read_prompts(prompt: str) -> list[str]:
 
 def own_prompt(path: Path) -> str:
     """The prompt that text_to_image.py wrote into a picture; UserError where there is none."""
-    with Image.open(path) as picture:
-        text = picture.info.get(ENTRY)
-    try:
-        prompt = json.loads(text)["prompt"]
-    except (TypeError, KeyError, ValueError):
-        prompt = None
-    if not isinstance(prompt, str):
+    return _prompt_of(read_facts(path), path)
+
+
+def recorded_prompts(record: Path, images: list[Path]) -> list[str]:
+    """The prompt of each picture by the line of its file's name, or its own where there is no such line.
+
+    Raises:
+        UserError: the record cannot be read, two pictures have one name, or one has no prompt in either place.
+    """
+    lines = read_record(record)
+    if len({path.name for path in images}) < len(images):
+        raise UserError(f"{record} goes by file names, and some pictures share theirs: measure folder by folder")
+    return [_prompt_of(lines.get(path.name) or read_facts(path), path) for path in images]
+
+
+def _prompt_of(facts: dict, path: Path) -> str:
+    if not isinstance(facts.get("prompt"), str):
         raise UserError(f"{path} does not say its prompt: give prompts as a text file, one per line, in their order")
-    return prompt
+    return facts["prompt"]
 
 
 def matched(items: list, number: int, what: str) -> list:
@@ -145,7 +155,11 @@ def check_options(args: argparse.Namespace) -> None:
     if args.source_prompt is not None and args.prompt is None:
         raise UserError("directional similarity needs --prompt, what the new pictures shall show")
     if args.prompt is None and args.reference_path is None:
-        raise UserError("nothing to compare with: give --prompt (CLIP score) or --reference_path (CLIP-I)")
+        path = Path(args.image_path)
+        record = (path if path.is_dir() else path.parent) / RECORD
+        if not record.is_file():
+            raise UserError("nothing to compare with: give --prompt (CLIP score) or --reference_path (CLIP-I)")
+        args.prompt = str(record)
     if args.output and not os.access(Path(args.output).parent, os.W_OK):
         raise UserError(f"cannot write {args.output}: its folder is not there or not writable")
 
@@ -226,6 +240,8 @@ def plan(args: argparse.Namespace) -> dict[str, list]:
     lists: dict[str, list] = {"images": images}
     if args.prompt == FROM_PNG:
         lists["prompts"] = [own_prompt(path) for path in images]
+    elif args.prompt is not None and args.prompt.endswith(".jsonl"):
+        lists["prompts"] = recorded_prompts(Path(args.prompt), images)
     elif args.prompt is not None:
         lists["prompts"] = matched(read_prompts(args.prompt), len(images), "prompts")
     if args.source_prompt is not None:

@@ -26,6 +26,7 @@ from tqdm import tqdm  # noqa: E402
 
 from eval import inception, metrics, pictures  # noqa: E402
 from ldm.checkpoint.formats import replacing  # noqa: E402
+from ldm.data.captions import read_captions  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool  # noqa: E402
 from ldm.pictures import make_folder  # noqa: E402
@@ -43,7 +44,7 @@ NAMED = 10  # unreadable pictures on the screen; the JSON names all
 def build_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--real_dir", required=True, help="a folder with real pictures, or an .npz file with their mu and sigma")
+    add("--real_dir", required=True, help="a folder with real pictures, its img_txt.csv, or an .npz with mu and sigma")
     add("--gen_dir", help="a folder with generated pictures, or an .npz file; may be left out with --save_stats")
     add("--load_checkpoint", help="the Inception network's weights (default: a known file in models/)")
     add("--resize", choices=list(pictures.RESIZE), default="clean", help="as clean-fid does it, or as pytorch-fid")
@@ -79,10 +80,13 @@ class Side:
 
 
 def find_side(path: str) -> Side:
-    """The pictures of a folder, or a statistics file that can be read; UserError where there is neither."""
+    """The pictures of a folder or of its caption file, or a statistics file; UserError where there is none of them."""
     if path.endswith(".npz"):
         return read_statistics(path)
-    found = pictures.find_pictures(path)
+    if path.endswith(".csv"):
+        found = [Path(sample.path) for sample in read_captions(Path(path).parent, Path(path).name)]
+    else:
+        found = pictures.find_pictures(path)
     if len(found) < 2:
         raise UserError(f"there is only one picture in {path}: a covariance needs two at least")
     return Side(path, found, count=len(found))

@@ -1,8 +1,14 @@
-"""Pictures out: numbered PNG files that say how they were made, grids, and rows with captions."""
+"""Pictures out: numbered PNG files that say how they were made, grids, and rows with captions.
+
+Beside the pictures of a run lies its record, RECORD: one line of JSON per picture, its file and how it was made.
+"""
 
 from __future__ import annotations
 
 import io
+import json
+import logging
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -13,7 +19,11 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from ldm.checkpoint.formats import replacing
 from ldm.errors import UserError
 
+log = logging.getLogger(__name__)
+
 GAP = 4
+ENTRY = "parameters"  # the PNG text entry that holds the same as the picture's line in the record
+RECORD = "prompts.jsonl"
 
 
 def make_folder(path: str | Path) -> Path:
@@ -45,6 +55,51 @@ def save_png(picture: np.ndarray | Image.Image, path: Path, text: dict[str, str]
     picture.save(buffer, "PNG", pnginfo=entries)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
+
+
+def save_drawn(picture: np.ndarray, path: Path, facts: dict) -> None:
+    """Write a picture that says how it was made, then its line in the folder's record; `facts` are JSON's values."""
+    save_png(picture, path, {ENTRY: json.dumps(facts, ensure_ascii=False)})
+    line = json.dumps({"file": path.name, **facts}, ensure_ascii=False).encode() + b"\n"
+    record = path.with_name(RECORD)
+    try:
+        with open(record, "a+b", buffering=0) as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":  # a full disk cut the last line
+                line = b"\n" + line
+            if file.write(line) < len(line):  # one write at the end: processes may share the file
+                raise OSError("no room is left")
+    except OSError as error:
+        raise UserError(f"cannot write {record}: {error.strerror or error}; the picture itself is there") from None
+
+
+def read_facts(path: Path) -> dict:
+    """How a picture says it was made; empty where it does not say."""
+    with Image.open(path) as picture:
+        return _facts(picture.info.get(ENTRY))
+
+
+def read_record(path: Path) -> dict[str, dict]:
+    """File name -> facts, of a run's record; the last line counts where a picture was drawn again.
+
+    A line that a full disk or a crash has cut is passed over with a warning. UserError where the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # and at no other line break, for those may be in a prompt
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    found = [_facts(line) for line in lines if line.strip()]
+    damaged = sum("file" not in facts for facts in found)
+    if damaged:
+        log.warning("%d of %d lines in %s are damaged and left out", damaged, len(found), path)
+    return {str(facts["file"]): facts for facts in found if "file" in facts}
+
+
+def _facts(text: str | None) -> dict:
+    try:
+        facts = json.loads(text or "")
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from eval import clip_weights, eval_clip_score
 from eval.clip import CLIP, MEAN, STD, config_of, preprocess
 from ldm.checkpoint import formats
 from ldm.errors import UserError
-from ldm.pictures import save_png
+from ldm.pictures import read_record, save_drawn, save_png
 
 WIDTH, LAYERS, PATCH, SIZE, TOKENS, FEATURES, VOCABULARY = 64, 2, 32, 64, 77, 48, 1024
 PROMPTS = ["a red square", "a blue square", "green"]
@@ -356,6 +357,32 @@ def test_scores_of_a_folder(monkeypatch, place, model, capsys):
     assert line.startswith("clip_score ") and "100 * max(cosine, 0)" in line and "6 pictures" in line
     own = run(monkeypatch, place, "--prompt", "from_png", model=model)
     assert own["clip_score"] == pytest.approx(result["clip_score"])
+    record = place / "elsewhere.jsonl"  # in no order, one picture drawn twice, one not in it, the last line cut
+    lines = [{"file": f"{i}.png", "prompt": PROMPTS[(i - 7) // 2]} for i in (12, 10, 9, 8, 7)]
+    text = "\n".join(map(json.dumps, [{"file": "12.png", "prompt": "another"}, *lines]))
+    record.write_text(text + '\n{"file": "13.png", "pro')
+    recorded = run(monkeypatch, place, "--prompt", record, model=model)
+    assert recorded["clip_score"] == pytest.approx(result["clip_score"])
+    assert [pair["prompt"] for pair in recorded["pairs"]] == [pair["prompt"] for pair in result["pairs"]]
+
+
+def test_a_folder_with_its_record_needs_no_prompts(monkeypatch, tmp_path, place, model, caplog):
+    for i, prompt in enumerate(PROMPTS):
+        save_drawn(np.full((8, 8, 3), 80 * i, np.uint8), tmp_path / f"{i}.png", {"prompt": prompt + "\u2028\nline"})
+    result = run(monkeypatch, place, "--image_path", tmp_path, model=model)
+    assert [pair["prompt"] for pair in result["pairs"]] == [f"{prompt}\u2028\nline" for prompt in PROMPTS]
+    assert result["clip_score"]["pictures"] == 3
+    record = tmp_path / "prompts.jsonl"
+    record.write_bytes(record.read_bytes()[:-20])  # as a full disk leaves it
+    save_drawn(np.zeros((8, 8, 3), np.uint8), tmp_path / "3.png", {"prompt": "new"})
+    assert sorted(read_record(record)) == ["0.png", "1.png", "3.png"] and "1 of 4 lines" in caplog.text
+    alone = SimpleNamespace(image_path=str(tmp_path / "1.png"), prompt=str(record), source_prompt=None)
+    alone.reference_path = None
+    assert eval_clip_score.plan(alone)["prompts"] == ["a blue square\u2028\nline"]
+    (tmp_path / "more").mkdir()
+    shutil.copy(tmp_path / "3.png", tmp_path / "more")
+    with pytest.raises(UserError, match="some pictures share theirs"):
+        run(monkeypatch, place, "--image_path", tmp_path, model=model)
 
 
 def test_many_pictures_to_one_real_picture(monkeypatch, place, model):

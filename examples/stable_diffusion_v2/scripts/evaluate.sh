@@ -1,0 +1,2 @@
+#!/usr/bin/env bash
+exec "${PYTHON:-python}" "$(dirname "$0")/../eval/results_table.py" "$@"
