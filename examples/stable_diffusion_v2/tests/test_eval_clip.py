@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from odd_pictures import odd_pictures
 from PIL import Image
 
 from eval import clip_weights, eval_clip_score
@@ -324,14 +326,8 @@ def place(tmp_path_factory, tensors):
 
 
 def run(monkeypatch, place, *words, model=None):
-    words = [
-        "--image_path",
-        str(place / "samples"),
-        "--load_checkpoint",
-        str(place / "clip.safetensors"),
-        *map(str, words),
-    ]
-    words += ["--batch_size", "3", "--output", str(place / "out.json")]
+    base = ["--image_path", place / "samples", "--load_checkpoint", place / "clip.safetensors", "--batch_size", 3]
+    words = list(map(str, [*base, "--output", place / "out.json", *words]))
     monkeypatch.setattr(sys, "argv", ["eval_clip_score.py", *words])
     if model:  # with its graphs compiled already
         monkeypatch.setattr(eval_clip_score, "load_model", lambda *_: model)
@@ -383,6 +379,46 @@ def test_a_folder_with_its_record_needs_no_prompts(monkeypatch, tmp_path, place,
     shutil.copy(tmp_path / "3.png", tmp_path / "more")
     with pytest.raises(UserError, match="some pictures share theirs"):
         run(monkeypatch, place, "--image_path", tmp_path, model=model)
+
+
+class Small:
+    """What stands for a CLIP: the mean colour, and the same for every text."""
+
+    config = SimpleNamespace(name="small", activation="gelu", image=SimpleNamespace(size=8), text=SimpleNamespace())
+    config.text.context_length = 77
+
+    def image_features(self, pixels):
+        return np.concatenate([pixels.mean((2, 3)), np.ones((len(pixels), 1))], 1)
+
+    def text_features(self, texts):
+        return np.ones((len(texts), 4))
+
+    def is_cut(self, text):
+        return False
+
+
+def test_pictures_of_every_kind_and_one_alone(monkeypatch, tmp_path, place):
+    odd = odd_pictures(tmp_path / "odd")
+    result = run(monkeypatch, place, "--image_path", odd, "--prompt", "a picture", model=Small())
+    assert result["clip_score"]["pictures"] == 12 and 0 <= result["clip_score"]["mean"] <= 100
+    alone = run(monkeypatch, place, "--image_path", odd / "grey.png", "--prompt", "a picture", model=Small())
+    (pair,) = [pair for pair in result["pairs"] if pair["image"].endswith("grey.png")]
+    assert alone["clip_score"]["standard_error"] is None
+    assert alone["clip_score"]["mean"] == pytest.approx(pair["clip_score"])
+
+
+def test_ten_thousand_files(monkeypatch, tmp_path, place):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(10_000):
+        os.link(place / "samples" / "7.png", folder / f"{i}.png")
+    (tmp_path / "prompts.txt").write_text("\n".join(map(str, range(5_000))))
+    monkeypatch.setattr(eval_clip_score, "decode", lambda path: None)
+    monkeypatch.setattr(eval_clip_score, "preprocess", lambda picture, size: np.zeros((3, size, size), np.float32))
+    words = ["--image_path", folder, "--prompt", tmp_path / "prompts.txt", "--batch_size", 100]
+    result = run(monkeypatch, place, *words, model=Small())
+    assert [pair["prompt"] for pair in result["pairs"]] == [str(i // 2) for i in range(10_000)]
+    assert result["pairs"][-1]["image"].endswith("/9999.png")
 
 
 def test_many_pictures_to_one_real_picture(monkeypatch, place, model):
