@@ -29,7 +29,6 @@ import re  # noqa: E402
 import subprocess  # noqa: E402
 from collections import Counter  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
-from functools import cache  # noqa: E402
 from importlib.util import find_spec  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -46,6 +45,7 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.options import Parser, require_at_least  # noqa: E402
 from ldm.pictures import captioned_rows, make_folder, save_png  # noqa: E402
 from ldm.pipeline import check_config, read_checkpoint  # noqa: E402
+from ldm.train.cache import file_key  # noqa: E402
 from ldm.versions import VERSIONS, find_checkpoint  # noqa: E402
 
 log = logging.getLogger("results_table")
@@ -158,6 +158,7 @@ def prepare(
     read_checkpoint(checkpoint, config)
     sources = {"checkpoint_sha256": content(checkpoint), "fixed_code": options.fixed_code}
     if options.pretrained_model_path:
+        read_checkpoint(options.pretrained_model_path, config, check_type=False)
         sources["pretrained_model_sha256"] = content(options.pretrained_model_path)
     key = digest(json.dumps([pictures, drawing, sources, to_yaml(config)], sort_keys=True))
     facts = {
@@ -179,21 +180,14 @@ def prepare(
     return Row(folder, data_path, samples, words, facts)
 
 
-@cache
 def content(path: str) -> str:
-    """The sha256 of a file, or of all files in a folder."""
-    folder = Path(path)
-    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else [folder]
-    total = hashlib.sha256()
-    try:
-        for file in files:
-            total.update(str(file.relative_to(folder)).encode())
-            with open(file, "rb") as stream:
-                while chunk := stream.read(1 << 20):
-                    total.update(chunk)
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    return total.hexdigest()
+    """The sha256 of a checkpoint's file, or of those of all files in its folder."""
+    if not Path(path).is_dir():
+        return file_key(path).hex()
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    return hashlib.sha256(
+        b"".join(str(file.relative_to(path)).encode() + file_key(str(file)) for file in files)
+    ).hexdigest()
 
 
 def digest(text: str) -> str:
