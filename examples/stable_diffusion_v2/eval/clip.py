@@ -20,7 +20,7 @@ from ldm import checkpoint, kernels
 from ldm.config import TextConfig
 from ldm.data.images import LONGEST
 from ldm.errors import UserError
-from ldm.models.clip import OpenCLIPBlocks, OpenCLIPText
+from ldm.models.clip import OpenCLIPBlock, OpenCLIPBlocks, OpenCLIPText
 from ldm.models.layers import LayerNorm, MatMul, fill, parameter
 from ldm.text.tokenizer import Tokenizer
 
@@ -119,6 +119,17 @@ class Patches(nn.Cell):
         return self.matmul(x, self.weight.reshape(self.width, -1))
 
 
+class LastBlock(OpenCLIPBlock):
+    """A tower's last block, of whose output only the first token is read: x [B, N, width] to [B, 1, width]."""
+
+    def construct(self, x, mask):
+        y, width, attn = self.ln_1(x), x.shape[-1], self.attn
+        q = attn.matmul(y[:, :1], attn.in_proj_weight[:width]) + attn.in_proj_bias[:width]  # [B, 1, width]
+        k, v = ops.split(attn.matmul(y, attn.in_proj_weight[width:]) + attn.in_proj_bias[width:], width, -1)
+        x = x[:, :1] + attn.out_proj(attn.heads(q, k, v, mask))
+        return x + self.mlp(self.ln_2(x))
+
+
 class ImageTower(nn.Cell):
     """Pixels float32 [B, 3, size, size], normalized, to features [B, features]."""
 
@@ -129,6 +140,7 @@ class ImageTower(nn.Cell):
         self.positional_embedding = parameter((config.size // config.patch) ** 2 + 1, config.width)
         self.ln_pre, self.ln_post = LayerNorm(config.width), LayerNorm(config.width)
         self.transformer = OpenCLIPBlocks(config)
+        self.transformer.resblocks[-1] = LastBlock(config)
         self.proj = parameter(config.width, features)
 
     def construct(self, pixels):
