@@ -25,13 +25,17 @@ from ldm.randomness import generator
 log = logging.getLogger(__name__)
 
 
-def read_checkpoint(path: str, config: ModelConfig, check_type: bool = True) -> checkpoint.Checkpoint:
+def read_checkpoint(
+    path: str, config: ModelConfig, check_type: bool = True, widen: bool = True
+) -> checkpoint.Checkpoint:
     """The checkpoint of a model config; without `check_type` its UNet is not wanted and may be of any type.
+
+    `widen` is that of `checkpoint.load`.
 
     Raises:
         UserError: it cannot be read, or was trained with another prediction type, schedule or latent scale.
     """
-    ckpt = checkpoint.load(path)
+    ckpt = checkpoint.load(path, widen)
     scale = float(ckpt.meta.get("scale_factor", config.scale_factor))
     if abs(scale / config.scale_factor - 1) > 1e-4:
         raise UserError(f"{path} has latents scaled by {scale}, the config's scale_factor is {config.scale_factor}")

@@ -17,6 +17,7 @@ from full_disk import files_of_at_most
 from ldm import checkpoint
 from ldm.checkpoint import formats, mindspore_file, names, safetensors_file
 from ldm.errors import UserError
+from ldm.models.layers import ALIGNMENT
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 FORMATS = ["mindspore", "safetensors"]
@@ -260,6 +261,38 @@ def test_bfloat16_is_widened(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_bfloat16_is_converted_without_being_widened_first(tmp_path, kind, dtype):
+    halves = np.array([[0x3F80, 0xC020], [0x0000, 0x4049]], np.uint16)  # 1, -2.5, 0, 3.140625
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "s").write_bytes(struct.pack("<Q", len(header)) + header + halves.tobytes())
+    stored = checkpoint.load(tmp_path / "s", widen=False).tensors
+    assert stored["a"].nbytes == 8 and stored["a"].base is not None
+    checkpoint.save(tmp_path / "t", stored, {}, kind, dtype)
+    array = checkpoint.load(tmp_path / "t").tensors["a"]
+    assert array.dtype == (dtype or "float32")
+    assert array.tolist() == [[1.0, -2.5], [0.0, 3.140625]]
+
+
+def test_released_numbers_leave_memory_and_are_read_again(tmp_path):
+    rng = np.random.default_rng(0)
+    checkpoint.save(tmp_path / "t", {"a": rng.standard_normal((1 << 22,), np.float32)}, {}, "safetensors")
+    array, there = checkpoint.load(tmp_path / "t").tensors["a"], resident()
+    total = array.sum()
+    assert resident() - there > 12 << 20
+    checkpoint.release(array)
+    assert resident() - there < 4 << 20
+    assert array.sum() == total
+    checkpoint.release(np.ones(3))  # no view of a file: nothing to do
+
+
+def resident() -> int:
+    """Bytes of memory that this process has of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssFile", "RssShmem")))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_arrays_are_private_views_of_the_file(tmp_path, kind):
     path = tmp_path / "t"
     checkpoint.save(path, small(), {}, kind)
@@ -277,6 +310,13 @@ def test_numbers_are_aligned_in_safetensors(tmp_path):
     tensors = {"a": np.ones(3, np.float16), "b": np.ones(1, np.int8), "c": np.ones(2, np.float32)}
     formats.write(tmp_path / "t", tensors, {}, "safetensors")
     assert all(array.flags.aligned for array in formats.read(tmp_path / "t")[0].values())
+
+
+def test_what_we_write_can_be_used_where_it_is(tmp_path):
+    tensors = {f"{n:02}": np.ones((n, 16), np.float32) for n in range(1, 20)} | {"00": np.ones(3, np.float32)}
+    formats.write(tmp_path / "t", tensors, {"a": "b"}, "safetensors")
+    read = formats.read(tmp_path / "t")[0]
+    assert all(array.ctypes.data % ALIGNMENT == 0 for name, array in read.items() if name != "00")
 
 
 # ---- what other programs see ----

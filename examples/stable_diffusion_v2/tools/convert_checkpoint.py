@@ -45,9 +45,9 @@ def main() -> None:
     meta = {}
     if args.config or args.version:
         config = load_model_config(args.config or VERSIONS[args.version].config)
-        ckpt, meta = read_checkpoint(args.source, config), describe(config)
+        ckpt, meta = read_checkpoint(args.source, config, widen=False), describe(config)
     else:
-        ckpt = checkpoint.load(args.source)
+        ckpt = checkpoint.load(args.source, widen=False)
     checkpoint.save(args.destination, ckpt.tensors, {**meta, **ckpt.meta}, kind, args.dtype)
     said = ckpt.meta.get("prediction_type") or meta.get("prediction_type")
     log.info(

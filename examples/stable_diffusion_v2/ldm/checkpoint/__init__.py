@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 
 from ldm.checkpoint import diffusers_folder, formats, names
+from ldm.checkpoint.arrays import release
 from ldm.errors import UserError
 
-__all__ = ["FORMATS", "Checkpoint", "load", "match", "save"]
+__all__ = ["FORMATS", "Checkpoint", "load", "match", "release", "save"]
 
 FORMATS = (*formats.FORMATS, "diffusers")  # that are written
 
@@ -61,16 +62,17 @@ class Checkpoint:
     format: str
 
 
-def load(path: str | Path) -> Checkpoint:
+def load(path: str | Path, widen: bool = True) -> Checkpoint:
     """Read a checkpoint of any format, recognised by its content.
 
-    The arrays are views of the file wherever they can be: float16 stays float16, bfloat16 becomes float32. Names that
-    nobody knows are kept; ``match`` reports them. Raises UserError for a file that cannot be read whole.
+    The arrays are views of the file wherever they can be: float16 stays float16, bfloat16 becomes float32 (without
+    `widen` only when it is saved, which is all that can be done with it then). Names that nobody knows are kept;
+    ``match`` reports them. Raises UserError for a file that cannot be read whole.
     """
     if Path(path).is_dir():
-        tensors, meta = diffusers_folder.read(path)
+        tensors, meta = diffusers_folder.read(path, widen)
         return Checkpoint(tensors, meta, "diffusers")
-    tensors, strings, kind = formats.read(path)
+    tensors, strings, kind = formats.read(path, widen)
     try:
         variant = strings.pop(_VARIANT, None)
         meta = _stated(tensors, strings)

@@ -35,8 +35,8 @@ _VERSION = "0.31.0"  # of diffusers, whose keys these are
 # ---- reading ----
 
 
-def read(folder: str | Path) -> tuple[Tensors, Strings]:
-    """Parameters by Stability's names, and what the folder says of itself.
+def read(folder: str | Path, widen: bool = True) -> tuple[Tensors, Strings]:
+    """Parameters by Stability's names, and what the folder says of itself; `widen` as in `formats.read`.
 
     Raises UserError where it is no pipeline, or a file of it is missing or damaged.
     """
@@ -45,16 +45,16 @@ def read(folder: str | Path) -> tuple[Tensors, Strings]:
         raise UserError(f"{folder} is a folder, but no diffusers pipeline: it has none of {'/, '.join(PARTS)}/")
     parts, strings = {}, {}
     for part in PARTS:
-        parts[part], said = _read_part(folder / part) if (folder / part).is_dir() else ({}, {})
+        parts[part], said = _read_part(folder / part, widen) if (folder / part).is_dir() else ({}, {})
         strings.update(said if part == "unet" else {})
     tensors = names.from_diffusers(*parts.values(), _text_variant(folder / "text_encoder", parts["text_encoder"]))
     return tensors, {**strings, **_described(folder, strings)}
 
 
-def _read_part(folder: Path) -> tuple[Tensors, Strings]:
+def _read_part(folder: Path, widen: bool) -> tuple[Tensors, Strings]:
     tensors, strings = {}, {}
     for path in _weight_files(folder):
-        new, said, _ = formats.read(path)
+        new, said, _ = formats.read(path, widen)
         tensors.update(new)
         strings.update(said)
     return tensors, strings

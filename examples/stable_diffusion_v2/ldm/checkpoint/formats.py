@@ -4,7 +4,7 @@ Each format has a file here, and needs none of the framework that defined it: ``
 (both read and written) and ``pytorch_file`` (read).
 
 A file is recognised by what is in it. Arrays are views of one private memory mapping: reading costs no memory until a
-number is used, writing to an array never reaches the file. bfloat16, which numpy lacks, is widened to float32.
+number is used, writing to an array never reaches the file. bfloat16, which NumPy lacks, is widened to float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ldm.checkpoint import mindspore_file, pytorch_file, safetensors_file
-from ldm.checkpoint.arrays import FileError, Strings, Tensors
+from ldm.checkpoint.arrays import FileError, Strings, Tensors, release, widened
 from ldm.errors import UserError
 
 _KINDS = {"mindspore": mindspore_file, "safetensors": safetensors_file, "pytorch": pytorch_file}
@@ -33,10 +33,11 @@ _FOREIGN = (
 )
 
 
-def read(path: str | Path) -> tuple[Tensors, Strings, str]:
+def read(path: str | Path, widen: bool = True) -> tuple[Tensors, Strings, str]:
     """The arrays, the strings and the format's name of a checkpoint file, with the names that are in it.
 
-    Raises UserError where the file is missing, unreadable, truncated, damaged or of another kind.
+    Without `widen` bfloat16 stays in the file, as ``arrays.BFLOAT16``, to be written and no more. Raises UserError
+    where the file is missing, unreadable, truncated, damaged or of another kind.
     """
     path = Path(path)
     data = _map(path)
@@ -45,6 +46,11 @@ def read(path: str | Path) -> tuple[Tensors, Strings, str]:
         tensors, strings = _KINDS[kind].read(data)
         if not tensors:
             raise FileError("holds no parameters")
+        if widen:
+            for name, array in tensors.items():
+                tensors[name] = widened(array)
+                if tensors[name] is not array:
+                    release(array)
     except FileError as error:
         raise UserError(f"{path} {error}") from None
     return tensors, strings, kind

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, truncation
+from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, truncation, widened
 
 TYPES = {
     "DoubleStorage": np.dtype("<f8"),
@@ -142,7 +142,8 @@ def _view(
     if count > storage.count or (count and last >= storage.count) or offset > storage.count:
         raise FileError(f"is damaged: {name}, shape {list(size)}, reaches beyond its {storage.count} numbers")
     if storage.key not in storages:
-        storages[storage.key] = array_at(data, storage.dtype, [storage.count], locate(storage))
+        # Widened here, once: of all the tensors that share a storage each would be a copy.
+        storages[storage.key] = widened(array_at(data, storage.dtype, [storage.count], locate(storage)))
     flat = storages[storage.key][offset:]
     if not count:
         return flat[:0].reshape(size)

@@ -27,6 +27,7 @@ TYPES = {
     "BF16": BFLOAT16,
 }
 
+ALIGNMENT = 64  # bytes, where the numbers begin in files that we write: a reader can then use them where they are
 MAX_HEADER = 100_000_000  # bytes of JSON; the limit of the safetensors library
 
 
@@ -88,14 +89,16 @@ def chunks(tensors: Tensors, strings: Strings, dtype: str | None = None) -> Iter
     type_names = {dtype: name for name, dtype in TYPES.items()}
     header = {"__metadata__": strings} if strings else {}
     types = {name: stored_type(array, dtype) for name, array in tensors.items()}
-    names = sorted(tensors, key=lambda name: (-types[name].itemsize, name))  # wide numbers first: all stay aligned
+    sizes = {name: array.size * types[name].itemsize for name, array in tensors.items()}
+    # Wide numbers first, and what is no multiple of ALIGNMENT last: so all stay aligned, and most of them well.
+    names = sorted(tensors, key=lambda name: (-types[name].itemsize, sizes[name] % ALIGNMENT, name))
     end = 0
     for name in names:
-        shape, size = tensors[name].shape, tensors[name].size * types[name].itemsize
+        shape, size = tensors[name].shape, sizes[name]
         header[name] = {"dtype": type_names[types[name]], "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         yield raw(tensors[name], types[name])
