@@ -5,6 +5,9 @@ Import it before anything that imports mindspore: it sets the environment that M
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import logging
 import os
 import sys
@@ -63,6 +66,13 @@ def set_compute_dtype(net: nn.Cell, dtype: str) -> None:
         for _, cell in net.cells_and_names():
             if getattr(cell, "multiplies", False):
                 cell.to_float(DTYPES[dtype])
+
+
+def give_back_memory() -> None:
+    """Return to the system what is free: a deleted network's parameters, what compiling a graph has used."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc's; without it memory is only returned later
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm import kernels
+from ldm.kernels import add
 from ldm.models.layers import Embedding, Heads, LayerNorm, Linear, MatMul, normal, parameter
 
 
@@ -31,10 +32,17 @@ class OpenCLIPText(nn.Cell):
         self.mask = causal_mask(config.context_length)
 
     def construct(self, ids):
-        x = self.token_embedding(ids) + self.positional_embedding
+        x = self.embed(ids)
         for block in self.transformer.resblocks:
             x = block(x, self.mask)
         return self.ln_final(x)
+
+    def embed(self, ids):
+        return self.token_embedding(ids) + self.positional_embedding
+
+    def stages(self):
+        """What runs in turn: the embedding, the blocks, the norm."""
+        return self.embed, self.transformer.resblocks, self.ln_final
 
     def reset(self, rng: np.random.Generator) -> None:
         self.positional_embedding.set_data(normal(rng, self.positional_embedding.shape, 0.01))
@@ -54,8 +62,8 @@ class OpenCLIPBlock(nn.Cell):
         self.mlp = OpenCLIPMLP(config.width, config.mlp_ratio * config.width)
 
     def construct(self, x, mask):
-        x = x + self.attn(self.ln_1(x), mask)
-        return x + self.mlp(self.ln_2(x))
+        x = add(x, self.attn(self.ln_1(x), mask))
+        return add(x, self.mlp(self.ln_2(x)))
 
 
 class MergedAttention(nn.Cell):
@@ -66,10 +74,10 @@ class MergedAttention(nn.Cell):
         self.in_proj_weight, self.in_proj_bias = parameter(3 * width, width), parameter(3 * width)
         self.out_proj = Linear(width, width)
         self.heads = Heads(heads)
-        self.matmul = MatMul()
+        self.matmul, self.split = MatMul(), ops.Split(2, 3)
 
     def construct(self, x, mask):
-        q, k, v = ops.split(self.matmul(x, self.in_proj_weight) + self.in_proj_bias, x.shape[-1], -1)  # [B, N, C]
+        q, k, v = self.split(add(self.matmul(x, self.in_proj_weight), self.in_proj_bias))  # [B, N, C] each
         return self.out_proj(self.heads(q, k, v, mask))
 
     def reset(self, rng: np.random.Generator) -> None:
@@ -102,6 +110,10 @@ class CLIPText(nn.Cell):
             x = layer(x, self.mask)
         return self.final_layer_norm(x)
 
+    def stages(self):
+        """What runs in turn: the embedding, the blocks, the norm."""
+        return self.embeddings, self.encoder.layers, self.final_layer_norm
+
 
 class CLIPEmbeddings(nn.Cell):
     def __init__(self, config):
@@ -127,8 +139,8 @@ class CLIPBlock(nn.Cell):
         self.mlp = CLIPMLP(config.width, config.mlp_ratio * config.width)
 
     def construct(self, x, mask):
-        x = x + self.self_attn(self.layer_norm1(x), mask)
-        return x + self.mlp(self.layer_norm2(x))
+        x = add(x, self.self_attn(self.layer_norm1(x), mask))
+        return add(x, self.mlp(self.layer_norm2(x)))
 
 
 class SplitAttention(nn.Cell):

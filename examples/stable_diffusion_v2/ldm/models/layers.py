@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm import kernels
+from ldm.kernels import add, multiply, reshape, transpose
 from ldm.randomness import generator
 
 ALIGNMENT = 16  # bytes; what NumPy gives its own arrays, so that oneDNN and the CPU kernels never see less
@@ -20,12 +21,14 @@ def parameter(*shape: int, value: float = 0.0) -> Parameter:
     return Parameter(Tensor.from_numpy(array))
 
 
-def fill(target: Parameter, array: np.ndarray, copy: bool = False) -> None:
-    """Give a parameter the values of `array`, whose memory it shares from then on unless a copy is asked for."""
-    array = np.ascontiguousarray(array, np.float32)
-    if copy or array.ctypes.data % ALIGNMENT:
-        array = array.copy()
-    target.set_data(Tensor.from_numpy(array))
+def fill(target: Parameter, array: np.ndarray, copy: bool = False) -> bool:
+    """Give a parameter the values of `array`; returns whether they were copied, as was asked for or had to be.
+
+    Where they were not, it shares the array's memory from then on.
+    """
+    copy = copy or array.dtype != np.float32 or not array.flags.c_contiguous or array.ctypes.data % ALIGNMENT != 0
+    target.set_data(Tensor.from_numpy(np.array(array, np.float32, order="C") if copy else array))
+    return copy
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Tensor:
@@ -46,10 +49,10 @@ class Linear(nn.Cell):
         self.matmul = ops.MatMul(transpose_b=True)
 
     def construct(self, x):
-        y = self.matmul(x.reshape(-1, x.shape[-1]), self.weight)
+        y = self.matmul(reshape(x, (-1, x.shape[-1])), self.weight)
         if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(x.shape[:-1] + (-1,))
+            y = add(y, self.bias)
+        return reshape(y, x.shape[:-1] + (-1,))
 
     def reset(self, rng: np.random.Generator) -> None:
         reset_uniform(self, self.weight.shape[1], rng)
@@ -65,7 +68,7 @@ class MatMul(nn.Cell):
         self.matmul = ops.MatMul(transpose_b=True)
 
     def construct(self, x, weight):
-        return self.matmul(x.reshape(-1, x.shape[-1]), weight).reshape(x.shape[:-1] + (-1,))
+        return reshape(self.matmul(reshape(x, (-1, x.shape[-1])), weight), x.shape[:-1] + (-1,))
 
 
 class Conv2d(nn.Cell):
@@ -93,7 +96,7 @@ class ShiftedConv2d(Conv2d):
     """A convolution whose bias is left to the caller, who gives `shift` [B, out, 1, 1] in its place."""
 
     def construct(self, x, shift):
-        return self.conv(x, self.weight) + shift
+        return add(self.conv(x, self.weight), shift)
 
 
 class GroupNorm(nn.Cell):
@@ -145,13 +148,13 @@ class Heads(nn.Cell):
         self.attend = kernels.select().Attention()
 
     def construct(self, q, k, v, mask=None):
-        q = q * (q.shape[-1] // self.heads) ** -0.5
+        q = multiply(q, (q.shape[-1] // self.heads) ** -0.5)
         out = self.attend(self.split(q), self.split(k), self.split(v), mask)  # [B, H, N, D]
-        return out.swapaxes(1, 2).reshape(q.shape)
+        return reshape(transpose(out, (0, 2, 1, 3)), q.shape)
 
     def split(self, x):
         b, n, c = x.shape
-        return x.reshape(b, n, self.heads, c // self.heads).swapaxes(1, 2)  # [B, H, N, D]
+        return transpose(reshape(x, (b, n, self.heads, c // self.heads)), (0, 2, 1, 3))  # [B, H, N, D]
 
 
 def reset_uniform(layer: nn.Cell, fan_in: int, rng: np.random.Generator) -> None:

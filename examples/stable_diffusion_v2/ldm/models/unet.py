@@ -7,12 +7,14 @@ one to three layers. Every layer takes (h, emb, context) and uses what it needs,
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm import kernels
+from ldm.kernels import add, concat_channels, reshape, transpose
 from ldm.models.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear, MatMul, ShiftedConv2d
 
 
@@ -26,9 +28,9 @@ class UNet(nn.Cell):
     def __init__(self, config):
         super().__init__()
         width, emb = config.model_channels, 4 * config.model_channels
-        self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(width // 2) / (width // 2)), ms.float32)
-        self.time_embed = nn.CellList([Linear(width, emb), kernels.select().SiLU(), Linear(emb, emb)])
-        self.silu = kernels.select().SiLU()
+        silu = kernels.select().SiLU
+        embed = (Frequencies(width), Linear(width, emb), silu(), Linear(emb, emb), silu())  # ResBlocks start with SiLU
+        self.time_embed = nn.SequentialCell(OrderedDict(zip(("frequencies", "0", "1", "2", "3"), embed)))
 
         def residual(inputs, outputs, level):
             layers = [ResBlock(inputs, outputs, emb)]
@@ -59,19 +61,14 @@ class UNet(nn.Cell):
                 if level and block == config.num_res_blocks:
                     stages[-1].append(Upsample(channels))
         self.output_blocks = nn.CellList([nn.CellList(stage) for stage in stages])
-        self.out = nn.CellList(
+        self.out = nn.SequentialCell(
             [GroupNorm(channels, 1e-5, silu=True), nn.Identity(), Conv2d(channels, config.out_channels, 3, zero=True)]
         )
         if config.use_checkpoint:
             self.recompute_blocks()
 
     def construct(self, z, t, context):
-        angles = t.astype(ms.float32).reshape(-1, 1) * self.frequencies
-        emb = ops.concat((ops.cos(angles), ops.sin(angles)), -1)  # [B, width]
-        for layer in self.time_embed:
-            emb = layer(emb)
-        emb = self.silu(emb)  # every ResBlock starts with it  [B, 4 width]
-
+        emb = self.time_embed(t)  # [B, 4 width]
         h, skips = z, ()
         for stage in self.input_blocks:
             for layer in stage:
@@ -80,12 +77,10 @@ class UNet(nn.Cell):
         for layer in self.middle_block:
             h = layer(h, emb, context)
         for i, stage in enumerate(self.output_blocks):
-            h = ops.concat((h, skips[-1 - i]), 1)
+            h = concat_channels((h, skips[-1 - i]))
             for layer in stage:
                 h = layer(h, emb, context)
-        for layer in self.out:
-            h = layer(h)
-        return h.astype(ms.float32)
+        return self.out(h).astype(ms.float32)
 
     def recompute_blocks(self) -> None:
         """Keep only the inputs of these parts for the backward pass: less memory for a third more time.
@@ -95,6 +90,18 @@ class UNet(nn.Cell):
         for _, cell in self.cells_and_names():
             if isinstance(cell, (ResBlock, CrossAttention, FeedForward)):
                 cell.recompute()
+
+
+class Frequencies(nn.Cell):
+    """Times [B] to [B, width]: their cosines and sines at geometrically falling frequencies."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(width // 2) / (width // 2)), ms.float32)
+
+    def construct(self, t):
+        angles = t.astype(ms.float32).reshape(-1, 1) * self.frequencies
+        return ops.concat((ops.cos(angles), ops.sin(angles)), -1)
 
 
 class ConvIn(Conv2d):
@@ -120,10 +127,10 @@ class ResBlock(nn.Cell):
 
     def construct(self, h, emb, context):
         norm, _, conv = self.in_layers
-        shift = conv.bias + self.emb_layers[1](emb)  # one addition for the bias and the embedding  [B, C]
-        inner = conv(norm(h), shift.reshape(shift.shape + (1, 1)))
+        shift = add(conv.bias, self.emb_layers[1](emb))  # one addition for the bias and the embedding  [B, C]
+        inner = conv(norm(h), reshape(shift, shift.shape + (1, 1)))
         inner = self.out_layers[3](self.out_layers[0](inner))
-        return self.skip_connection(h) + inner
+        return add(self.skip_connection(h), inner)
 
 
 class Downsample(nn.Cell):
@@ -169,17 +176,17 @@ class SpatialTransformer(nn.Cell):
         x = self.norm(h)
         if not self.linear:
             x = self.proj_in(x)
-        x = x.reshape(b, c, height * width).swapaxes(1, 2)  # [B, HW, C]
+        x = transpose(reshape(x, (b, c, height * width)), (0, 2, 1))  # [B, HW, C]
         if self.linear:
             x = self.proj_in(x)
         for block in self.transformer_blocks:
             x = block(x, context)
         if self.linear:
             x = self.proj_out(x)
-        x = x.swapaxes(1, 2).reshape(b, c, height, width)
+        x = reshape(transpose(x, (0, 2, 1)), h.shape)
         if not self.linear:
             x = self.proj_out(x)
-        return h + x
+        return add(h, x)
 
 
 class TransformerBlock(nn.Cell):
@@ -190,9 +197,9 @@ class TransformerBlock(nn.Cell):
         self.norm3, self.ff = LayerNorm(channels), FeedForward(channels)
 
     def construct(self, x, context):
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = add(x, self.attn1(self.norm1(x)))
+        x = add(x, self.attn2(self.norm2(x), context))
+        return add(x, self.ff(self.norm3(x)))
 
 
 class CrossAttention(nn.Cell):
@@ -215,11 +222,11 @@ class SelfAttention(CrossAttention):
 
     def __init__(self, channels: int, heads: int):
         super().__init__(channels, heads, channels)
-        self.matmul = MatMul()
+        self.matmul, self.join, self.split = MatMul(), ops.Concat(0), ops.Split(2, 3)
 
     def construct(self, x):
-        weight = ops.concat((self.to_q.weight, self.to_k.weight, self.to_v.weight), 0)  # [3C, C]
-        q, k, v = ops.split(self.matmul(x, weight), x.shape[-1], -1)  # [B, N, C] each
+        weight = self.join((self.to_q.weight, self.to_k.weight, self.to_v.weight))  # [3C, C]
+        q, k, v = self.split(self.matmul(x, weight))  # [B, N, C] each
         return self.to_out[0](self.heads(q, k, v))
 
 
