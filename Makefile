@@ -12,7 +12,7 @@ help:
 	@echo "make demo    fine-tune the tiny model on OpenMoji and draw before and after"
 	@echo "make test    all tests that need no PyTorch"
 	@echo "make parity  compare with diffusers and transformers (installs PyTorch)"
-	@echo "make bench   the full SD 2 UNet beside diffusers (installs PyTorch)"
+	@echo "make bench   the full SD 2 beside diffusers, its UNet and whole runs (installs PyTorch)"
 	@echo "make lint    ruff;  make format: rewrite the files as ruff wants them"
 
 $(VENV)/run: $(HERE)/requirements.txt
@@ -41,6 +41,7 @@ parity: $(VENV)/parity
 
 bench: $(VENV)/parity
 	cd $(HERE) && $(PY) tools/benchmark_unet.py
+	cd $(HERE) && $(PY) tools/benchmark_sampling.py
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .

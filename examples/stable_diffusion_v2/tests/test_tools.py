@@ -11,11 +11,12 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import benchmark_sampling as sampling  # noqa: E402
 import compare_prediction_types as compare  # noqa: E402
 import measure_offline as offline  # noqa: E402
 
 from ldm import checkpoint  # noqa: E402
-from ldm.config import ModelConfig, VAEConfig, save_model_config  # noqa: E402
+from ldm.config import ModelConfig, VAEConfig, load_model_config, save_model_config  # noqa: E402
 from ldm.data.images import to_float  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.models.layers import initialize  # noqa: E402
@@ -109,3 +110,23 @@ def test_the_comparison_writes_a_row_per_type_and_a_plot(tmp_path):
     assert lines[2].endswith("| 500 |")
     compare.plot(results, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 800
+
+
+def test_a_run_is_measured_by_its_progress_bar():
+    script = """import sys, time
+for n in range(3):
+    print(f"\\r{n}/2 [00:00", end="", file=sys.stderr, flush=True)
+    time.sleep(0.2)"""
+    run = sampling.measure([sys.executable, "-c", script], 2)
+    assert 0 < run.first_step < run.first_step + run.per_step < run.whole
+    assert run.per_step > 0.1
+    assert 0 < run.peak < 1
+    with pytest.raises(SystemExit, match="failed"):
+        sampling.measure([sys.executable, "-c", "import sys; sys.exit(1)"], 2)
+
+
+def test_the_small_model_of_the_benchmark_is_the_large_one_but_for_its_widths():
+    small, full = sampling.small_config(64), sampling.small_config(sampling.FULL_WIDTH)
+    assert full == load_model_config("configs/v2-vpred-inference.yaml")
+    assert small.text.layers == full.text.layers
+    assert (small.unet.model_channels, small.vae.ch, small.text.width) == (64, 32, 192)

@@ -1,0 +1,138 @@
+"""text_to_image.py beside diffusers' pipeline, float32 on a CPU: time to the first step, peak memory of the whole run.
+
+Both draw one picture from the same diffusers folder of SD 2.x with random weights, each in a process of its own, one
+after the other. Time counts from the start of the process, with imports, loading and compilation.
+python tools/benchmark_sampling.py [--sizes 512 768] [--steps 3] [--width 64] [--sides ours diffusers]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+PROMPT, GUIDANCE = "a drawing of a fox with a red tail", 7.5
+FULL_WIDTH = 320  # channels of SD's UNet at its first level
+
+
+def small_config(width: int):
+    """SD 2.x with v-prediction, all of its widths shrunk so that the UNet begins with `width` channels."""
+    from ldm.config import load_model_config
+
+    config = load_model_config(HERE / "configs" / "v2-vpred-inference.yaml")
+
+    def shrunk(full: int, unit: int) -> int:
+        return max(unit, round(full * width / FULL_WIDTH / unit) * unit)
+
+    context = shrunk(config.text.width, 64)
+    return replace(
+        config,
+        unet=replace(config.unet, model_channels=width, context_dim=context),
+        vae=replace(config.vae, ch=shrunk(config.vae.ch, 32)),
+        text=replace(config.text, width=context, heads=context // 64),
+    )
+
+
+def make(folder: Path, width: int) -> None:
+    """Write the diffusers folder and, beside it, our config of the same model."""
+    from ldm import runtime
+
+    runtime.start("CPU")
+    from ldm import checkpoint
+    from ldm.config import save_model_config
+    from ldm.models.layers import initialize
+    from ldm.models.stable_diffusion import StableDiffusion
+    from ldm.pipeline import describe
+
+    config = small_config(width)
+    model = StableDiffusion(config)
+    initialize(model, 0)
+    save_model_config(config, folder / "model.yaml")
+    checkpoint.save(folder / "model", model.tensors(), describe(config), "diffusers")
+
+
+def draw_with_diffusers(folder: Path, size: int, steps: int) -> None:
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()  # that of loading, whose "5/5" could be taken for a step
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "model")
+    pipe(PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE)
+
+
+class Run(NamedTuple):
+    first_step: float  # seconds
+    per_step: float
+    whole: float
+    peak: float  # GiB
+
+
+def measure(command: list[str], steps: int) -> Run:
+    """Run a command that shows its steps in a progress bar."""
+    began, seen, text = time.perf_counter(), {}, ""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=HERE, text=True)
+    while part := os.read(process.stderr.fileno(), 4096):
+        text += part.decode(errors="replace")
+        for step in re.findall(rf"\b(\d+)/{steps} \[", text):
+            seen.setdefault(int(step), time.perf_counter() - began)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode or not {1, steps} <= seen.keys():
+        sys.exit(f"{' '.join(command)} failed:\n{text[-2000:]}")
+    per_step = (seen[steps] - seen[1]) / max(1, steps - 1)
+    return Run(seen[1], per_step, time.perf_counter() - began, usage.ru_maxrss / 2**20)
+
+
+def commands(folder: Path, size: int, steps: int) -> dict[str, list[str]]:
+    ours = [sys.executable, "text_to_image.py", "--config", str(folder / "model.yaml"), "--ckpt_path"]
+    ours += [str(folder / "model"), "--output_path", str(folder / "output"), "--prompt", PROMPT, "--n_iter", "1"]
+    ours += ["--n_samples", "1", "--H", str(size), "--W", str(size), "--sampling_steps", str(steps)]
+    ours += ["--scale", str(GUIDANCE), "--device_target", "CPU"]
+    theirs = [sys.executable, __file__, "--draw", str(folder), "--sizes", str(size), "--steps", str(steps)]
+    return {"ours": ours, "diffusers": theirs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 768], help="sides of the pictures in pixels")
+    parser.add_argument("--steps", type=int, default=3, help="sampling steps of each run")
+    parser.add_argument(
+        "--width", type=int, default=FULL_WIDTH, help="channels of the UNet's first level: less is small"
+    )
+    parser.add_argument("--sides", nargs="+", choices=("ours", "diffusers"), default=["diffusers", "ours"])
+    parser.add_argument("--make", help=argparse.SUPPRESS)
+    parser.add_argument("--draw", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.make:
+        make(Path(args.make), args.width)
+    elif args.draw:
+        draw_with_diffusers(Path(args.draw), args.sizes[0], args.steps)
+    else:
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Make the model, run both sides at each size, print a line for each."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subprocess.run([sys.executable, __file__, "--make", name, "--width", str(args.width)], check=True)
+        print(f"SD 2.x at width {args.width}, float32, {os.cpu_count()} cores, one picture, {args.steps} steps")
+        for size in args.sizes:
+            for side in args.sides:
+                run = measure(commands(folder, size, args.steps)[side], args.steps)
+                steps = f"first step after {run.first_step:.1f} s, {run.per_step:.2f} s per step"
+                whole = f"whole run {run.whole:.1f} s, peak memory {run.peak:.2f} GiB"
+                print(f"  {size}x{size} {side:9}: {steps}, {whole}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
