@@ -23,7 +23,7 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool
-from ldm.pictures import grid, make_folder, next_number, read_facts, save_drawn, save_png
+from ldm.pictures import grid, make_folder, next_number, read_facts, read_png, save_drawn, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, read_checkpoint
 from ldm.text.tokenizer import Tokenizer
 from ldm.versions import VERSIONS, find_checkpoint
@@ -85,6 +85,7 @@ def build_parser() -> Parser:
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--mode", "--ms_mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
     add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
+    add("--use_parallel", type=str2bool, default=False, help="with scripts/run_infer_distributed.sh: one of several")
     add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
     parser.ignore(WITHOUT_EFFECT)
     return parser
@@ -192,6 +193,7 @@ def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, ru
 
 def main() -> None:
     args = read_options(build_parser())
+    ranks = runtime.join(args.use_parallel)
     version = VERSIONS[args.version]
     sampler = get_sampler(chosen_sampler(args), args.ddim_eta)
     pictures = plan(args)
@@ -199,16 +201,20 @@ def main() -> None:
     height, width = args.H or config.image_size, args.W or config.image_size
     check_config(config, height, width)
     build_schedule(config.schedule).timesteps(args.sampling_steps)  # or the number of steps is refused
-    path = args.ckpt_path or find_checkpoint(args.version, args.download)
+    if ranks.size > 1 and args.skip_save and not args.skip_grid:
+        raise UserError("several processes make the grid from the saved pictures: leave out --skip_save")
+    with ranks.main_first("checkpoint and folder"):
+        path = args.ckpt_path or find_checkpoint(args.version, args.download)
+        samples = make_folder(Path(args.output_path) / "samples")
+    ranks.check_shared(samples)
     facts = run_facts(args, config, path)
     settings = Settings(sampler, args.sampling_steps, facts["scale"], height, width, args.seed)
-    samples = make_folder(Path(args.output_path) / "samples")
     if args.resume:
         pictures = missing(pictures, samples, args, facts)
         if not pictures:
             log.info("all pictures are in %s", samples)
             return
-    device = runtime.start(args.device_target, args.mode)
+    device = runtime.start(args.device_target, args.mode, ranks)
     tensors = read_checkpoint(path, config).tensors
     if args.pretrained_model_path:
         tensors = {**read_checkpoint(args.pretrained_model_path, config, check_type=False).tensors, **tensors}
@@ -225,31 +231,35 @@ def main() -> None:
     if len(texts) <= FEW_PROMPTS:
         pipeline.encode_ahead(sorted(texts), tensors)
 
-    first, drawn = 0 if args.resume else next_number(samples), []
+    first = ranks.broadcast("first number", 0 if args.resume else next_number(samples))  # none draws before all know
+    shown, drawn = [picture.number for picture in pictures[:IN_GRID]], {}
     size = min(args.batch_size or args.n_samples, len(pictures))
-    bar = tqdm(total=-(-len(pictures) // size) * args.sampling_steps, unit="step", desc=f"{len(pictures)} pictures")
+    mine = list(batches(pictures, size))[ranks.rank :: ranks.size]  # the same batches as alone, hence the same bits
+    bar = tqdm(total=len(mine) * args.sampling_steps, unit="step", desc=f"{sum(len(b) for b, _ in mine)} pictures")
 
     def progress(times):
         for t in times:
             yield t
             bar.update()
 
-    for batch, filled in batches(pictures, size):
+    for batch, filled in mine:
         numbers = [0 if args.fixed_code else picture.number for picture in filled]
         prompts, negatives = [p.prompt for p in filled], [p.negative_prompt for p in filled]
         images = pipeline.draw(prompts, negatives, numbers, settings, progress)[: len(batch)]
-        if len(drawn) < IN_GRID and not args.skip_grid:
-            drawn.extend(images[: IN_GRID - len(drawn)])
+        if not args.skip_grid:
+            drawn.update((p.number, image) for p, image in zip(batch, images) if p.number in shown)
         if not args.skip_save:
             for picture, image in zip(batch, images):
                 save_drawn(image, samples / f"{first + picture.number:05}.png", picture_facts(picture, args, facts))
     bar.close()
+    ranks.barrier("all drawn")
     if not args.skip_save:
         log.info("%d pictures are in %s", len(pictures), samples)
-    if drawn:
-        name = Path(args.output_path) / f"grid-{first + pictures[0].number:05}.png"
-        save_png(grid(np.stack(drawn), args.n_rows or max(1, len(drawn) // args.n_samples)), name)
-        log.info("%s together: %s", "all" if len(drawn) == len(pictures) else f"the first {len(drawn)}", name)
+    if ranks.is_main and not args.skip_grid:
+        tiles = [drawn[k] if k in drawn else read_png(samples / f"{first + k:05}.png") for k in shown]
+        name = Path(args.output_path) / f"grid-{first + shown[0]:05}.png"
+        save_png(grid(np.stack(tiles), args.n_rows or max(1, len(tiles) // args.n_samples)), name)
+        log.info("%s together: %s", "all" if len(tiles) == len(pictures) else f"the first {len(tiles)}", name)
 
 
 def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer) -> None:

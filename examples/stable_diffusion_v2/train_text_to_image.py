@@ -42,6 +42,7 @@ from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE, StableDiffusion
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
+from ldm.ranks import Ranks, follow_parent, without_launcher
 from ldm.train.ema import Ema
 from ldm.train.inputs import FrozenOutputs, Inputs
 from ldm.train.learning_rate import SCHEDULES, LearningRate
@@ -92,11 +93,12 @@ def build_parser() -> Parser:
     add("--cache_text", type=str2bool, default=True, help="encode each caption once, where the encoder is frozen")
     add("--cache_path", help="a folder for both caches, which runs may share (default: cache/ in output_path)")
     add("--cache_only", type=str2bool, default=False, help="fill the caches and stop")
+    add("--cache_share", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=10)
     add("--train_steps", type=int, default=0, help="stop after so many steps instead (0: after the epochs)")
-    add("--train_batch_size", type=int, default=10)
+    add("--train_batch_size", type=int, default=10, help="of each process")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of that size per step")
     add("--train_text_encoder", type=str2bool, default=False, help="train the text encoder along with the UNet")
     add("--loss_weighting", choices=list(WEIGHTINGS), default="none", help="of the times: min_snr is arXiv 2303.09556")
@@ -134,7 +136,7 @@ def build_parser() -> Parser:
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
     add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
-    add("--use_parallel", type=str2bool, default=False, help=argparse.SUPPRESS)
+    add("--use_parallel", type=str2bool, default=False, help="with scripts/run_train_distributed.sh: one of several")
     add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
     parser.ignore({**IGNORED_TRAIN_OPTIONS, **dict.fromkeys(LORA_OPTIONS, "it belongs to use_lora")})
     return parser
@@ -153,8 +155,8 @@ class TextLoss(nn.Cell):
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:
     """Whatever can be known to be wrong before the data is read and the networks are built."""
-    if args.use_parallel or args.use_lora:
-        raise UserError(f"{'use_parallel' if args.use_parallel else 'use_lora'} is not available yet; set it to False")
+    if args.use_lora:
+        raise UserError("use_lora is not available yet; set it to False")
     require_at_least(1, args, "train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval")
     require_at_least(0, args, "train_steps", "ckpt_max_keep", "validation_interval")
     check_config(config, args.image_size)
@@ -177,11 +179,11 @@ def caches_latents(args: argparse.Namespace) -> bool:
     return args.cache_latents and not (args.random_crop or args.flip)
 
 
-def wanted_parts(args: argparse.Namespace, caches: FrozenOutputs, to_fill: bool) -> tuple[str, ...]:
+def wanted_parts(args: argparse.Namespace, caches: FrozenOutputs, to_fill: bool, ranks: Ranks) -> tuple[str, ...]:
     """The networks that this process needs: without the frozen ones where the caches stand in for them."""
     if args.cache_only:
         return VAE, TEXT
-    drawing = to_fill or bool(args.validation_prompts)
+    drawing = to_fill or bool(args.validation_prompts and ranks.is_main)
     vae = (VAE,) if drawing or caches.latents is None else ()
     return (*vae, UNET, *((TEXT,) if drawing or caches.features is None else ()))
 
@@ -200,13 +202,23 @@ def build_model(
     return model
 
 
-def fill_elsewhere() -> None:
+def fill_elsewhere(ranks: Ranks) -> None:
     """Fill the caches in a process of its own, with which the memory of the frozen networks goes away."""
-    if subprocess.run([sys.executable, *sys.argv, "--cache_only", "True"]).returncode:
+    share = ["--use_parallel", "False", "--cache_share", f"{ranks.rank}/{ranks.size}"]
+    command = [sys.executable, *sys.argv, "--cache_only", "True", *share]
+    if subprocess.run(command, env=without_launcher()).returncode:
         raise UserError("the caches could not be filled; the reason is above")
 
 
-def build_train_step(args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, dtype: str) -> TrainStep:
+def cache_share(args: argparse.Namespace, ranks: Ranks) -> tuple[int, int]:
+    """(rank, ranks) of what this process fills."""
+    rank, size = map(int, args.cache_share.split("/")) if "cache_share" in args else (ranks.rank, ranks.size)
+    return rank, size
+
+
+def build_train_step(
+    args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, dtype: str, ranks: Ranks
+) -> TrainStep:
     """What the optimizer moves, by which loss, and how."""
     trained = list(model.unet.get_parameters())
     trained += list(model.text_encoder.get_parameters()) if args.train_text_encoder else []
@@ -219,24 +231,31 @@ def build_train_step(args: argparse.Namespace, config: ModelConfig, model: Stabl
         Ema(trained, args.ema_decay) if args.use_ema else None,
         args.max_grad_norm if args.clip_grad else None,
         LossScale(args.init_loss_scale, args.scale_window) if dtype == "float16" else None,
+        ranks,
     )
 
 
 def prepare(
-    args: argparse.Namespace, config: ModelConfig, ckpt: checkpoint.Checkpoint, data: CaptionedImages, dtype: str
+    args: argparse.Namespace,
+    config: ModelConfig,
+    ckpt: checkpoint.Checkpoint,
+    data: CaptionedImages,
+    dtype: str,
+    ranks: Ranks,
 ) -> tuple[StableDiffusion, FrozenOutputs]:
-    """The networks that are needed, on their device, and the caches, full."""
-    caches = open_caches(args, config, ckpt.tensors, dtype)
-    to_fill = any(caches.missing(data))
+    """The networks that are needed, and the caches, full."""
+    caches, share = open_caches(args, config, ckpt.tensors, dtype), cache_share(args, ranks)
+    to_fill = any(caches.missing(data, share))
     if to_fill and not args.cache_only and sum(a.nbytes for a in frozen_tensors(ckpt).values()) > OWN_PROCESS_BYTES:
-        fill_elsewhere()
-        caches, to_fill = open_caches(args, config, ckpt.tensors, dtype), False
-    runtime.start(args.device_target, args.mode)
-    model = build_model(args, config, ckpt, wanted_parts(args, caches, to_fill))
+        fill_elsewhere(ranks)
+        to_fill = False
+    model = build_model(args, config, ckpt, wanted_parts(args, caches, to_fill, ranks))
     runtime.set_compute_dtype(model, dtype)
     if to_fill:
-        caches.fill(model, data, args.train_batch_size)
-    caches.leave_out_missing(data)
+        caches.fill(model, data, args.train_batch_size, share)
+    ranks.barrier("caches full")
+    if "cache_share" not in args:
+        caches.leave_out_missing(data)
     return model, caches
 
 
@@ -308,35 +327,47 @@ def settle(args: argparse.Namespace) -> ModelConfig:
 
 def main() -> None:
     args = read_options(build_parser())
-    config = settle(args)
-    check(args, config)
-    folder = make_folder(ckpt_folder(args))
-    resume_from = resume_path(args.resume, folder)
-    if not args.cache_only:
-        refuse_used_folder(folder, resume_from)
+    ranks = runtime.join(args.use_parallel)
+    if "cache_share" in args:
+        follow_parent()
+    with ranks.main_first("settings"):
+        config = settle(args)
+        check(args, config)
+        folder = make_folder(ckpt_folder(args))
+        resume_from = resume_path(args.resume, folder)
+        if not args.cache_only:
+            refuse_used_folder(folder, resume_from)
+    ranks.check_shared(folder)
+    device = runtime.start(args.device_target, args.mode, ranks)
+    runtime.connect_devices(ranks, device)
     ckpt = read_checkpoint(args.pretrained_model_path, config, check_type=not args.unet_initialize_random)
     in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # then pictures are read once at most
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)
     log.info(data.summary())
 
-    dtype = args.dtype or runtime.default_dtype(args.device_target or runtime.default_device())
-    model, caches = prepare(args, config, ckpt, data, dtype)
+    dtype = args.dtype or runtime.default_dtype(device)
+    model, caches = prepare(args, config, ckpt, data, dtype, ranks)
     if args.cache_only:
         return
-    train_step = build_train_step(args, config, model, dtype)
-    check_room(folder, 4 * sum(map(np.prod, model.shapes().values())) + 2 * state_bytes(train_step))
-    output = Output(args, config, model, train_step, frozen_tensors(ckpt), run_settings(args, config, len(data), dtype))
+    train_step = build_train_step(args, config, model, dtype, ranks)
+    settings = run_settings(args, config, len(data), dtype, ranks)
+    ranks.agree("settings and data", {**settings, "data": data.digest()})
+    output = Output(args, config, model, train_step, frozen_tensors(ckpt), settings)
     first = output.resume(resume_from)
-    save_yaml(vars(args), output.folder / "args.yaml")
-    save_model_config(config, output.folder / "model_config.yaml")
+    if ranks.is_main:
+        check_room(folder, 4 * sum(map(np.prod, model.shapes().values())) + 2 * state_bytes(train_step))
+        save_yaml(vars(args), output.folder / "args.yaml")
+        save_model_config(config, output.folder / "model_config.yaml")
     augment = Augment(args.random_crop, args.flip, args.caption_dropout)
-    batches = Batches(data, args.train_batch_size, args.seed, augment, pictures=caches.latents is None)
-    batches.start_step = first * args.gradient_accumulation_steps
+    start = first * args.gradient_accumulation_steps
+    pictures = caches.latents is None
+    batches = Batches(data, args.train_batch_size, args.seed, augment, start, ranks.rank, ranks.size, pictures)
     train(args, output, batches, Inputs(model, data, batches, caches, args.train_text_encoder, config), first)
 
 
 def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: Inputs, first: int) -> None:
-    """The loop: all steps from `first` on."""
+    """The loop: all steps from `first` on. Rank 0 alone writes and draws; the others meet it in the next step."""
+    is_main = output.train_step.ranks.is_main
     micro = args.gradient_accumulation_steps
     epoch = max(1, batches.steps_per_epoch // micro)
     total = args.train_steps or args.epochs * epoch
@@ -344,15 +375,17 @@ def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: In
     rate = LearningRate(
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, args.decay_steps, total
     )
-    if args.validation_prompts and not first:  # what there is to improve on, and whether drawing works at all
+    if is_main and args.validation_prompts and not first:  # what there is to improve on, and whether drawing works
         output.validate(0)
     stream = map(inputs, batches)
-    result = ResultLog(output.folder / "result.log", COLUMNS, first)
+    result = ResultLog(output.folder / "result.log", COLUMNS, first) if is_main else None
     with tqdm(total=total, initial=first, unit="step") as bar:
         for step in range(first, total):
             began, lr = time.perf_counter(), rate(step)
             outcome = output.train_step([next(stream) for _ in range(micro)], lr, step)
             seconds, done = time.perf_counter() - began, step + 1
+            if not is_main:
+                continue
             numbers = (done, 1 + step // epoch, outcome.loss, *outcome.extras, lr, outcome.grad_norm, seconds)
             result.write(**dict(zip(COLUMNS, numbers)))
             if not outcome.applied:
@@ -368,12 +401,16 @@ def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: In
     log.info("checkpoints are in %s, the log is %s", output.ckpt_folder, output.folder / "result.log")
 
 
-def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int, dtype: str) -> dict:
-    """What must be the same when a run is resumed, lest it silently become another one."""
-    names = ("train_batch_size", "gradient_accumulation_steps", "image_size", "seed", "optim", "use_ema", "ema_decay")
+def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int, dtype: str, ranks: Ranks) -> dict:
+    """What must be the same when a run is resumed, lest it silently become another one.
+
+    How the samples of a step are divided into ranks and micro-batches may change: a step is the same all the same.
+    """
+    names = ("image_size", "seed", "optim", "use_ema", "ema_decay")
     names += ("caption_dropout", "random_crop", "flip", "train_text_encoder", "loss_weighting", "snr_gamma")
     names += ("betas", "weight_decay", "clip_grad", "max_grad_norm")
     facts = {"pretrained": Path(args.pretrained_model_path).name, "pictures": pictures, "dtype": dtype}
+    facts["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * ranks.size
     facts.update(prediction_type=config.prediction_type, scale_factor=config.scale_factor)
     for part in ("schedule", "unet", "vae", "text"):
         facts.update({f"{part}.{key}": value for key, value in asdict(getattr(config, part)).items()})
@@ -382,4 +419,4 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int, d
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    runtime.run(main, communicates=True)

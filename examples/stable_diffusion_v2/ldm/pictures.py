@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -31,9 +32,8 @@ def make_folder(path: str | Path) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test.partial"
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(prefix=".write-test-", dir=folder):
+            pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output_path") from None
     return folder
@@ -100,6 +100,12 @@ def _facts(text: str | None) -> dict:
     except ValueError:
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def read_png(path: Path) -> np.ndarray:
+    """A picture that `save_png` wrote, uint8 [H, W, 3]."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The only file that touches MindSpore's context: device, mode, compile options, and what a script does with errors.
+"""The only file that touches MindSpore's context: device, mode, communication, and what a script does with errors.
 
 Import it before anything that imports mindspore: it sets the environment that MindSpore reads when it is loaded.
 """
@@ -10,19 +10,26 @@ import ctypes
 import gc
 import logging
 import os
+import subprocess
 import sys
+import traceback
+from pathlib import Path
 from typing import Callable
+
+from ldm.errors import UserError
+from ldm.ranks import Ranks, follow_parent, place, scheduler_address, without_launcher
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings on a CPU are harmless and many
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle OpenMP threads would take the cores from MindSpore's own
+if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("MS_NODE_ID", "0")) != "0":
+    os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress
 
 import mindspore as ms  # noqa: E402
-from mindspore import nn  # noqa: E402
-
-from ldm.errors import UserError  # noqa: E402
+from mindspore import communication, nn  # noqa: E402
 
 DEVICES = ("Ascend", "GPU", "CPU")
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
+HERE = Path(__file__).parents[1]
 SLOW_ON_CPU = (2, 9)  # from this version on, CPU convolutions wider than 1×1 run some 300 times slower than in 2.8
 
 log = logging.getLogger(__name__)
@@ -33,8 +40,10 @@ def default_device() -> str:
     return "Ascend" if ms.hal.is_available("Ascend") else "CPU"
 
 
-def start(device_target: str | None = None, mode: int = 0) -> str:
+def start(device_target: str | None = None, mode: int = 0, ranks: Ranks | None = None) -> str:
     """Set device and mode (0 graph, 1 PyNative) before the first tensor; returns the device in use.
+
+    Several ranks of a host take a device each; a process alone takes that of DEVICE_ID, or the first.
 
     Raises:
         UserError: this machine or this build of MindSpore does not have the device.
@@ -42,7 +51,10 @@ def start(device_target: str | None = None, mode: int = 0) -> str:
     device = device_target or default_device()
     if device != "CPU" and not ms.hal.is_available(device):
         raise UserError(f"device_target {device} is not available here; use --device_target CPU, or leave it out")
-    ms.set_device(device)
+    if device == "CPU":
+        ms.set_device(device)
+    else:
+        ms.set_device(device, ranks.local_rank if ranks and ranks.size > 1 else int(os.environ.get("DEVICE_ID", 0)))
     ms.set_context(mode=mode)
     version = tuple(int(part) for part in ms.__version__.split(".")[:2])
     if device == "CPU" and version >= SLOW_ON_CPU:
@@ -75,13 +87,93 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main: a UserError becomes one line and exit code 1, an interrupt exit code 130."""
+def join(use_parallel: bool) -> Ranks:
+    """Meet the other processes of the run; where there are none, this one alone.
+
+    Raises:
+        UserError: `use_parallel` without a launcher, or the other way round; not all have come.
+    """
+    global _ranks
+    found = place()
+    if found is None or not use_parallel:
+        if use_parallel:
+            raise UserError("use_parallel needs several processes: start them with scripts/run_*_distributed.sh")
+        if found and found.size > 1:
+            raise UserError(
+                f"{found.launcher} started this as process {found.rank} of {found.size}, each of which would do all "
+                "the work: add --use_parallel True"
+            )
+        return _ranks
+    if found.size > 1:
+        follow_parent()
+        if found.rank:
+            silence()
+        _ranks = Ranks(found.rank, found.size, found.local_rank)
+        _ranks.connect()
+    return _ranks
+
+
+def silence() -> None:
+    """Of several processes that do the same, one speaks."""
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def connect_devices(ranks: Ranks, device: str) -> None:
+    """Let the devices of all ranks talk to one another, before the first tensor; what `ops.AllReduce` needs.
+
+    msrun brings a scheduler, through which MindSpore's processes find one another. mpirun needs none on Ascend; on a
+    CPU MindSpore does not know it, so rank 0 starts a scheduler and every rank tells MindSpore what mpirun told it.
+    """
+    if ranks.size == 1:
+        return
+    os.environ["MS_NODE_TIMEOUT"] = os.environ.get("LDM_COLLECTIVE_SECONDS", "1800")  # in a collective; see _schedule
+    if device == "CPU" and "MS_ROLE" not in os.environ:
+        host, port = scheduler_address()
+        told = {"MS_SCHED_HOST": host, "MS_SCHED_PORT": port, "MS_WORKER_NUM": ranks.size, "RANK_SIZE": ranks.size}
+        told = {name: str(value) for name, value in told.items()}
+        if ranks.is_main:
+            command = [sys.executable, "-c", "from ldm import runtime; runtime.run(None, communicates=True)"]
+            alone = {**without_launcher(), **told, "MS_ROLE": "MS_SCHED", "PYTHONPATH": str(HERE)}
+            subprocess.Popen(command, env=alone, stdout=subprocess.DEVNULL)
+        own = {"MS_NODE_ID": ranks.rank, "RANK_ID": ranks.rank, "DEVICE_ID": ranks.local_rank}
+        os.environ.update(told, MS_ROLE="MS_WORKER", **{name: str(value) for name, value in own.items()})
+    communication.init()
+
+
+def _schedule() -> None:
+    """Be the scheduler of MindSpore's processes, which is all that this process does."""
+    follow_parent()
+    os.environ["MS_NODE_TIMEOUT"] = "15"  # here: seconds of silence after which a rank counts as lost
+    ms.set_device("CPU")
+    communication.init()
+
+
+_ranks = Ranks()  # those of this process, which `run` has to leave
+
+
+def run(main: Callable[[], None], communicates: bool = False) -> None:
+    """Run a script's main: a UserError becomes one line and exit code 1, an interrupt exit code 130.
+
+    Args:
+        main: the script.
+        communicates: it calls `connect_devices`, so the process that msrun starts for it is needed as the scheduler.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        needed = communicates and os.environ.get("MS_WORKER_NUM") != "1"
+        return _schedule() if needed else None
     try:
         main()
+        _ranks.leave()
     except UserError as error:
+        if _ranks.connection:
+            _ranks.fail(str(error))
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not _ranks.connection:
+            raise
+        traceback.print_exc()
+        _ranks.fail(f"rank {_ranks.rank} ended with {type(error).__name__}: {error}; the traceback is in its output")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -108,6 +109,14 @@ class CaptionedImages:
         if self.bad:
             left_out.append(f"{len(self.bad)} unreadable skipped, the first is '{next(iter(self.bad))}'")
         return "; ".join([f"{len(self):,} captioned pictures", *left_out])
+
+    def digest(self) -> str:
+        """Stands for the pictures' paths below the data folder and the captions, in their order."""
+        lines = (f"{Path(sample.path).name}\t{sample.text}\n" for sample in self.samples)
+        digest = hashlib.sha256()
+        for line in lines:
+            digest.update(line.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:16]
 
     def _picture(self, path: str) -> np.ndarray:
         if path in self.bad:

@@ -63,6 +63,9 @@ class Rows:
         self.folder, self.shape = make_folder(folder), tuple(shape)
         self.values_path, self.keys_path = self.folder / "rows.f32", self.folder / "keys.sha256"
         self.row_bytes = 4 * int(np.prod(shape))
+        self.places: dict[bytes, int] = {}
+        self.written = 0
+        self.values = np.empty((0, *self.shape), np.float32)  # mapped when it is needed
         self._read_keys()
 
     def __contains__(self, key: bytes) -> bool:
@@ -78,11 +81,17 @@ class Rows:
         return self.values[[self.places[key] for key in keys]]
 
     def append(self, keys: list[bytes], values: np.ndarray) -> None:
-        """Add rows [len(keys), *shape], within `filling`.
+        """Add rows [len(keys), *shape]; those that another process has added meanwhile stay as they are.
 
         Raises:
             UserError: the disk is full or the folder not writable; the rows before stay.
         """
+        with self._locked("lock"):
+            self._read_keys()  # other ranks may have added theirs
+            new = [n for n, key in enumerate(keys) if key not in self.places]
+            self._write([keys[n] for n in new], values[new])
+
+    def _write(self, keys: list[bytes], values: np.ndarray) -> None:
         try:
             with open(self.values_path, "r+b" if self.values_path.exists() else "wb") as file:
                 file.seek(self.written * self.row_bytes)  # over a row that lost its key
@@ -99,16 +108,30 @@ class Rows:
         self.written += len(keys)
 
     @contextmanager
-    def filling(self) -> Iterator[Rows]:
-        """One process at a time may append; the others wait and then see its rows."""
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self._read_keys()
+    def filling(self, share: tuple[int, int] = (0, 1)) -> Iterator[Rows]:
+        """One process at a time may do a share of the work; other runs wait for it and then see its rows."""
+        with self._locked("lock-{}-of-{}".format(*share)):
+            self.refresh()
             yield self
 
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with open(self.folder / name, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def refresh(self) -> None:
+        """See what others have added."""
+        with self._locked("lock"):
+            self._read_keys()
+
     def _read_keys(self) -> None:
-        keys = self.keys_path.read_bytes() if self.keys_path.exists() else b""
-        size = self.values_path.stat().st_size if self.values_path.exists() else 0
-        self.written = min(len(keys) // KEY_BYTES, size // self.row_bytes)
-        self.places = {keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(self.written)}
-        self.values = np.empty((0, *self.shape), np.float32)  # mapped when it is needed
+        if not (self.keys_path.exists() and self.values_path.exists()):
+            return
+        with open(self.keys_path, "rb") as file:
+            file.seek(self.written * KEY_BYTES)
+            keys = file.read()
+        rows = self.values_path.stat().st_size // self.row_bytes - self.written
+        for i in range(min(len(keys) // KEY_BYTES, rows)):
+            self.places[keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]] = self.written
+            self.written += 1

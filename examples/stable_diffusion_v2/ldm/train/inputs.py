@@ -53,17 +53,19 @@ class FrozenOutputs:
             shape = (config.text.context_length, config.text.width)
             self.features = rows("text", TEXT, shape, variant=config.text.variant, heads=config.text.heads, dtype=dtype)
 
-    def missing(self, data: CaptionedImages) -> tuple[list[str], list[str]]:
-        """(paths, captions) that have no row yet, each once."""
+    def missing(self, data: CaptionedImages, share: tuple[int, int] = (0, 1)) -> tuple[list[str], list[str]]:
+        """(paths, captions) that have no row yet, each once: of all, or of a share (rank, ranks) of all."""
         paths = dict.fromkeys(sample.path for sample in data.samples) if self.latents is not None else ()
         texts = dict.fromkeys(["", *(sample.text for sample in data.samples)]) if self.features is not None else ()
         return (
-            [path for path in paths if file_key(path) not in self.latents],
-            [text for text in texts if text_key(text) not in self.features],
+            [path for path in [*paths][share[0] :: share[1]] if file_key(path) not in self.latents],
+            [text for text in [*texts][share[0] :: share[1]] if text_key(text) not in self.features],
         )
 
-    def fill(self, model: StableDiffusion, data: CaptionedImages, batch_size: int) -> None:
-        """Compute what is missing; what an earlier try has left is taken over.
+    def fill(
+        self, model: StableDiffusion, data: CaptionedImages, batch_size: int, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        """Compute what is missing of a share (rank, ranks) of all; what an earlier try has left is taken over.
 
         Raises:
             UserError: a picture is unreadable and such are not skipped; there is no room on the disk.
@@ -73,13 +75,16 @@ class FrozenOutputs:
         for n, (rows, title, fill) in enumerate(kinds):
             if rows is None:
                 continue
-            with rows.filling():
-                todo = self.missing(data)[n]
+            with rows.filling(share):
+                todo = self.missing(data, share)[n]
                 for start in tqdm(range(0, len(todo), batch_size), title, delay=2, leave=False):
                     fill(model, data, todo[start : start + batch_size], batch_size)
 
     def leave_out_missing(self, data: CaptionedImages) -> None:
-        """After filling, the pictures without a row are those that are unreadable and skipped."""
+        """After filling by all ranks, the pictures without a row are those that are unreadable and skipped."""
+        for rows in (self.latents, self.features):
+            if rows is not None:
+                rows.refresh()
         unreadable = set(self.missing(data)[0])
         if unreadable:
             log.warning("%d unreadable pictures are skipped", len(unreadable))

@@ -1,7 +1,9 @@
-"""One training step: gradients of one or more micro-batches, their norm, clipping, optimizer, moving average.
+"""One training step: gradients of one or more micro-batches and ranks, their norm, clipping, optimizer, average.
 
 Two compiled graphs: value and gradients, and the update of all weights in place. Between them stands the host, which
 sees the loss and the norm before anything is written: a step with a NaN or an infinity never reaches the weights.
+With several ranks a third graph adds their gradients up between the two, and whatever the host decides, it decides from
+numbers that all ranks share, so that their weights stay the same bit for bit.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.errors import UserError
+from ldm.ranks import Ranks
 from ldm.train.ema import Ema
 from ldm.train.optimizer import Optimizer
 
@@ -48,8 +51,8 @@ class LossScale:
 class StepResult:
     """What a step tells.
 
-    loss: mean over the micro-batches. extras: means of the other outputs of the loss. grad_norm: global 2-norm of the
-    mean gradient before clipping. applied: False where an overflow only lowered the loss scale.
+    loss: mean over the micro-batches and ranks. extras: means of the other outputs of the loss. grad_norm: global
+    2-norm of the mean gradient before clipping. applied: False where an overflow only lowered the loss scale.
     """
 
     loss: float
@@ -67,6 +70,7 @@ class TrainStep:
         ema: follows the weights after each update.
         max_grad_norm: longer gradients are shortened to it; None leaves them.
         loss_scale: for half precision.
+        ranks: all of which make the same steps, each with micro-batches of its own, of one size.
     """
 
     def __init__(
@@ -76,15 +80,17 @@ class TrainStep:
         ema: Ema | None = None,
         max_grad_norm: float | None = None,
         loss_scale: LossScale | None = None,
+        ranks: Ranks | None = None,
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise UserError(f"max_grad_norm is {max_grad_norm}; give a number above 0, or switch clip_grad off")
-        self.optimizer, self.ema = optimizer, ema
+        self.optimizer, self.ema, self.ranks = optimizer, ema, ranks or Ranks()
         self.max_grad_norm = max_grad_norm or math.inf
         self.loss_scale = loss_scale or LossScale()
         self.batch_names = tuple(inspect.signature(loss.construct).parameters)
         self.gradients = _Gradients(loss, optimizer.params)
         self.add, self.norm, self.update = _Add(), GlobalNorm(), _Update(optimizer, ema)
+        self.sum_of_ranks = _SumOfRanks() if self.ranks.size > 1 else None
 
     def __call__(self, micro_batches: Sequence[tuple[Tensor, ...]], lr: float, step: int) -> StepResult:
         """Update the weights with the mean gradient of the micro-batches, each the arguments of the loss.
@@ -100,14 +106,18 @@ class TrainStep:
             output, new = self.gradients(scale, *batch)
             outputs.append([value.asnumpy().mean(dtype=np.float64) for value in output])
             grads = self.add(*grads, *new) if grads else new
-        loss, *extras = np.mean(outputs, axis=0).tolist()
-        unscale = 1 / (self.loss_scale.value * len(micro_batches))
-        norm = float(self.norm(*grads).asnumpy()) * unscale
+        own = np.mean(outputs, axis=0).tolist()
+        loss, *extras = np.mean(self.ranks.gather("loss", own), axis=0).tolist()  # now all have their gradients
+        if self.sum_of_ranks:
+            grads = self.sum_of_ranks(*grads)
+        unscale = 1 / (self.loss_scale.value * len(micro_batches) * self.ranks.size)
+        norm = self.ranks.broadcast("norm", float(self.norm(*grads).asnumpy()) * unscale)
         applied = math.isfinite(loss) and math.isfinite(norm)
         if applied:
             self._apply(grads, unscale * min(1.0, self.max_grad_norm / (norm + 1e-6)), lr)
         elif not (math.isfinite(loss) and self.loss_scale.overflowed()):  # no scale mends the loss itself
-            bad = _first_bad(self._tensors(micro_batches, loss, grads)) or "the gradients' norm, of finite gradients"
+            found = self.ranks.gather("NaN", _first_bad(self._tensors(micro_batches, loss, grads)))
+            _, bad = min((one for one in found if one), default=(0, "the gradients' norm, of finite gradients"))
             raise UserError(
                 f"step {step}: training has diverged, first NaN or infinity in {bad}; the weights are those before this"
                 " step; lower the learning rate, or set clip_grad"
@@ -154,8 +164,9 @@ class TrainStep:
         yield from ((f"the gradient of {p.name}", g.asnumpy()) for p, g in zip(self.optimizer.params, grads))
 
 
-def _first_bad(tensors: Iterable[tuple[str, np.ndarray]]) -> str | None:
-    return next((name for name, x in tensors if not np.isfinite(x).all()), None)
+def _first_bad(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[int, str] | None:
+    """Place in the order, and name."""
+    return next(((n, name) for n, (name, x) in enumerate(tensors) if not np.isfinite(x).all()), None)
 
 
 class _Scaled(nn.Cell):
@@ -192,6 +203,17 @@ class _Add(nn.Cell):
     def construct(self, *both):
         half = len(both) // 2
         return self.map(ops.add, both[:half], both[half:])
+
+
+class _SumOfRanks(nn.Cell):
+    """Sums of tensors over the ranks. Packed into one, they took twice as long on a CPU, and their memory again."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.map, self.sum = ops.HyperMap(), ops.AllReduce()
+
+    def construct(self, *tensors):
+        return self.map(self.sum, tensors)
 
 
 class GlobalNorm(nn.Cell):

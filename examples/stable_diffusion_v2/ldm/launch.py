@@ -1,0 +1,200 @@
+"""Start a script on several devices: `python -m ldm.launch SCRIPT [options] -- [options of the script]`.
+
+It checks what can be checked beforehand, starts mpirun or msrun, and keeps the hub at which the ranks meet
+(ldm/ranks.py): when one is lost it says which, and sees to it that nothing of the run stays behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from ldm.errors import UserError
+from ldm.options import Parser, read_options
+from ldm.ranks import (
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    FAREWELL,
+    HUB,
+    JOIN_SECONDS,
+    PATIENCE,
+    Hub,
+    follow_parent,
+    without_launcher,
+)
+
+FORWARDED = re.compile(r"PATH|PYTHONPATH|LD_LIBRARY_PATH|GLOG_v|OMP_NUM_THREADS|(MS|LDM|ASCEND|HCCL)_\w+")  # by mpirun
+
+
+def build_parser() -> Parser:
+    parser = Parser(description="Start a script on several devices.")
+    add = parser.add_argument
+    add("script", help="to be started")
+    add("--launcher", choices=("mpirun", "msrun"), default="msrun", help="OpenMPI's, or MindSpore's own")
+    add("--device", choices=("Ascend", "CPU"), help="default: Ascend where there is one, else CPU")
+    add("--ranks", type=int, help="processes in all (default: the hosts' devices; 2 on a CPU)")
+    add(
+        "--hosts", help="a file with a host per line, the first is where you are, each with as many ranks: name slots=N"
+    )
+    add("--port", type=int, default=DEFAULT_PORT, help="of MindSpore's scheduler; the next one is used too")
+    add("--log_dir", default="output/ranks", help="msrun's: a file per rank")
+    return parser
+
+
+def read_hosts(path: str, ranks: int | None) -> dict[str, int]:
+    """{host: ranks} of a host file in OpenMPI's form."""
+    try:
+        lines = [line.split("#")[0].split() for line in Path(path).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the host file {path}: {getattr(error, 'strerror', None) or error}") from None
+    hosts = {}
+    for line in filter(None, lines):
+        slots = [re.fullmatch(r"slots=(\d+)", word) for word in line[1:]]
+        if len(slots) != 1 or not slots[0] or not int(slots[0][1]) or line[0] in hosts:
+            raise UserError(f"{path}: '{' '.join(line)}' is not of the form: name slots=8, each name once")
+        hosts[line[0]] = int(slots[0][1])
+    if not hosts:
+        raise UserError(f"the host file {path} is empty")
+    if ranks and ranks != sum(hosts.values()):
+        raise UserError(f"--ranks is {ranks}, the slots of {path} are {sum(hosts.values())}: leave out --ranks")
+    return hosts
+
+
+def visible_devices() -> int:
+    """How many NPUs this host shows: those of ASCEND_RT_VISIBLE_DEVICES, or all."""
+    chosen = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    if chosen:
+        return len(chosen.split(","))
+    return sum(bool(re.fullmatch(r"davinci\d+", path.name)) for path in Path("/dev").glob("davinci*"))
+
+
+def this_host(hosts: dict[str, int]) -> int:
+    """The place of this host in the list, by its names and addresses."""
+    for place, host in enumerate(hosts):
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.bind((socket.gethostbyname(host), 0))  # only an address of this machine can be bound to
+                return place
+        except OSError:
+            continue
+    raise UserError(f"none of the hosts {', '.join(hosts)} is this one, {socket.gethostname()}")
+
+
+def check_script(name: str, words: list[str]) -> None:
+    """The script's own options, and whether its data can be read: one line here instead of one per rank."""
+    script = importlib.import_module(Path(name).stem)
+    args = read_options(script.build_parser(), words)
+    if args.data_path and not os.access(args.data_path, os.R_OK):
+        raise UserError(f"data_path {args.data_path} does not exist or cannot be read")
+
+
+def command(args: argparse.Namespace, hosts: dict[str, int], here: int, env: dict[str, str]) -> list[str]:
+    """What starts the ranks of all hosts (mpirun) or of this one (msrun)."""
+    size, master = sum(hosts.values()), next(iter(hosts))
+    if args.launcher == "msrun":
+        words = ["msrun", "--worker_num", size, "--local_worker_num", [*hosts.values()][here], "--node_rank", here]
+        words += ["--master_addr", master, "--master_port", args.port, "--log_dir", args.log_dir, "--join", True]
+        words += ["--cluster_time_out", 1800, "--tail_worker_log", 0]  # the hub is less patient
+        return list(map(str, words))
+    words = ["mpirun", "-n", size, "--bind-to", "none"]  # pinned to one core each, MindSpore's start hangs on a CPU
+    words += ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    words += ["--hostfile", args.hosts] if args.hosts else ["--oversubscribe"]
+    words += [word for name in sorted(env) if FORWARDED.fullmatch(name) for word in ("-x", name)]
+    return [*map(str, words), sys.executable]
+
+
+def launch(words: list[str], hub: Hub | None, env: dict[str, str]) -> int:
+    """Run the command to its end, and the hub beside it; the exit code."""
+    child = subprocess.Popen(words, env=env, start_new_session=True, preexec_fn=follow_parent)
+    verdict = []  # the hub's
+    serving = threading.Thread(target=lambda: verdict.append(hub.serve()), daemon=True)
+    if hub:
+        serving.start()
+
+    def stop(number, _):
+        if hub:
+            hub.cancelled = f"stopped by {signal.Signals(number).name}"
+        else:
+            child.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    while child.poll() is None and False not in verdict:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.2)
+    if hub:
+        serving.join(1)  # a good end reaches both at about the same time
+        hub.cancelled = f"{words[0]} ended before its ranks did, with exit code {child.returncode}"
+        serving.join(FAREWELL)
+        if False in verdict:
+            child.terminate()
+            hub.kill_local()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(FAREWELL)
+    with contextlib.suppress(OSError):
+        os.killpg(child.pid, signal.SIGKILL)  # msrun's scheduler is of its group
+    return abs(child.wait()) or int(False in verdict)
+
+
+def settle(args: argparse.Namespace) -> tuple[dict[str, int], int, dict[str, str]]:
+    """({host: ranks}, which of them is this one, the environment of the ranks).
+
+    Raises:
+        UserError: whatever can be known beforehand to be wrong.
+    """
+    args.device = args.device or ("Ascend" if visible_devices() else "CPU")
+    ranks = (visible_devices() or 2) if args.ranks is None else args.ranks
+    hosts = read_hosts(args.hosts, args.ranks) if args.hosts else {DEFAULT_HOST: ranks}
+    here = this_host(hosts)
+    own, master = [*hosts.values()][here], next(iter(hosts))
+    if not 0 < args.port < 65535 or own < 1:
+        raise UserError(f"--port {args.port}, {own} ranks: ports go from 1 to 65534, ranks begin at 1")
+    if args.device == "Ascend" and visible_devices() < own:
+        raise UserError(f"{own} ranks are to run on this host, which shows {visible_devices()} NPUs")
+    if args.launcher == "mpirun" and here:
+        raise UserError(f"mpirun starts all hosts of {args.hosts} from the first, {master}")
+    env = without_launcher()
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # msrun starts "python"
+    if not shutil.which(args.launcher, path=env["PATH"]):
+        advice = {"mpirun": "install OpenMPI or use --launcher msrun", "msrun": "install MindSpore, which brings it"}
+        raise UserError(f"{args.launcher} is not on the PATH: {advice[args.launcher]}")
+    env.pop("RANK_TABLE_FILE", None)  # deprecated since MindSpore 2.4, and a forgotten one wins over the launcher
+    env.update(MS_SCHED_HOST=socket.gethostbyname(master), MS_SCHED_PORT=str(args.port))
+    env[HUB] = f"{env['MS_SCHED_HOST']}:{args.port + 1}"
+    if args.device == "CPU":
+        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // own)))
+    return hosts, here, env
+
+
+def main() -> None:
+    words, script = sys.argv[1:], []
+    if "--" in words:
+        at = words.index("--")
+        words, script = words[:at], words[at + 1 :]
+    args = build_parser().parse_args(words)
+    hosts, here, env = settle(args)
+    check_script(args.script, script)
+    hub = None
+    if here == 0 and sum(hosts.values()) > 1:
+        listen, seconds = DEFAULT_HOST if len(hosts) == 1 else "", float(env.get(PATIENCE, JOIN_SECONDS))
+        Hub(0, listen, args.port, seconds).close()  # or the port is taken
+        hub = Hub(sum(hosts.values()), listen, args.port + 1, seconds)
+    words = [*command(args, hosts, here, env), args.script, *script]
+    sys.exit(launch([*words, "--use_parallel", "True", "--device_target", args.device], hub, env))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
