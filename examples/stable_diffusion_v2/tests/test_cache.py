@@ -82,6 +82,18 @@ def test_two_processes_fill_one_cache(tmp_path):
     assert store.take(keys(*range(75)))[:, 0, 0].tolist() == list(range(75))
 
 
+def test_ranks_add_in_turn_and_nothing_twice(tmp_path):
+    """Two ranks that have opened the folder before either wrote, and a key that both come upon."""
+    one, two = Rows(tmp_path, SHAPE), Rows(tmp_path, SHAPE)
+    with one.filling((0, 2)), two.filling((1, 2)):  # shares do not wait for one another
+        one.append(keys(1), rows(1))
+        two.append(keys(2, 1, 3), rows(2, 1, 3))
+        one.append(keys(4), rows(4))
+    two.refresh()
+    for store in (two, Rows(tmp_path, SHAPE)):
+        assert len(store) == 4 and store.take(keys(1, 2, 3, 4))[:, 0, 0].tolist() == [1, 2, 3, 4]
+
+
 def test_keys_stand_for_content_and_settings(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "b.png").write_bytes(b"x")

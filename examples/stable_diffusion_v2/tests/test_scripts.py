@@ -49,24 +49,29 @@ CONFIG = ModelConfig(
 def place(tmp_path_factory) -> Path:
     """A folder with model.yaml, eps.yaml, wide.yaml, base.safetensors (random weights) and data/."""
     folder = tmp_path_factory.mktemp("scripts")
-    save_model_config(CONFIG, folder / "model.yaml")
     save_model_config(replace(CONFIG, prediction_type="eps"), folder / "eps.yaml")
     save_model_config(replace(CONFIG, unet=replace(CONFIG.unet, model_channels=64)), folder / "wide.yaml")
+    fill_place(folder, CONFIG)
+    return folder
+
+
+def fill_place(folder: Path, config: ModelConfig) -> None:
+    """model.yaml, base.safetensors and data/."""
+    save_model_config(config, folder / "model.yaml")
     runtime.start("CPU")
-    model = StableDiffusion(CONFIG)
+    model = StableDiffusion(config)
     initialize(model, 0)
     tensors = model.tensors()
     for name, array in tensors.items():  # layers that start at zero would hide the prompt
         if name.startswith("model.") and not array.any():
             tensors[name] = generator(1, name).normal(0, 0.1, array.shape).astype(np.float32)
-    checkpoint.save(folder / "base.safetensors", tensors, describe(CONFIG), "safetensors")
+    checkpoint.save(folder / "base.safetensors", tensors, describe(config), "safetensors")
     source = ROOT / "datasets/emoji/openmoji/test"
     (folder / "data").mkdir()
     lines = (source / "img_txt.csv").read_text(encoding="utf-8").splitlines()[:13]
     (folder / "data" / "img_txt.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for line in lines[1:]:
         shutil.copy(source / line.split(",")[0], folder / "data")
-    return folder
 
 
 def run(script: str, *words) -> subprocess.CompletedProcess:
@@ -469,7 +474,7 @@ def test_training_that_cannot_work(monkeypatch, capsys, place, tmp_path, more, w
 def test_a_run_with_other_settings_is_not_resumed(monkeypatch, capsys, place, trained, tmp_path):
     state = trained / "ckpt/rank_0/train_resume.safetensors"
     line = refused_training(monkeypatch, capsys, place, tmp_path, "--resume", state, "--train_batch_size", 4)
-    assert "train_batch_size was 3 and is now 4" in line
+    assert "samples_per_step was 3 and is now 4" in line
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from ldm.checkpoint import formats
 from ldm.errors import UserError
 from ldm.randomness import generator
+from ldm.ranks import Ranks
 from ldm.train.ema import Ema
 from ldm.train.optimizer import build_optimizer
 from ldm.train.state import RESUME_NAME, check_room, load_state, prune, resume_path, save_state, state_bytes
@@ -54,10 +55,11 @@ class Loss(nn.Cell):
         return error.mean(), error
 
 
-def make(optim="adamw", ema=0.99, max_grad_norm=1.0, loss_scale=None, loss=Loss, **options):
+def make(optim="adamw", ema=0.99, max_grad_norm=1.0, loss_scale=None, loss=Loss, ranks=None, **options):
     net = Net()
     optimizer = build_optimizer(optim, net.get_parameters(), **options)
-    return TrainStep(loss(net), optimizer, Ema(optimizer.params, ema) if ema else None, max_grad_norm, loss_scale)
+    average = Ema(optimizer.params, ema) if ema else None
+    return TrainStep(loss(net), optimizer, average, max_grad_norm, loss_scale, ranks)
 
 
 def batch(step, size=8):
@@ -186,6 +188,35 @@ def zero_scale(train_step):
 def overflow(train_step):
     x, y = batch(3)
     return [(x, Tensor(1e25 * y.asnumpy()))]
+
+
+class WithAnother(Ranks):
+    """Rank 0 of two, the other of which answers what is set here. The gradients' sum is left out."""
+
+    answers: dict = {}
+
+    def gather(self, at, value=None):
+        return [value, self.answers.get(at, value)]
+
+
+@pytest.mark.parametrize("far", [float("nan"), float("inf")])
+def test_what_goes_wrong_on_another_rank_stops_this_one(far):
+    train_step = make()
+    train(train_step, 0, 2)
+    before, train_step.ranks = snapshot(train_step), WithAnother()
+    train_step.ranks.answers = {"loss": [far, 1.0], "NaN": (0, "the input 'picture'")}
+    with pytest.raises(UserError, match="step 2: .* in the input 'picture'"):
+        train(train_step, 2, 3)
+    assert snapshot(train_step) == before
+
+
+def test_all_ranks_go_by_the_loss_of_all_and_the_norm_of_the_first():
+    train_step, other = make(), make()
+    train_step.ranks = WithAnother()
+    train_step.ranks.answers = {"loss": [3.0, 5.0], "norm": 1e9}
+    (ours,), (alone,) = train(train_step, 0, 1), train(other, 0, 1)
+    assert (ours.loss, ours.extras[0]) == pytest.approx(((alone.loss + 3) / 2, (alone.extras[0] + 5) / 2))
+    assert ours.grad_norm == alone.grad_norm and snapshot(train_step) == snapshot(other)
 
 
 @pytest.mark.parametrize(
