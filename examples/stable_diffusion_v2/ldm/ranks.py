@@ -267,7 +267,7 @@ class Hub:
                 if away and time.monotonic() > deadline:
                     raise UserError(f"rank {', '.join(away)} did not come within {self.patience:g} s; see its log")
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)  # a progress bar may have left the line open
             for peer in sorted(self.peers, key=lambda peer: peer.hello.get("rank") == 0):  # whose process may be this
                 with contextlib.suppress(OSError):
                     peer.connection.sendall(_line({"stop": True}))
@@ -386,7 +386,7 @@ def _watch_network(connection: socket.socket) -> None:
 def _end(line: str = "") -> NoReturn:
     """End this process from any thread, whatever the others do."""
     if line:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"\nerror: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

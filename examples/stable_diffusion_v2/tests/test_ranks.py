@@ -211,6 +211,17 @@ def relative_difference(one: dict, other: dict) -> float:
     return (difference / sum(float(np.sum(one[name].astype(np.float64) ** 2)) for name in one)) ** 0.5
 
 
+def weights(state: Path) -> dict:
+    """Of a resume state, but for those whose gradient is zero: a bias before a norm of that one channel.
+
+    Their gradients are rounding errors, by which Adam moves them as far as by anything else.
+    """
+    found = tensors(state)
+    moved = [name for name, square in found.items() if name.startswith("adam_v.") and square.max() > 1e-16]
+    assert len(moved) > 100
+    return {name: found[name] for name in (name[len("adam_v.") :] for name in moved)}
+
+
 # ---- the launcher ----
 
 
@@ -273,7 +284,7 @@ def test_launches_that_cannot_work(monkeypatch, capsys, words, line):
 
 # ---- the scripts on two ranks ----
 
-whole = pytest.mark.skipif("FULL_RANKS" not in os.environ, reason="FULL_RANKS=1: whole scripts, minutes")
+with_mpirun = pytest.mark.skipif(not shutil.which("mpirun"), reason="mpirun is not installed: apt install openmpi-bin")
 
 
 @pytest.fixture(scope="module")
@@ -334,11 +345,11 @@ def copy_of_state(process: subprocess.Popen, output: Path, step: int) -> Path:
     raise AssertionError(f"step {step} was not seen: {(output.parent / 'console.log').read_text()[-3000:]}")
 
 
-@whole
-def test_two_ranks_equal_one_with_twice_the_batch_and_a_lost_one_costs_nothing(small, tmp_path):
+@pytest.mark.parametrize("name", ["msrun", pytest.param("mpirun", marks=with_mpirun)])
+def test_two_ranks_equal_one_with_twice_the_batch_and_a_lost_one_costs_nothing(small, tmp_path, name):
     """20 steps of one process with 6 pictures against two with 3; then 10 more of both, resumed and not; a kill -9."""
     run("train_text_to_image.py", *steps(small, tmp_path / "one", 20, "--train_batch_size", 6))
-    words = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *steps(small, tmp_path / "two", 1000)]
+    words = [*launcher(name, "--log_dir", tmp_path / "logs"), *steps(small, tmp_path / "two", 1000)]
     started = distributed("run_train_distributed.sh", words, tmp_path)
     at_20, at_30 = (copy_of_state(started, tmp_path / "two", step) for step in (20, 30))
     pids = processes_with(str(tmp_path / "two"))
@@ -351,17 +362,16 @@ def test_two_ranks_equal_one_with_twice_the_batch_and_a_lost_one_costs_nothing(s
     assert not set(pids) & set(processes_with(str(tmp_path / "two")))  # no orphans
     assert not list((tmp_path / "two").glob("**/rank_1"))  # rank 0 alone writes
 
-    assert relative_difference(tensors(tmp_path / "one" / STATE), tensors(at_20 / STATE)) < 1e-6
+    assert relative_difference(weights(tmp_path / "one" / STATE), weights(at_20 / STATE)) < 2e-6  # 6e-7 where measured
     losses = [
         [float(line.split("\t")[2]) for line in (folder / "result.log").read_text().splitlines()[1:21]]
         for folder in (tmp_path / "one", at_20)
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
     run("train_text_to_image.py", *steps(small, at_20, 30, "--train_batch_size", 6, "--resume", True))
-    assert relative_difference(tensors(at_30 / STATE), tensors(at_20 / STATE)) < 1e-6
+    assert relative_difference(weights(at_30 / STATE), weights(at_20 / STATE)) < 2e-6
 
 
-@whole
 def test_pictures_of_two_ranks_are_those_of_one(small, tmp_path):
     words = sampling(small, tmp_path / "one", "--data_path", small / "prompts.txt", "--n_iter", 1, "--n_samples", 2)
     run("text_to_image.py", *words)
