@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -78,18 +79,28 @@ class Run(NamedTuple):
 
 def measure(command: list[str], steps: int) -> Run:
     """Run a command that shows its steps in a progress bar."""
-    began, seen, text = time.perf_counter(), {}, ""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=HERE, text=True)
-    while part := os.read(process.stderr.fileno(), 4096):
-        text += part.decode(errors="replace")
-        for step in re.findall(rf"\b(\d+)/{steps} \[", text):
-            seen.setdefault(int(step), time.perf_counter() - began)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode or not {1, steps} <= seen.keys():
+    began, seen, text, peak = time.perf_counter(), {}, "", 0.0
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=HERE)
+    ended = False
+    while not ended:
+        peak = max(peak, peak_memory(process.pid))
+        if select.select([process.stderr], [], [], 0.05)[0]:
+            part = os.read(process.stderr.fileno(), 4096)
+            text, ended = text + part.decode(errors="replace"), not part
+            for step in re.findall(rf"\b(\d+)/{steps} \[", text):
+                seen.setdefault(int(step), time.perf_counter() - began)
+    if process.wait() or not {1, steps} <= seen.keys():
         sys.exit(f"{' '.join(command)} failed:\n{text[-2000:]}")
     per_step = (seen[steps] - seen[1]) / max(1, steps - 1)
-    return Run(seen[1], per_step, time.perf_counter() - began, usage.ru_maxrss / 2**20)
+    return Run(seen[1], per_step, time.perf_counter() - began, peak)
+
+
+def peak_memory(pid: int) -> float:
+    """The most resident memory so far in GiB. What wait4 tells counts the parent's too, which the child has for a
+    moment before it becomes another program."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)  # gone when the process is
+    return int(found[1]) / 2**20 if found else 0.0
 
 
 def commands(folder: Path, size: int, steps: int) -> dict[str, list[str]]:
