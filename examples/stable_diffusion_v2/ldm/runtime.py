@@ -164,7 +164,11 @@ def run(main: Callable[[], None], communicates: bool = False) -> None:
         return _schedule() if needed else None
     try:
         main()
-        _ranks.leave()
+        if _ranks.connection:
+            _ranks.leave()
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(0)  # all is done; MindSpore's network threads sometimes crash while the process is taken down
     except UserError as error:
         if _ranks.connection:
             _ranks.fail(str(error))

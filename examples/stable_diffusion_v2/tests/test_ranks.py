@@ -372,18 +372,18 @@ def test_two_ranks_equal_one_with_twice_the_batch_and_a_lost_one_costs_nothing(s
     assert relative_difference(weights(at_30 / STATE), weights(at_20 / STATE)) < 2e-6
 
 
-def test_pictures_of_two_ranks_are_those_of_one(small, tmp_path):
+@pytest.mark.parametrize("name", ["msrun", pytest.param("mpirun", marks=with_mpirun)])
+def test_pictures_of_two_ranks_are_those_of_one(small, tmp_path, name):
     words = sampling(small, tmp_path / "one", "--data_path", small / "prompts.txt", "--n_iter", 1, "--n_samples", 2)
     run("text_to_image.py", *words)
     words[words.index(str(tmp_path / "one"))] = str(tmp_path / "two")
-    name = "mpirun" if shutil.which("mpirun") else "msrun"
     words = [*launcher(name, "--log_dir", tmp_path / "logs"), *words]
     assert distributed("run_infer_distributed.sh", words, tmp_path).wait(250) == 0, (
         tmp_path / "console.log"
     ).read_text()
     one, two = (
-        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.png")}
-        for name in ("one", "two")
+        {path.relative_to(tmp_path / side): path.read_bytes() for path in (tmp_path / side).rglob("*.png")}
+        for side in ("one", "two")
     )
     assert len(one) == 7 and one == two  # six, and the grid
 
