@@ -221,7 +221,7 @@ def main() -> None:
 
     model = StableDiffusion(config)
     model.load(tensors, path)
-    runtime.set_compute_dtype(model, args.dtype or runtime.default_dtype(device))
+    runtime.set_compute_dtype(model, facts["dtype"])
     if device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS:
         model.compile_blockwise()
     pipeline = Pipeline(config, model)

@@ -21,6 +21,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from tqdm import tqdm
 
+from eval.metrics import psnr
 from ldm import checkpoint
 from ldm.config import ModelConfig, load_model_config, save_model_config
 from ldm.data.batches import Augment, Batches
@@ -216,11 +217,6 @@ def main() -> None:
                 save_state(run / RESUME_NAME, train_step, {"step": step + 1}, settings)
                 loss_curve(run / "loss_curve.png", read_log(run / "result.log"))
     log.info("the autoencoder is %s, its config %s", run / "vae.safetensors", run / "model_config.yaml")
-
-
-def psnr(squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error of pictures in [-1, 1]."""
-    return float(10 * np.log10(4 / squared_error))
 
 
 def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int) -> dict:

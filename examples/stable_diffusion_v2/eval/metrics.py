@@ -1,4 +1,4 @@
-"""Distances between two sets of pictures by their features: FID, KID, Inception score, precision and recall.
+"""Distances between two sets of pictures by their features: FID, KID, Inception score, precision and recall; PSNR.
 
 Only NumPy, in float64. Features are rows, [N, D]; large sets may be memory maps in float32, they are read in blocks.
 """
@@ -185,3 +185,8 @@ def _covered(points: np.ndarray, centres: np.ndarray, square_radii: np.ndarray) 
             hit |= (_square_distances(rows, block) <= square_radii[start : start + BLOCK]).any(1)
         inside += hit.sum()
     return float(inside / len(points))
+
+
+def psnr(squared_error: float | np.ndarray) -> float | np.ndarray:
+    """Peak signal-to-noise ratio in dB of mean squared errors of pictures in [-1, 1]."""
+    return 10 * np.log10(4 / squared_error)

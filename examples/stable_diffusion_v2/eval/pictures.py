@@ -11,15 +11,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ldm.data import images
-from ldm.data.images import BadImageError
+from ldm.data.images import BadImageError, decode
 from ldm.errors import UserError
 
 SIDE = 299  # pixels; what the Inception network takes
@@ -40,18 +38,6 @@ def find_pictures(folder: str | Path) -> list[Path]:
     if not found:
         raise UserError(f"there is no picture in {folder}: files {', '.join(f'*{suffix}' for suffix in SUFFIXES)}")
     return sorted(found)
-
-
-def decode(path: str | Path) -> np.ndarray:
-    """A picture as uint8 [height, width, 3]; BadImageError, naming it, where it cannot be read whole."""
-    try:
-        with Image.open(path, formats=images.FORMATS) as image:
-            image.load()
-            with suppress(Exception):  # a damaged camera record says nothing against the pixels
-                ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(images.to_rgb(image))
-    except Exception as error:  # Pillow's readers raise all sorts of exceptions on a broken file
-        raise BadImageError(f"cannot read the picture '{path}': {images.reason(error)}") from error
 
 
 def resize_clean(picture: np.ndarray) -> np.ndarray:

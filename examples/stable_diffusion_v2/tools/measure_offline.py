@@ -33,10 +33,10 @@ from PIL import Image
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
-from eval.metrics import kid_with_error  # noqa: E402
-from eval.pictures import decode, find_pictures  # noqa: E402
+from eval.metrics import kid_with_error, psnr  # noqa: E402
+from eval.pictures import find_pictures  # noqa: E402
 from ldm.data.captions import read_captions, read_prompts  # noqa: E402
-from ldm.data.images import crop, load_image, to_float  # noqa: E402
+from ldm.data.images import crop, decode, load_image, to_float  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.options import require_at_least  # noqa: E402
 from ldm.versions import VERSIONS  # noqa: E402
@@ -116,11 +116,6 @@ def measure(gen: Path, real: Path, each: int = 1, limit: int | None = None) -> d
     if len(a) == each * min(limit or len(b), len(b)):
         row.update({f"top{k}": round(retrieval(a, b, k, each), 3) for k in (1, 5)})
     return row
-
-
-def psnr(error: np.ndarray) -> np.ndarray:
-    """Of a mean squared error of pictures in [-1, 1], in dB."""
-    return 10 * np.log10(4 / error)
 
 
 def reconstruct(real: str, ckpt: str, config_path: str, limit: int | None = None, batch: int = 16) -> dict[str, float]:

@@ -7,7 +7,9 @@ whatever cannot be read raises; no stand-in picture is ever made up.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -32,15 +34,15 @@ def load_image(path: str, size: int) -> np.ndarray:
     Raises:
         BadImageError: the file is missing, truncated, of another format or too large to be decoded safely.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction, still twice the size
-            image.load()
-            with suppress(Exception):  # a damaged camera record says nothing against the pixels
-                ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_scale(to_rgb(image), size))
-    except Exception as error:  # Pillow's readers raise all sorts of exceptions on a broken file
-        raise BadImageError(f"cannot read the picture '{path}': {reason(error)}") from error
+    with _opened(path) as image:
+        image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction, still twice the size
+        return np.asarray(_scale(_upright_rgb(image), size))
+
+
+def decode(path: str | Path) -> np.ndarray:
+    """A picture in its own size, uint8 [height, width, 3]; BadImageError as `load_image`."""
+    with _opened(path) as image:
+        return np.asarray(_upright_rgb(image))
 
 
 def check_image(path: str) -> tuple[int, int]:
@@ -52,13 +54,10 @@ def check_image(path: str) -> tuple[int, int]:
     Raises:
         BadImageError: as `load_image`. Damage in the middle of a file is for `load_image` to find.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if not _has_end(path, image.format):
-                image.load()
-            return image.size
-    except Exception as error:
-        raise BadImageError(f"cannot read the picture '{path}': {reason(error)}") from error
+    with _opened(path) as image:
+        if not _has_end(path, image.format):
+            image.load()
+        return image.size
 
 
 def crop(picture: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -74,7 +73,24 @@ def to_float(pictures: list[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(stacked, dtype=np.float32) / 127.5 - 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The file, open; whatever goes wrong with it is a BadImageError that names it."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except Exception as error:  # Pillow's readers raise all sorts of exceptions on a broken file
+        raise BadImageError(f"cannot read the picture '{path}': {_reason(error)}") from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    with suppress(Exception):  # a damaged camera record says nothing against the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_16_bits(image)
     if image.mode == "F":
@@ -113,7 +129,7 @@ def _has_end(path: str, image_format: str) -> bool:
         return END_MARKS[image_format] in file.read()
 
 
-def reason(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not a complete picture of a known format ({', '.join(FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):

@@ -15,6 +15,8 @@ import transformers
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, load_model_config
 from ldm.versions import VERSIONS
 
+THEIR_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
 
 def narrow(variant: str, context_dim: int, num_heads=None, num_head_channels=None) -> ModelConfig:
     """All kinds of layers at small width; diffusers' single-file reader tells SD 1.x from 2.x by context_dim."""

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: make pari
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make parity")
 pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 
-from reference import CONFIGS, reference, states  # noqa: E402
+from reference import CONFIGS, THEIR_TYPES, reference, states  # noqa: E402
 
 from ldm import checkpoint  # noqa: E402
 from ldm.checkpoint import formats  # noqa: E402
@@ -188,4 +188,4 @@ def test_diffusers_loads_what_we_write(tmp_path, model, kind):
         pipe = diffusers.StableDiffusionPipeline.from_single_file(file, config=str(folder), local_files_only=True)
     for network, table in zip((pipe.unet, pipe.vae, pipe.text_encoder), theirs):
         same({name: tensor.numpy() for name, tensor in network.state_dict().items()}, table)
-    assert pipe.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[config.prediction_type]
+    assert pipe.scheduler.config.prediction_type == THEIR_TYPES[config.prediction_type]

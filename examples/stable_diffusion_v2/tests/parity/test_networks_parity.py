@@ -10,7 +10,7 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed:
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 
 from mindspore import Tensor  # noqa: E402
-from reference import CONFIGS, reference, relative_rms, states  # noqa: E402
+from reference import CONFIGS, THEIR_TYPES, reference, relative_rms, states  # noqa: E402
 
 from ldm.checkpoint.names import from_diffusers  # noqa: E402
 from ldm.diffusion.samplers import get_sampler  # noqa: E402
@@ -18,7 +18,6 @@ from ldm.models.stable_diffusion import StableDiffusion  # noqa: E402
 from ldm.pipeline import Pipeline  # noqa: E402
 
 pytestmark = pytest.mark.parity
-THEIR_TYPES = {"eps": "epsilon", "v": "v_prediction"}
 
 
 def side(config) -> int:
