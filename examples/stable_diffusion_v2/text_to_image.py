@@ -24,7 +24,7 @@ from ldm.errors import UserError
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, next_number, read_facts, read_png, save_drawn, save_png
-from ldm.pipeline import Pipeline, Settings, check_config, read_checkpoint
+from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, read_checkpoint
 from ldm.text.tokenizer import Tokenizer
 from ldm.versions import VERSIONS, find_checkpoint
 
@@ -32,7 +32,6 @@ log = logging.getLogger("text_to_image")
 
 OLD_SAMPLER_FLAGS = {"ddim": "ddim", "ddpm": "ddpm", "dpm_solver": "dpm_solver", "dpm_solver_pp": "dpm_solver_pp"}
 NOT_HERE = ("plms", "uni_pc", "check_safety", "add_watermark")  # MindONE's flags that would change the pictures
-FEW_PROMPTS = 256  # so many are encoded before the first picture, and the text encoder's memory is given back
 MANY_WEIGHTS = 50_000_000  # larger models start sooner block by block; in small ones it costs a few percent of a step
 IN_GRID = 64  # pictures at most, lest a long prompt file fill the memory
 WITHOUT_EFFECT = {
@@ -228,8 +227,8 @@ def main() -> None:
     warn_of_long_prompts(pictures, model.tokenizer)
     guided = settings.guidance_scale != 1
     texts = {p.prompt for p in pictures} | ({p.negative_prompt for p in pictures} if guided else set())
-    if len(texts) <= FEW_PROMPTS:
-        pipeline.encode_ahead(sorted(texts), tensors)
+    if len(texts) <= CACHED_PROMPTS:
+        pipeline.encode_ahead(sorted(texts))
 
     first = ranks.broadcast("first number", 0 if args.resume else next_number(samples))  # none draws before all know
     shown, drawn = [picture.number for picture in pictures[:IN_GRID]], {}

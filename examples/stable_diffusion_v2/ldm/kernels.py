@@ -25,7 +25,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-SCORE_BYTES = 256 * 2**20  # the most attention scores held at once on a CPU
+SCORE_BYTES = 64 * 2**20  # the most attention scores held at once on a CPU
 SOURCE = Path(__file__).with_name("kernels_cpu.cc")
 COMPILE_FLAGS = (
     "-std=c++17",
@@ -127,6 +127,13 @@ class GEGLU(nn.Cell):
         return value * self.gelu(gate)
 
 
+class AddBias(nn.Cell):
+    """x + bias for x [..., C] and bias [C]."""
+
+    def construct(self, x, bias):
+        return add(x, bias)
+
+
 class Upsample2(nn.Cell):
     """Nearest neighbour, [B, C, H, W] to [B, C, 2H, 2W]."""
 
@@ -152,6 +159,8 @@ class SlicedAttention(nn.Cell):
             return self.attend(q, k, v, mask)
         out = ()
         for part in ops.Split(2, count)(q):
+            if out:  # one after the other: side by side all scores would exist at once
+                part = ops.Depend()(part, out[-1])
             out += (self.attend(part, k, v),)
         return ops.Concat(2)(out)
 
@@ -266,6 +275,21 @@ class NativeGELU(NativeActivation):
         super().__init__("gelu", lambda x: x)
 
 
+class NativeAddBias(nn.Cell):
+    """MindSpore's broadcast takes twice the time, and memory for several copies of x."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = _native("add_bias", lambda x, b: x)
+        self.backward = _native("add_bias_grad", lambda dy, b: b)
+
+    def construct(self, x, bias):
+        return self.forward(cast(x, ms.float32), bias)
+
+    def bprop(self, x, bias, out, dout):
+        return dout.astype(x.dtype), self.backward(dout, bias)
+
+
 class NativeUpsample2(nn.Cell):
     def __init__(self):
         super().__init__()
@@ -315,13 +339,20 @@ class Kernels(NamedTuple):
     QuickGELU: type = QuickGELU
     SiLU: type = SiLU
     GEGLU: type = GEGLU
+    AddBias: type = AddBias
     Upsample2: type = Upsample2
 
 
 PLAIN = Kernels()
 SLICED = Kernels(Attention=SlicedAttention)
 NATIVE = Kernels(
-    SlicedAttention, NativeGroupNorm, NativeLayerNorm, NativeGELU, GEGLU=NativeGEGLU, Upsample2=NativeUpsample2
+    SlicedAttention,
+    NativeGroupNorm,
+    NativeLayerNorm,
+    NativeGELU,
+    GEGLU=NativeGEGLU,
+    AddBias=NativeAddBias,
+    Upsample2=NativeUpsample2,
 )
 ASCEND = Kernels(Attention=FlashAttention)
 

@@ -1,6 +1,6 @@
-// CPU kernels for the operators that MindSpore's CPU back end runs 5 to 40 times slower than memory allows: group norm,
-// layer norm, GEGLU, GELU, nearest x2, each with its gradient. Compiled by kernels.py on first use; the plain definitions
-// there say what each computes. All tensors are float32 and contiguous. Every sum is made by one thread in a fixed order,
+// CPU kernels for the operators that MindSpore's CPU back end runs several times slower than memory allows: group norm,
+// layer norm, GEGLU, GELU, bias, nearest x2, each with its gradient. Compiled by kernels.py on first use; the plain
+// definitions there say what each computes. All tensors are float32 and contiguous. Every sum is made by one thread in a fixed order,
 // so results do not depend on the number of threads. Signature: MindSpore's "aot" custom operator.
 #include <cmath>
 #include <cstdint>
@@ -257,6 +257,39 @@ KERNEL(gelu_grad) {
   const int64_t n = count(rank[0], shape[0]);
   PRAGMA(omp parallel for simd schedule(static)) for (int64_t i = 0; i < n; i++)
       dx[i] = dy[i] * (normal_cdf(x[i]) + x[i] * normal_pdf(x[i]));
+  return 0;
+}
+
+// inputs x [..., C], bias [C]; output x + bias
+KERNEL(add_bias) {
+  const float *x = in(p, 0), *bias = in(p, 1);
+  float* y = out(p, 2);
+  const int64_t width = shape[1][0], rows = count(rank[0], shape[0]) / width;
+  PARALLEL for (int64_t r = 0; r < rows; r++) {
+    VECTOR for (int64_t i = 0; i < width; i++) y[r * width + i] = x[r * width + i] + bias[i];
+  }
+  return 0;
+}
+
+// inputs dy [..., C], bias [C]; output dbias
+KERNEL(add_bias_grad) {
+  constexpr int64_t kColumns = 64;
+  const float* dy = in(p, 0);
+  float* dbias = out(p, 2);
+  const int64_t width = shape[1][0], rows = count(rank[0], shape[0]) / width;
+  PARALLEL for (int64_t first = 0; first < width; first += kColumns) {
+    const int64_t n = first + kColumns < width ? kColumns : width - first;
+    double sum[kColumns] = {};
+    for (int64_t start = 0; start < rows; start += kStrip) {
+      const int64_t stop = start + kStrip < rows ? start + kStrip : rows;
+      float s[kColumns] = {};
+      for (int64_t r = start; r < stop; r++) {
+        VECTOR for (int64_t i = 0; i < n; i++) s[i] += dy[r * width + first + i];
+      }
+      for (int64_t i = 0; i < n; i++) sum[i] += s[i];
+    }
+    for (int64_t i = 0; i < n; i++) dbias[first + i] = static_cast<float>(sum[i]);
+  }
   return 0;
 }
 

@@ -18,10 +18,12 @@ from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.samplers import Sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
-from ldm.models.stable_diffusion import TEXT, StableDiffusion
+from ldm.models.stable_diffusion import UNET, VAE, StableDiffusion
 from ldm.pictures import to_uint8
 from ldm.randomness import generator
 from ldm.runtime import give_back_memory
+
+CACHED_PROMPTS = 256  # their features take 80 MB in SD 2.x
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +132,9 @@ class Pipeline:
         denoise = self.denoiser(prompts, negative_prompts, settings.guidance_scale)
         times = self.schedule.timesteps(settings.steps)
         latents = settings.sampler(denoise, noise(-1), times, self.schedule, noise, progress)
+        self.model.rest(UNET)
         images = self.model.decode(latents)
+        self.model.rest(VAE)
         if not np.isfinite(images).all():
             raise UserError("the autoencoder returned NaN or infinity: check the checkpoint, or use --dtype float32")
         return to_uint8(images)
@@ -141,24 +145,21 @@ class Pipeline:
         uncond = None if guidance_scale == 1 else Tensor(self.encode(negative_prompts))
         return Denoiser(self.model.unet, self.schedule, self.prediction, cond, uncond, guidance_scale)
 
-    def encode_ahead(self, prompts: Iterable[str], tensors: dict[str, np.ndarray]) -> None:
-        """Encode all prompts of a run, then give back the text encoder's memory, a quarter of the whole model's.
-
-        Args:
-            prompts: there will be no others.
-            tensors: the checkpoint that the model was loaded from.
-        """
+    def encode_ahead(self, prompts: Iterable[str]) -> None:
+        """Encode all prompts of a run, at most CACHED_PROMPTS, and let go of the text encoder."""
         for prompt in prompts:
             self.encode([prompt])
         self.model.forget_text_encoder()
-        for name, array in tensors.items():
-            if name.startswith(TEXT):
-                checkpoint.release(array)
+        self.model.rest(VAE)
         give_back_memory()
 
     def encode(self, prompts: list[str]) -> np.ndarray:
-        """Features [B, L, D], float32; each prompt is encoded once in a run."""
+        """Features [B, L, D], float32; the last CACHED_PROMPTS are kept."""
+        features = []
         for prompt in prompts:
             if prompt not in self.features:
                 self.features[prompt] = self.model.encode_prompts([prompt])[0]
-        return np.stack([self.features[prompt] for prompt in prompts])
+            features.append(self.features[prompt])
+            if len(self.features) > CACHED_PROMPTS:
+                del self.features[next(iter(self.features))]  # the oldest
+        return np.stack(features)

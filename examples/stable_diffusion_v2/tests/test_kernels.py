@@ -67,6 +67,11 @@ def test_gelu_far_out():
     np.testing.assert_allclose(y, [0, 0, 0, 0, 12, 40, 1e4, np.nan], atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 77, 64), (9000, 70), (1, 1)])
+def test_add_bias(rng, shape):
+    compare(kernels.NativeAddBias(), kernels.AddBias(), rng.standard_normal(shape), rng.standard_normal(shape[-1]))
+
+
 def test_upsample(rng):
     compare(kernels.NativeUpsample2(), kernels.Upsample2(), rng.standard_normal((2, 3, 5, 7)))
 

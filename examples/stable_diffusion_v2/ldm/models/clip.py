@@ -75,9 +75,10 @@ class MergedAttention(nn.Cell):
         self.out_proj = Linear(width, width)
         self.heads = Heads(heads)
         self.matmul, self.split = MatMul(), ops.Split(2, 3)
+        self.add_bias = kernels.select().AddBias()
 
     def construct(self, x, mask):
-        q, k, v = self.split(add(self.matmul(x, self.in_proj_weight), self.in_proj_bias))  # [B, N, C] each
+        q, k, v = self.split(self.add_bias(self.matmul(x, self.in_proj_weight), self.in_proj_bias))  # [B, N, C] each
         return self.out_proj(self.heads(q, k, v, mask))
 
     def reset(self, rng: np.random.Generator) -> None:

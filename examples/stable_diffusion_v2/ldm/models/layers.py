@@ -47,11 +47,12 @@ class Linear(nn.Cell):
         self.bias = parameter(outputs) if bias else None
         self.zero = zero
         self.matmul = ops.MatMul(transpose_b=True)
+        self.add_bias = kernels.select().AddBias()
 
     def construct(self, x):
         y = self.matmul(reshape(x, (-1, x.shape[-1])), self.weight)
         if self.bias is not None:
-            y = add(y, self.bias)
+            y = self.add_bias(y, self.bias)
         return reshape(y, x.shape[:-1] + (-1,))
 
     def reset(self, rng: np.random.Generator) -> None:
