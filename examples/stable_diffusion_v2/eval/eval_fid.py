@@ -15,9 +15,12 @@ from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when 
 # isort: split
 
 import argparse  # noqa: E402
+import hashlib  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
+import shutil  # noqa: E402
 import tempfile  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 
 import mindspore as ms  # noqa: E402
@@ -31,6 +34,7 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool  # noqa: E402
 from ldm.pictures import make_folder  # noqa: E402
 from ldm.randomness import generator  # noqa: E402
+from ldm.ranks import Ranks  # noqa: E402
 
 log = logging.getLogger("eval_fid")
 
@@ -57,6 +61,7 @@ def build_parser() -> Parser:
     add("--seed", type=seed, default=0, help="of KID's subsets and the Inception score's splits")
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--mode", "--ms_mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    add("--use_parallel", type=str2bool, default=False, help="with scripts/run_eval_distributed.sh: one of several")
     parser.ignore({"backend": "the network runs in MindSpore"})
     return parser
 
@@ -148,20 +153,27 @@ class Rows:
     def all(self) -> np.ndarray:
         """[N, width]."""
         self.file.flush()
+        if self.file.tell() == 0:  # which cannot be mapped
+            return np.empty((0, self.width), np.float32)
         return np.memmap(self.file, np.float32, "r").reshape(-1, self.width)
 
 
-def measure(side: Side, net: inception.Inception, args: argparse.Namespace, features: bool, logits: bool) -> None:
+def measure(
+    side: Side, net: inception.Inception, args: argparse.Namespace, features: bool, logits: bool, ranks: Ranks
+) -> None:
     """Fills in the figures of a side; of `features` and `logits` the rows are kept where they are asked for.
 
-    Memory does not depend on the number of pictures. Raises UserError where fewer than two can be read.
+    Memory does not depend on the number of pictures. Of several ranks each measures a part, and rank 0 has the whole.
+    Raises UserError where fewer than two pictures can be read.
     """
     if not side.pictures:
         return
+    total = len(side.pictures)
+    own = side.pictures[total * ranks.rank // ranks.size : total * (ranks.rank + 1) // ranks.size]
     moments = metrics.Moments(inception.FEATURES)
     kept = Rows(inception.FEATURES) if features else None, Rows(inception.CLASSES) if logits else None
-    with tqdm(total=len(side.pictures), unit="picture", desc=side.path) as bar:
-        for batch, count, bad in pictures.batches(side.pictures, args.batch_size, pictures.RESIZE[args.resize]):
+    with tqdm(total=len(own), unit="picture", desc=side.path) as bar:
+        for batch, count, bad in pictures.batches(own, args.batch_size, pictures.RESIZE[args.resize]):
             side.unreadable += bad
             if count:
                 outputs = [out.asnumpy()[:count] for out in net(ms.Tensor.from_numpy(batch))]
@@ -172,11 +184,50 @@ def measure(side: Side, net: inception.Inception, args: argparse.Namespace, feat
                     if rows:
                         rows.add(output)
             bar.update(count + len(bad))
+    side.unreadable = sum(ranks.gather("unreadable pictures", side.unreadable), [])
+    for part in parts_of_others(Path(f"{args.output}.parts"), moments, kept, ranks):
+        moments.merge(part.moments)
+        for rows, more in zip(kept, part.kept):
+            for start in range(0, 0 if rows is None else len(more), metrics.BLOCK):
+                rows.add(more[start : start + metrics.BLOCK])
+    if not ranks.is_main:
+        return
     warn_of_unreadable(side)
     if moments.count < 2:
-        raise UserError(f"only {moments.count} of {len(side.pictures)} pictures in {side.path} can be read")
+        raise UserError(f"only {moments.count} of {total} pictures in {side.path} can be read")
     side.mean, side.covariance, side.count = moments.mean, moments.covariance(), moments.count
     side.features, side.logits = (rows and rows.all() for rows in kept)
+
+
+@dataclass
+class Part:
+    """What a rank has measured of a side: moments, and the rows of features and logits that were asked for."""
+
+    moments: metrics.Moments
+    kept: list[np.ndarray | None]
+
+
+def parts_of_others(
+    folder: Path, moments: metrics.Moments, kept: Sequence[Rows | None], ranks: Ranks
+) -> Iterator[Part]:
+    """For rank 0: the other ranks' parts in order, one at a time, by way of files in a folder that all share."""
+    names = ("count", "mean", "scatter")
+    if not ranks.is_main:
+        arrays = [getattr(moments, name) for name in names] + [rows.all() for rows in kept if rows]
+        for n, array in enumerate(arrays):
+            with replacing(folder / f"{ranks.rank}-{n}.npy") as file:
+                np.save(file, array)
+    ranks.barrier("measured")
+    for rank in range(1, ranks.size if ranks.is_main else 1):
+        files = [folder / f"{rank}-{n}.npy" for n in range(len(names) + sum(rows is not None for rows in kept))]
+        arrays = [np.load(path, mmap_mode="r" if n >= len(names) else None) for n, path in enumerate(files)]
+        theirs = metrics.Moments(inception.FEATURES)
+        theirs.count, theirs.mean, theirs.scatter = int(arrays[0]), arrays[1], arrays[2]
+        left = iter(arrays[len(names) :])
+        yield Part(theirs, [next(left) if rows else None for rows in kept])
+        for path in files:
+            path.unlink()
+    ranks.barrier("parts read")
 
 
 def warn_of_unreadable(side: Side) -> None:
@@ -208,6 +259,8 @@ def figures(real: Side, gen: Side, args: argparse.Namespace) -> dict[str, float]
 def check_options(args: argparse.Namespace, real: Side, gen: Side | None) -> None:
     """Settles what is to be measured, in `args`; UserError for what cannot be, before anything expensive."""
     require_at_least(1, args, "batch_size")
+    if args.use_parallel and not args.output:
+        raise UserError("several ranks need --output, a file on a disk that all share: their parts go beside it")
     if gen is None and not args.save_stats:
         raise UserError("give --gen_dir, or --save_stats to keep the statistics of real_dir alone")
     if args.save_stats and not args.save_stats.endswith(".npz"):
@@ -257,10 +310,15 @@ def table(row: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = read_options(build_parser(), argv)
+    ranks = runtime.join(args.use_parallel)
     real, gen = find_side(args.real_dir), find_side(args.gen_dir) if args.gen_dir else None
     check_options(args, real, gen)
+    names = {side.path: "\n".join(map(str, side.pictures)).encode() for side in (real, gen) if side}
+    ranks.agree("pictures", {path: hashlib.sha256(text).hexdigest() for path, text in names.items()})
+    if ranks.size > 1:
+        ranks.check_shared(make_folder(f"{args.output}.parts"))
     weights = Path(args.load_checkpoint) if args.load_checkpoint else inception.find_weights()
-    device = runtime.start(args.device_target, args.mode)
+    device = runtime.start(args.device_target, args.mode, ranks)
     net = inception.Inception()
     checksum = inception.load(net, weights, args.inception_score)
     settings = {"resize": args.resize, "weights_crc32": checksum}
@@ -268,13 +326,16 @@ def main(argv: list[str] | None = None) -> None:
         check_said(side, settings)
 
     by_features = args.kid or args.precision_recall
-    measure(real, net, args, by_features, False)
-    if args.save_stats:
+    measure(real, net, args, by_features, False, ranks)
+    if args.save_stats and ranks.is_main:
         write_statistics(args.save_stats, real, settings)
         log.info("the statistics of %s are in %s", real.path, args.save_stats)
-    if gen is None:
+    if gen is not None:
+        measure(gen, net, args, by_features, args.inception_score, ranks)
+    if ranks.size > 1 and ranks.is_main:
+        shutil.rmtree(f"{args.output}.parts")
+    if gen is None or not ranks.is_main:
         return
-    measure(gen, net, args, by_features, args.inception_score)
     warn_of_few(real, gen, args)
     row = {
         **figures(real, gen, args),

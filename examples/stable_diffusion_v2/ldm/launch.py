@@ -92,10 +92,12 @@ def this_host(hosts: dict[str, int]) -> int:
 
 def check_script(name: str, words: list[str]) -> None:
     """The script's own options, and whether its data can be read: one line here instead of one per rank."""
-    script = importlib.import_module(Path(name).stem)
+    script = importlib.import_module(".".join(Path(name).with_suffix("").parts))
     args = read_options(script.build_parser(), words)
-    if args.data_path and not os.access(args.data_path, os.R_OK):
-        raise UserError(f"data_path {args.data_path} does not exist or cannot be read")
+    for option in ("data_path", "real_dir", "gen_dir"):
+        path = getattr(args, option, None)
+        if path and not os.access(path, os.R_OK):
+            raise UserError(f"{option} {path} does not exist or cannot be read")
 
 
 def command(args: argparse.Namespace, hosts: dict[str, int], here: int, env: dict[str, str]) -> list[str]:

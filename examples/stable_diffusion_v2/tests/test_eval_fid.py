@@ -21,6 +21,7 @@ from eval import eval_fid, inception, metrics, pictures  # noqa: E402
 from ldm.checkpoint import formats  # noqa: E402
 from ldm.data.images import BadImageError  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.ranks import Ranks  # noqa: E402
 
 WIDTH, CLASSES = 16, 7
 
@@ -346,6 +347,50 @@ def test_the_command_gives_all_figures_and_settings(command, two, tmp_path, capl
     assert small == pytest.approx(row)
     assert "kid" not in command(*words, "--kid", "no")
     assert command(*words, "--resize", "legacy")["fid"] != row["fid"]
+
+
+class InThreads(Ranks):
+    """A rank that is a thread."""
+
+    def __init__(self, rank, meeting, given):
+        super().__init__(rank, len(given))
+        self.meeting, self.given = meeting, given
+
+    def gather(self, at, value=None):
+        self.given[self.rank] = json.dumps(value)
+        self.meeting.wait(60)
+        values = [json.loads(value) for value in self.given]
+        self.meeting.wait(60)
+        return values
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_ranks_measure_parts_and_the_first_has_the_whole(command, two, tmp_path, monkeypatch, size):
+    real, gen = two
+    (gen / "broken.png").write_bytes(b"x")
+    words = ["--real_dir", real, "--gen_dir", gen, "--inception_score", "--precision_recall", "--kid", "True"]
+    words += ["--output", tmp_path / "row.json", "--save_stats", tmp_path / "real.npz"]
+    alone = command(*words)
+    with np.load(tmp_path / "real.npz") as file:
+        sigma = file["sigma"]
+
+    meeting, given = threading.Barrier(size), [None] * size
+    ranks = {f"rank {n}": InThreads(n, meeting, given) for n in range(size)}
+    monkeypatch.setattr(eval_fid.runtime, "join", lambda use_parallel: ranks[threading.current_thread().name])
+    words = [str(word) for word in (*words, "--use_parallel", "True", "--batch_size", 3)]
+    threads = [threading.Thread(target=eval_fid.main, args=(words,), name=name) for name in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = json.loads((tmp_path / "row.json").read_text())
+    assert together.pop("unreadable") == alone.pop("unreadable") != []
+    assert together.keys() == alone.keys()
+    for name, value in alone.items():
+        assert together[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-9)), name
+    with np.load(tmp_path / "real.npz") as file:
+        np.testing.assert_allclose(file["sigma"], sigma, rtol=1e-10, atol=1e-10)
+    assert not (tmp_path / "row.json.parts").exists()
 
 
 def test_equal_folders_have_no_distance(command, two):
