@@ -25,7 +25,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-SCORE_BYTES = 64 * 2**20  # the most attention scores held at once on a CPU
+SCORE_BYTES = 64 * 2**20  # the most attention scores held at once on a CPU ...
+MOST_SLICES = 32  # ... but for very large pictures: more slices take longer to compile
 SOURCE = Path(__file__).with_name("kernels_cpu.cc")
 COMPILE_FLAGS = (
     "-std=c++17",
@@ -150,25 +151,58 @@ class SlicedAttention(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.attend = Attention()
+        self.attend, self.slice_by_slice = Attention(), SliceBySlice()
 
     def construct(self, q, k, v, mask=None):
-        b, heads, n, _ = q.shape
-        count = slices(n, 4 * b * heads * k.shape[2])
-        if mask is not None or count == 1:
+        if mask is not None or slices(q.shape, k.shape) == 1:
             return self.attend(q, k, v, mask)
+        return self.slice_by_slice(q, k, v)
+
+
+class SliceBySlice(nn.Cell):
+    """Unmasked `Attention`; the backward pass computes the scores of each slice again (arXiv 2205.14135, section 3.1).
+
+    Every slice waits for the one before: MindSpore would run them side by side, and all scores would exist at once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.attend, self.wait, self.join, self.softmax = Attention(), ops.Depend(), ops.Concat(2), ops.Softmax(-1)
+        self.matmul = ops.BatchMatMul()
+        self.matmul_a, self.matmul_b = ops.BatchMatMul(transpose_a=True), ops.BatchMatMul(transpose_b=True)
+
+    def construct(self, q, k, v):
         out = ()
-        for part in ops.Split(2, count)(q):
-            if out:  # one after the other: side by side all scores would exist at once
-                part = ops.Depend()(part, out[-1])
+        for part in ops.Split(2, slices(q.shape, k.shape))(q):
+            if out:
+                part = self.wait(part, out[-1])
             out += (self.attend(part, k, v),)
-        return ops.Concat(2)(out)
+        return self.join(out)
+
+    def bprop(self, q, k, v, out, dout):
+        """dS = P (dout vᵀ - D) with D = the row sums of dout out, which goes into the product as one more column."""
+        split, join = ops.Split(2, slices(q.shape, k.shape)), ops.Concat(-1)
+        k32, v32, dout32 = cast(k, ms.float32), cast(v, ms.float32), cast(dout, ms.float32)
+        minus_d = multiply(dout32, cast(out, ms.float32)).sum(-1, keepdims=True) * -1.0
+        douts, wide = split(join((dout32, minus_d))), join((v32, ops.ones_like(v32[..., :1])))
+        dq, dk, dv = (), 0.0, 0.0
+        for n, part in enumerate(split(cast(q, ms.float32))):
+            dpart = douts[n]
+            if dq:
+                part, dpart = self.wait(part, dk), self.wait(dpart, dk)
+            p = self.softmax(self.matmul_b(part, k32))
+            ds = multiply(p, self.matmul_b(dpart, wide))
+            dv = self.matmul_a(p, dpart[..., :-1]) + dv
+            dq += (self.matmul(ds, k32),)
+            dk = self.wait(self.matmul_a(ds, part), (dq, dv)) + dk
+        return cast(self.join(dq), q.dtype), cast(dk, k.dtype), cast(dv, v.dtype)
 
 
 @constexpr
-def slices(rows: int, row_bytes: int) -> int:
-    """In how many equal parts to cut so many rows, for a part to have at most SCORE_BYTES."""
-    fewest = min(rows, -(-rows * row_bytes // SCORE_BYTES))
+def slices(q: tuple[int, ...], k: tuple[int, ...]) -> int:
+    """In how many equal parts to cut the queries, by the shapes of q and k, for a part's scores to fit SCORE_BYTES."""
+    rows, row_bytes = q[2], 4 * q[0] * q[1] * k[2]
+    fewest = min(rows, MOST_SLICES, -(-rows * row_bytes // SCORE_BYTES))
     return next(count for count in range(fewest, rows + 1) if rows % count == 0)
 
 

@@ -71,21 +71,21 @@ class AdamW(Optimizer):
         # As the kernel will see them: 1 - float32(0.999) is 1.3e-5 off, which the bias correction must know.
         self.betas = tuple(float(np.float32(beta)) for beta in betas)
         self.eps = eps
-        self.adam = ops.Adam()
+        self.adamw = ops.AdamWeightDecay()  # without bias correction, which goes into its scalars
         self.zero, self.beta1, self.beta2 = (Tensor(x, ms.float32) for x in (0.0, *self.betas))
 
     def scalars(self, lr: float) -> tuple[float, ...]:
         t = self.updates + 1
         beta1, beta2 = self.betas
         root = math.sqrt(1 - beta2**t)
-        # lr / (1 - beta1^t) * m / (sqrt(v) / root + eps), multiplied out to fit the kernel's lr * m / (sqrt(v) + eps)
-        return lr * root / (1 - beta1**t), self.eps * root, lr * self.weight_decay
+        # lr (m / (1 - beta1^t) / (sqrt(v) / root + eps) + decay w), multiplied out to fit the kernel's
+        # lr (m / (sqrt(v) + eps) + decay w)
+        larger = root / (1 - beta1**t)
+        return lr * larger, self.eps * root, self.weight_decay / larger
 
     def one(self, scale, scalars, decayed, param, m, v, grad):
         lr, eps, decay = scalars
-        if decayed:
-            ops.assign_sub(param, decay * param)
-        return self.adam(param, m, v, self.zero, self.zero, lr, self.beta1, self.beta2, eps, scale * grad)
+        return self.adamw(param, m, v, lr, self.beta1, self.beta2, eps, decay if decayed else self.zero, scale * grad)
 
 
 class Adam(AdamW):
@@ -96,7 +96,7 @@ class Adam(AdamW):
         grad = scale * grad
         if decayed:
             grad = grad + self.weight_decay * param
-        return self.adam(param, m, v, self.zero, self.zero, lr, self.beta1, self.beta2, eps, grad)
+        return self.adamw(param, m, v, lr, self.beta1, self.beta2, eps, self.zero, grad)
 
 
 class Muon(AdamW):
@@ -149,7 +149,7 @@ class Muon(AdamW):
         if not matrix:
             return super().one(scale, scalars, decayed, param, momentum, v, grad)
         if decayed:
-            ops.assign_sub(param, scalars[2] * param)
+            ops.assign_sub(param, scalars[0] * scalars[2] * param)
         grad = scale * grad
         momentum = ops.assign(momentum, MUON_MOMENTUM * momentum + grad)
         return (grad + MUON_MOMENTUM * momentum).reshape(param.shape[0], -1)  # Nesterov's
