@@ -372,6 +372,53 @@ def test_two_ranks_equal_one_with_twice_the_batch_and_a_lost_one_costs_nothing(s
     assert relative_difference(weights(at_30 / STATE), weights(at_20 / STATE)) < 2e-6
 
 
+def kill_when(seen, rank: int, started: subprocess.Popen, output: Path) -> None:
+    """kill -9 of a rank as soon as `seen()`; its launcher must then end, name it, and leave no process behind."""
+    deadline = time.monotonic() + 250
+    while not seen():
+        assert time.monotonic() < deadline and started.poll() is None, (output.parent / "console.log").read_text()[
+            -3000:
+        ]
+        time.sleep(0.001)
+    pids = processes_with(str(output))
+    os.kill(ranks_of(pids)[rank], signal.SIGKILL)
+    assert started.wait(60) != 0
+    console = (output.parent / "console.log").read_text()
+    assert re.search(rf"^error: rank {rank} \(process \d+ on .*\) was lost", console, re.MULTILINE), console[-3000:]
+    time.sleep(2)
+    assert not set(pids) & set(processes_with(str(output)))
+
+
+def test_a_rank_killed_in_the_first_pass_of_the_data(small, tmp_path):
+    """Its share of the cache is begun; what is there is taken over, and the run is that of one process."""
+    data = ["--data_path", ROOT / "datasets/emoji/openmoji/test"]
+    one, two = (steps(small, tmp_path / name, 20, *data) for name in ("one", "two"))
+    started = distributed("run_train_distributed.sh", launcher("msrun", "--log_dir", tmp_path / "logs") + two, tmp_path)
+    rows = tmp_path / "two/cache"
+    kill_when(lambda: any(path.stat().st_size for path in rows.glob("latents-*/keys.sha256")), 1, started, rows.parent)
+    assert not (tmp_path / "two/result.log").exists()
+    kept = sum(path.stat().st_size // 32 for path in rows.glob("latents-*/keys.sha256"))
+    assert 0 < kept < 121
+    for words in (one, two):
+        run("train_text_to_image.py", *words)
+    np.testing.assert_array_equal(
+        *(np.concatenate([*weights(tmp_path / n / STATE).values()], None) for n in ("one", "two"))
+    )
+
+
+def test_rank_0_killed_while_it_saves(small, tmp_path):
+    """The state before is intact, and the run goes on from there."""
+    output = tmp_path / "two"
+    words = launcher("msrun", "--log_dir", tmp_path / "logs") + steps(small, output, 1000)
+    started = distributed("run_train_distributed.sh", words, tmp_path)
+    being_written = (output / STATE).with_name(Path(STATE).name + ".partial")
+    kill_when(lambda: (output / STATE).exists() and being_written.exists(), 0, started, output)
+    step = json.loads(checkpoint.formats.read(output / STATE)[1]["train_state"])["progress"]["step"]
+    assert step >= 10 and step % 10 == 0
+    run("train_text_to_image.py", *steps(small, output, step + 2, "--train_batch_size", 6, "--resume", True))
+    assert (output / "result.log").read_text().splitlines()[-1].startswith(f"{step + 2}\t")
+
+
 @pytest.mark.parametrize("name", ["msrun", pytest.param("mpirun", marks=with_mpirun)])
 def test_pictures_of_two_ranks_are_those_of_one(small, tmp_path, name):
     words = sampling(small, tmp_path / "one", "--data_path", small / "prompts.txt", "--n_iter", 1, "--n_samples", 2)

@@ -64,18 +64,10 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 def train(folder: Path, data: Path, options: list[str]) -> Path:
     """Train from random weights by the model config in `folder`, or go on; returns the last checkpoint."""
-    words = [
-        "train_text_to_image.py",
-        "--train_config",
-        TRAIN_CONFIG,
-        "--validation_interval",
-        "0",
-        "--model_config",
-        str(folder / "model.yaml"),
-        "--data_path",
-        str(data),
-    ]
-    words += ["--pretrained_model_path", str(CHECKPOINT), "--output_path", str(folder), *options]
+    words = ["train_text_to_image.py", "--train_config", TRAIN_CONFIG, "--data_path", str(data)]
+    words += ["--model_config", str(folder / "model.yaml"), "--pretrained_model_path", str(CHECKPOINT)]
+    words += ["--unet_initialize_random", "True", "--text_encoder_initialize_random", "True"]
+    words += ["--validation_interval", "0", "--output_path", str(folder), *options]
     words += ["--resume", str((folder / "ckpt/rank_0" / RESUME_NAME).exists())]
     if subprocess.run([sys.executable, *words], cwd=HERE).returncode:
         sys.exit("error: the training failed; its message is above")
