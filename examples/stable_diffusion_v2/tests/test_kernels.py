@@ -72,6 +72,13 @@ def test_add_bias(rng, shape):
     compare(kernels.NativeAddBias(), kernels.AddBias(), rng.standard_normal(shape), rng.standard_normal(shape[-1]))
 
 
+def test_a_bias_in_half_precision_stays_so(rng):
+    x, bias = (Tensor(rng.standard_normal(shape).astype(np.float16)) for shape in ((50, 70), 70))
+    y = kernels.NativeAddBias()(x, bias)
+    assert y.dtype == ms.float16
+    np.testing.assert_array_equal(y.asnumpy(), x.asnumpy() + bias.asnumpy())
+
+
 def test_upsample(rng):
     compare(kernels.NativeUpsample2(), kernels.Upsample2(), rng.standard_normal((2, 3, 5, 7)))
 
