@@ -225,8 +225,6 @@ def parts_of_others(
         theirs.count, theirs.mean, theirs.scatter = int(arrays[0]), arrays[1], arrays[2]
         left = iter(arrays[len(names) :])
         yield Part(theirs, [next(left) if rows else None for rows in kept])
-        for path in files:
-            path.unlink()
     ranks.barrier("parts read")
 
 

@@ -1,7 +1,7 @@
 // CPU kernels for the operators that MindSpore's CPU back end runs several times slower than memory allows: group norm,
 // layer norm, GEGLU, GELU, bias, nearest x2, each with its gradient. Compiled by kernels.py on first use; the plain
-// definitions there say what each computes. All tensors are float32 and contiguous. Every sum is made by one thread in a fixed order,
-// so results do not depend on the number of threads. Signature: MindSpore's "aot" custom operator.
+// definitions there say what each computes. All tensors are float32 and contiguous. Every sum is made by one thread in a
+// fixed order, so results do not depend on the number of threads. Signature: MindSpore's "aot" custom operator.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

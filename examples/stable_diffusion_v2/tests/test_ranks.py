@@ -353,9 +353,8 @@ def kill_when(seen, rank: int, started: subprocess.Popen, output: Path) -> None:
     """kill -9 of a rank as soon as `seen()`; its launcher must then end, name it, and leave no process behind."""
     deadline = time.monotonic() + 250
     while not seen():
-        assert time.monotonic() < deadline and started.poll() is None, (output.parent / "console.log").read_text()[
-            -3000:
-        ]
+        waits = time.monotonic() < deadline and started.poll() is None
+        assert waits, (output.parent / "console.log").read_text()[-3000:]
         time.sleep(0.001)
     pids = processes_with(str(output))
     os.kill(ranks_of(pids)[rank], signal.SIGKILL)

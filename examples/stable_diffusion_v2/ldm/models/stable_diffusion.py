@@ -116,9 +116,10 @@ class StableDiffusion(nn.Cell):
             if name in fitting:
                 if not np.isfinite(fitting[name].sum(dtype=np.float32)):
                     bad.append(name)
-                self.views[name] = fitting[name]
                 if fill(parameter, fitting[name], copy):
-                    checkpoint.release(self.views.pop(name))
+                    checkpoint.release(fitting[name])
+                else:
+                    self.views[name] = fitting[name]
         if bad:
             log.warning("%s: NaN or infinity in %d of %d tensors, first %s", path, len(bad), len(fitting), bad[0])
 
