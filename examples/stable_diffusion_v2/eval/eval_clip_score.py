@@ -15,6 +15,7 @@ from ldm import runtime  # noqa: E402  # first: it sets what MindSpore reads whe
 # isort: split
 
 import argparse  # noqa: E402
+import hashlib  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -30,8 +31,9 @@ from eval.pictures import ahead, decode, find_pictures  # noqa: E402
 from ldm.checkpoint.formats import replacing  # noqa: E402
 from ldm.data.images import BadImageError, check_image  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.options import Parser, read_options, require_at_least  # noqa: E402
+from ldm.options import Parser, read_options, require_at_least, str2bool  # noqa: E402
 from ldm.pictures import RECORD, read_facts, read_record  # noqa: E402
+from ldm.ranks import Ranks  # noqa: E402
 
 log = logging.getLogger("eval_clip_score")
 
@@ -73,6 +75,7 @@ def build_parser() -> Parser:
     add("--output", help="a JSON file for the results, with the score of every picture")
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--mode", "--ms_mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    add("--use_parallel", type=str2bool, default=False, help="with scripts/run_clip_score_distributed.sh: one of many")
     parser.ignore(WITHOUT_EFFECT)
     return parser
 
@@ -282,6 +285,14 @@ def measure(model: CLIP, lists: dict[str, list], batch_size: int) -> dict[str, n
     return scores
 
 
+def measure_together(model: CLIP, lists: dict[str, list], batch_size: int, ranks: Ranks) -> dict[str, np.ndarray]:
+    """The same over ranks: each scores its share of the pictures, and all have all scores."""
+    own = {name: ranks.share(items) for name, items in lists.items()}
+    scores = measure(model, own, batch_size) if own["images"] else {}
+    parts = [part for part in ranks.gather("scores", {name: row.tolist() for name, row in scores.items()}) if part]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def pairs(lists: dict[str, list], scores: dict[str, np.ndarray]) -> list[dict]:
     """For every picture what it was compared with and its scores."""
     names = {"images": "image", "prompts": "prompt", "references": "reference"}
@@ -297,18 +308,22 @@ def describe(name: str, facts: dict, model: str) -> str:
     return f"{name} {facts['mean']:.4f}{error}  ({facts['scale']}; mean of {facts['pictures']} pictures; {model})"
 
 
-def main() -> None:
-    args = read_options(build_parser())
+def main(argv: list[str] | None = None) -> None:
+    args = read_options(build_parser(), argv)
     check_options(args)
     path = find(args.load_checkpoint)
-    lists = plan(args)
-    runtime.start(args.device_target, args.mode)
+    ranks, lists = runtime.join(args.use_parallel), plan(args)
+    digests = {name: hashlib.sha256("\n".join(map(str, items)).encode()) for name, items in lists.items()}
+    ranks.agree("pictures and texts", {name: digest.hexdigest() for name, digest in digests.items()})
+    runtime.start(args.device_target, args.mode, ranks)
     model = load_model(path, args.activation)
     prompts = dict.fromkeys(lists.get("prompts", []) + lists.get("source_prompts", []))
     cut, length = sum(map(model.is_cut, prompts)), model.config.text.context_length
-    if cut:
+    if cut and ranks.is_main:
         log.warning("%d of %d prompts have more than %d tokens; the rest is not seen", cut, len(prompts), length)
-    scores = measure(model, lists, args.batch_size)
+    scores = measure_together(model, lists, args.batch_size, ranks)
+    if not ranks.is_main:
+        return
     results = {name: summary(row, SCALES[name]) for name, row in scores.items()}
     for name, facts in results.items():
         print(describe(name, facts, model.config.name))

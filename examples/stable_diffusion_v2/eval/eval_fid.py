@@ -168,8 +168,7 @@ def measure(
     """
     if not side.pictures:
         return
-    total = len(side.pictures)
-    own = side.pictures[total * ranks.rank // ranks.size : total * (ranks.rank + 1) // ranks.size]
+    total, own = len(side.pictures), ranks.share(side.pictures)
     moments = metrics.Moments(inception.FEATURES)
     kept = Rows(inception.FEATURES) if features else None, Rows(inception.CLASSES) if logits else None
     with tqdm(total=len(own), unit="picture", desc=side.path) as bar:

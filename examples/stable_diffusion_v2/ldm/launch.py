@@ -94,7 +94,7 @@ def check_script(name: str, words: list[str]) -> None:
     """The script's own options, and whether its data can be read: one line here instead of one per rank."""
     script = importlib.import_module(".".join(Path(name).with_suffix("").parts))
     args = read_options(script.build_parser(), words)
-    for option in ("data_path", "real_dir", "gen_dir"):
+    for option in ("data_path", "real_dir", "gen_dir", "image_path"):
         path = getattr(args, option, None)
         if path and not os.access(path, os.R_OK):
             raise UserError(f"{option} {path} does not exist or cannot be read")

@@ -132,6 +132,10 @@ class Ranks:
         self.listener.start()
         self.barrier("start")
 
+    def share(self, items: list) -> list:
+        """This rank's part of a list; the parts of all ranks, in order, are the list."""
+        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+
     def gather(self, at: str, value: Any = None) -> list:
         """The values of all ranks, by rank: whatever JSON can hold. `at` names the place, the same on all ranks."""
         if self.size == 1:

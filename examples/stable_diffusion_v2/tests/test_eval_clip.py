@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from odd_pictures import odd_pictures
 from PIL import Image
+from ranks_in_threads import run_ranks
 
 from eval import clip_weights, eval_clip_score
 from eval.clip import CLIP, MEAN, STD, config_of, preprocess
@@ -395,6 +396,16 @@ class Small:
 
     def is_cut(self, text):
         return False
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_ranks_score_their_shares(monkeypatch, tmp_path, place, size):
+    words = ["--prompt", place / "prompts.txt", "--reference_path", place / "samples" / "7.png"]
+    alone = run(monkeypatch, place, *words, model=Small())
+    words += ["--image_path", place / "samples", "--load_checkpoint", place / "clip.safetensors"]
+    run_ranks(monkeypatch, size, eval_clip_score, [*map(str, words), "--output", str(tmp_path / "together.json")])
+    assert len({pair["clip_score"] for pair in alone["pairs"]}) == 6
+    assert json.loads((tmp_path / "together.json").read_text()) == alone
 
 
 def test_pictures_of_every_kind_and_one_alone(monkeypatch, tmp_path, place):

@@ -13,6 +13,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from odd_pictures import odd_pictures, save
+from ranks_in_threads import run_ranks
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -21,7 +22,6 @@ from eval import eval_fid, inception, metrics, pictures  # noqa: E402
 from ldm.checkpoint import formats  # noqa: E402
 from ldm.data.images import BadImageError  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.ranks import Ranks  # noqa: E402
 
 WIDTH, CLASSES = 16, 7
 
@@ -349,21 +349,6 @@ def test_the_command_gives_all_figures_and_settings(command, two, tmp_path, capl
     assert command(*words, "--resize", "legacy")["fid"] != row["fid"]
 
 
-class InThreads(Ranks):
-    """A rank that is a thread."""
-
-    def __init__(self, rank, meeting, given):
-        super().__init__(rank, len(given))
-        self.meeting, self.given = meeting, given
-
-    def gather(self, at, value=None):
-        self.given[self.rank] = json.dumps(value)
-        self.meeting.wait(60)
-        values = [json.loads(value) for value in self.given]
-        self.meeting.wait(60)
-        return values
-
-
 @pytest.mark.parametrize("size", [2, 5])
 def test_ranks_measure_parts_and_the_first_has_the_whole(command, two, tmp_path, monkeypatch, size):
     real, gen = two
@@ -374,15 +359,7 @@ def test_ranks_measure_parts_and_the_first_has_the_whole(command, two, tmp_path,
     with np.load(tmp_path / "real.npz") as file:
         sigma = file["sigma"]
 
-    meeting, given = threading.Barrier(size), [None] * size
-    ranks = {f"rank {n}": InThreads(n, meeting, given) for n in range(size)}
-    monkeypatch.setattr(eval_fid.runtime, "join", lambda use_parallel: ranks[threading.current_thread().name])
-    words = [str(word) for word in (*words, "--use_parallel", "True", "--batch_size", 3)]
-    threads = [threading.Thread(target=eval_fid.main, args=(words,), name=name) for name in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_ranks(monkeypatch, size, eval_fid, [str(word) for word in (*words, "--batch_size", 3)])
     together = json.loads((tmp_path / "row.json").read_text())
     assert together.pop("unreadable") == alone.pop("unreadable") != []
     assert together.keys() == alone.keys()

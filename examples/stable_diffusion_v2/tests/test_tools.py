@@ -1,4 +1,4 @@
-"""The measure of tools/measure_offline.py, and what the comparison of prediction types trains on and writes."""
+"""The tools: a level added to a UNet, the offline measure, what the comparison of types trains on and writes."""
 
 import csv
 import sys
@@ -6,21 +6,61 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mindspore import Tensor
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import add_unet_level  # noqa: E402
 import benchmark_sampling as sampling  # noqa: E402
 import compare_prediction_types as compare  # noqa: E402
 import measure_offline as offline  # noqa: E402
 
 from ldm import checkpoint  # noqa: E402
-from ldm.config import ModelConfig, VAEConfig, load_model_config, save_model_config  # noqa: E402
+from ldm.config import ModelConfig, UNetConfig, VAEConfig, load_model_config, save_model_config  # noqa: E402
 from ldm.data.images import to_float  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.models.layers import initialize  # noqa: E402
-from ldm.models.stable_diffusion import VAE, StableDiffusion  # noqa: E402
+from ldm.models.stable_diffusion import UNET, VAE, StableDiffusion  # noqa: E402
+
+
+@pytest.mark.parametrize("blocks, levels, attention", [(1, 3, (4,)), (2, 2, (2,))])
+def test_a_unet_with_a_new_level_predicts_what_the_old_one_does(blocks, levels, attention):
+    larger = UNetConfig(
+        model_channels=32,
+        num_res_blocks=blocks,
+        channel_mult=(1,) * levels,
+        attention_resolutions=attention,
+        num_head_channels=32,
+    )
+    smaller = add_unet_level.without_first_level(larger)
+    assert smaller.channel_mult == (1,) * (levels - 1)
+    assert smaller.attention_resolutions == tuple(factor // 2 for factor in attention)
+    nets = [StableDiffusion(ModelConfig("v", unet=config), (UNET,)) for config in (smaller, larger)]
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal(shape).astype(np.float32) * 0.1 for name, shape in nets[0].shapes().items()}
+    outer = np.ones((3, 3), bool)
+    outer[:2, :2] = False  # of the last row and column half is out of the halving's reach
+    weights[UNET + "input_blocks.0.0.weight"][:, :, outer] = 0
+    outer[:] = True
+    outer[1, 1] = False  # the last convolution runs on the fine grid, where neighbours are nearer
+    weights[UNET + "out.2.weight"][:, :, outer] = 0
+    initialize(nets[1], 0)
+    nets[0].load(weights, "smaller")
+    nets[1].load(add_unet_level.grow(weights, nets[1].tensors(), larger), "larger")
+    z, t, context = rng.standard_normal((2, 4, 16, 12)), np.array([3, 700]), rng.standard_normal((2, 5, 1024))
+    means = z.reshape(2, 4, 8, 2, 6, 2).mean((3, 5))
+    old, new = (
+        net.unet(*map(Tensor, (array.astype(np.float32), t, context.astype(np.float32)))).asnumpy()
+        for net, array in zip(nets, (means, z))
+    )
+    np.testing.assert_allclose(new, np.kron(old, np.ones((2, 2))), atol=1e-4 * np.abs(old).max())
+
+
+def test_no_level_can_be_added_to_a_strange_unet():
+    with pytest.raises(UserError, match="must begin with 1, 1"):
+        add_unet_level.without_first_level(UNetConfig())
 
 
 def test_retrieval_counts_own_targets_among_the_nearest():

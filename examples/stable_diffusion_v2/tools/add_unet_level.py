@@ -1,0 +1,130 @@
+"""Give a trained UNet a new first level, so that it draws at twice the resolution.
+
+    python tools/add_unet_level.py SOURCE DESTINATION [--config configs/tiny-vpred.yaml]
+
+The config is that of the larger UNet; SOURCE has the same networks, but its UNet lacks the first level. At first the
+larger UNet predicts about what the smaller one predicts of the latents' means of 2x2: what was learnt at the low
+resolution, where it is cheap, is not lost (progressive growing, arXiv 1710.10196, for a UNet).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+
+from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
+
+# isort: split
+import numpy as np  # noqa: E402
+
+from ldm import checkpoint  # noqa: E402
+from ldm.config import UNetConfig, load_model_config  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+from ldm.models.layers import initialize  # noqa: E402
+from ldm.models.stable_diffusion import UNET, StableDiffusion  # noqa: E402
+from ldm.options import seed  # noqa: E402
+from ldm.pipeline import describe, read_checkpoint  # noqa: E402
+
+log = logging.getLogger("add_unet_level")
+
+
+def without_first_level(unet: UNetConfig) -> UNetConfig:
+    """The config of the UNet that the level is added to; UserError where there is none."""
+    factors = unet.attention_resolutions
+    if unet.channel_mult[:2] != (1, 1) or 1 in factors or 4 * unet.in_channels > unet.model_channels:
+        raise UserError(
+            "the larger UNet's channel_mult must begin with 1, 1, its first level be without attention, and "
+            "model_channels four times in_channels or more"
+        )
+    return replace(unet, channel_mult=unet.channel_mult[1:], attention_resolutions=tuple(f // 2 for f in factors))
+
+
+def grow(old: dict[str, np.ndarray], fresh: dict[str, np.ndarray], config: UNetConfig) -> dict[str, np.ndarray]:
+    """The larger UNet's parameters.
+
+    Residual blocks begin as identities, so what has to be made is the way of the latents down to the old UNet and up
+    from it: a halving that computes the old first convolution, and a doubling that repeats each value.
+
+    Args:
+        old: the smaller UNet's parameters, by names as in Stability's files.
+        fresh: the larger UNet's, random.
+        config: of the larger UNet.
+    """
+    blocks, width = config.num_res_blocks, config.model_channels
+    stage = (blocks + 1) * (len(config.channel_mult) - 1)  # the first output stage of the new level
+    new = dict(fresh)
+    for name, array in old.items():
+        part, number, *rest = name.removeprefix(UNET).split(".")
+        if part == "input_blocks":
+            number = str(int(number) + blocks + 1)
+        new[UNET + ".".join((part, number, *rest))] = array
+
+    def put(layer: str, weight: np.ndarray, bias: np.ndarray | float = 0.0) -> None:
+        for name, values in ((f"{UNET}{layer}.weight", weight), (f"{UNET}{layer}.bias", bias)):
+            new[name] = np.broadcast_to(values, fresh[name].shape).astype(np.float32)
+
+    first = {name: old[f"{UNET}input_blocks.0.0.{name}"] for name in ("weight", "bias")}
+    means, halving = _entrance(first["weight"])
+    for name in first:
+        del new[f"{UNET}input_blocks.{blocks + 1}.0.{name}"]  # a Downsample is in its place
+    entrance = fresh[f"{UNET}input_blocks.0.0.weight"].copy()
+    entrance[: len(means)] = means
+    put("input_blocks.0.0", entrance)
+    halving = np.pad(halving, ((0, 0), (0, width - halving.shape[1]), (0, 0), (0, 0)))
+    put(f"input_blocks.{blocks + 1}.0.op", halving, first["bias"])
+    centre = np.zeros((1, 1, 3, 3))
+    centre[..., 1, 1] = 1
+    doubling = 2 if 2 in config.attention_resolutions else 1  # its place in the stage
+    put(f"output_blocks.{stage - 1}.{doubling}.conv", np.eye(width)[:, :, None, None] * centre)
+    for block in range(stage, stage + blocks + 1):  # what comes from below passes, what was kept above waits
+        put(f"output_blocks.{block}.0.skip_connection", np.eye(width, 2 * width)[:, :, None, None])
+    return new
+
+
+def _entrance(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A 3x3 convolution [O, C, 3, 3] of means of 2x2, as two: [4C, C, 3, 3] and, at every other place, [O, 4C, 3, 3].
+
+    The first takes four means of 2x2, which begin a row higher or not and a column to the left or not. For the means'
+    row i the second stands at row 2i: it finds row i - 1 one row up, in the higher means, and row i in place. Row i + 1
+    would begin two rows down, out of its reach; the mean that begins one row down stands for it. Columns likewise.
+    """
+    outputs, channels = weight.shape[:2]
+    means = np.zeros((2, 2, channels, channels, 3, 3))
+    halving = np.zeros((outputs, 2, 2, channels, 3, 3))
+    for y, x in np.ndindex(2, 2):
+        means[y, x, :, :, y : y + 2, x : x + 2] = np.eye(channels)[:, :, None, None] / 4
+    taps = ((0, 0), (1, 1), (1, 2))  # for the rows i - 1, i and i + 1: which mean, and the tap of the second
+    for (row, (y, down)), (column, (x, right)) in product(enumerate(taps), repeat=2):
+        halving[:, y, x, :, down, right] = weight[:, :, row, column]
+    return means.reshape(-1, channels, 3, 3), halving.reshape(outputs, -1, 3, 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source")
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--config", default="configs/tiny-vpred.yaml", help="the larger model's YAML file")
+    parser.add_argument("--seed", type=seed, default=42, help="of the new level's random weights")
+    args = parser.parse_args()
+    config = load_model_config(args.config)
+    ckpt = read_checkpoint(args.source, replace(config, unet=without_first_level(config.unet)))
+    runtime.start("CPU")
+    larger = StableDiffusion(config, (UNET,))
+    initialize(larger.unet, args.seed)
+    old = {name: array for name, array in ckpt.tensors.items() if name.startswith(UNET)}
+    new = grow(old, larger.tensors(), config.unet)
+    others = {name: array for name, array in ckpt.tensors.items() if name not in old}
+    checkpoint.save(args.destination, {**others, **new}, {**ckpt.meta, **describe(config)}, "safetensors")
+    before, after = (f"{sum(array.size for array in part.values()):,}" for part in (old, new))
+    log.info("the UNet of %s has %s parameters, that of %s %s", args.source, before, args.destination, after)
+
+
+if __name__ == "__main__":
+    runtime.run(main)
