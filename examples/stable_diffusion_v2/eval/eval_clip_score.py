@@ -15,7 +15,6 @@ from ldm import runtime  # noqa: E402  # first: it sets what MindSpore reads whe
 # isort: split
 
 import argparse  # noqa: E402
-import hashlib  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -313,8 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     check_options(args)
     path = find(args.load_checkpoint)
     ranks, lists = runtime.join(args.use_parallel), plan(args)
-    digests = {name: hashlib.sha256("\n".join(map(str, items)).encode()) for name, items in lists.items()}
-    ranks.agree("pictures and texts", {name: digest.hexdigest() for name, digest in digests.items()})
+    ranks.agree_on_lists("pictures and texts", lists)
     runtime.start(args.device_target, args.mode, ranks)
     model = load_model(path, args.activation)
     prompts = dict.fromkeys(lists.get("prompts", []) + lists.get("source_prompts", []))

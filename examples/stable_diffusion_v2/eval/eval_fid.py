@@ -15,7 +15,6 @@ from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when 
 # isort: split
 
 import argparse  # noqa: E402
-import hashlib  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import shutil  # noqa: E402
@@ -310,8 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     ranks = runtime.join(args.use_parallel)
     real, gen = find_side(args.real_dir), find_side(args.gen_dir) if args.gen_dir else None
     check_options(args, real, gen)
-    names = {side.path: "\n".join(map(str, side.pictures)).encode() for side in (real, gen) if side}
-    ranks.agree("pictures", {path: hashlib.sha256(text).hexdigest() for path, text in names.items()})
+    ranks.agree_on_lists("pictures", {side.path: side.pictures for side in (real, gen) if side})
     if ranks.size > 1:
         ranks.check_shared(make_folder(f"{args.output}.parts"))
     weights = Path(args.load_checkpoint) if args.load_checkpoint else inception.find_weights()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import queue
@@ -169,6 +170,11 @@ class Ranks:
         ]
         if different:
             raise UserError(f"rank {self.rank} on {socket.gethostname()} differs from rank 0: {different[0]}")
+
+    def agree_on_lists(self, at: str, lists: dict[str, list]) -> None:
+        """The same for lists that are too long to be sent: by a digest of their items' texts."""
+        texts = {key: "\n".join(map(str, items)).encode("utf-8", "surrogatepass") for key, items in lists.items()}
+        self.agree(at, {key: hashlib.sha256(text).hexdigest() for key, text in texts.items()})
 
     def check_shared(self, folder: Path) -> None:
         """UserError where this folder is not the same one for all ranks, as on hosts without a common disk."""

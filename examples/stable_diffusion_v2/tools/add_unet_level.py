@@ -114,13 +114,16 @@ def main() -> None:
     parser.add_argument("--seed", type=seed, default=42, help="of the new level's random weights")
     args = parser.parse_args()
     config = load_model_config(args.config)
-    ckpt = read_checkpoint(args.source, replace(config, unet=without_first_level(config.unet)))
+    smaller = replace(config, unet=without_first_level(config.unet))
+    if args.destination.exists():
+        raise UserError(f"{args.destination} exists; remove it or give another name")
+    ckpt = read_checkpoint(args.source, smaller)
     runtime.start("CPU")
+    old = checkpoint.match(ckpt.tensors, StableDiffusion(smaller, (UNET,)).shapes(), args.source, (UNET,))
     larger = StableDiffusion(config, (UNET,))
     initialize(larger.unet, args.seed)
-    old = {name: array for name, array in ckpt.tensors.items() if name.startswith(UNET)}
     new = grow(old, larger.tensors(), config.unet)
-    others = {name: array for name, array in ckpt.tensors.items() if name not in old}
+    others = {name: array for name, array in ckpt.tensors.items() if not name.startswith(UNET)}
     checkpoint.save(args.destination, {**others, **new}, {**ckpt.meta, **describe(config)}, "safetensors")
     before, after = (f"{sum(array.size for array in part.values()):,}" for part in (old, new))
     log.info("the UNet of %s has %s parameters, that of %s %s", args.source, before, args.destination, after)
