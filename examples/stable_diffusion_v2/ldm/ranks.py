@@ -75,6 +75,27 @@ def scheduler_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int
     return environ.get("MS_SCHED_HOST", DEFAULT_HOST), int(environ.get("MS_SCHED_PORT", DEFAULT_PORT))
 
 
+def hub_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Host and port of the hub: the launcher's, or rank 0's, behind the scheduler."""
+    if HUB in environ:
+        host, _, port = environ[HUB].rpartition(":")
+        return host, int(port)
+    host, port = scheduler_address(environ)
+    return host, port + 1
+
+
+def follow_hub() -> None:
+    """Come back when the hub has ended, and with it the run; also where it cannot be reached."""
+    deadline = time.monotonic() + float(os.environ.get(PATIENCE, JOIN_SECONDS))
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(hub_address(), timeout=10) as connection:
+            connection.settimeout(None)
+            while connection.recv(1 << 10):
+                pass
+            return
+        time.sleep(0.2)
+
+
 def follow_parent() -> None:
     """Let Linux end this process when the one that started it has ended, however that happened."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -107,18 +128,14 @@ class Ranks:
             UserError: not all came in time.
         """
         seconds = float(os.environ.get(PATIENCE, JOIN_SECONDS))
-        host, port = scheduler_address()
-        if HUB in os.environ:
-            host, _, port = os.environ[HUB].rpartition(":")
-        else:
-            port += 1
-            if self.is_main:
-                serve_in_thread(Hub(self.size, "", port, seconds))
+        host, port = hub_address()
+        if HUB not in os.environ and self.is_main:
+            serve_in_thread(Hub(self.size, "", port, seconds))
         self.hub = f"{host}:{port}"
         deadline = time.monotonic() + seconds
         while self.connection is None:
             try:
-                self.connection = socket.create_connection((host, int(port)), timeout=10)
+                self.connection = socket.create_connection((host, port), timeout=10)
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise UserError(

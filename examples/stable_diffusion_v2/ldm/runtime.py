@@ -13,11 +13,12 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Callable
 
 from ldm.errors import UserError
-from ldm.ranks import Ranks, follow_parent, place, scheduler_address, without_launcher
+from ldm.ranks import Ranks, follow_hub, follow_parent, place, scheduler_address, without_launcher
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings on a CPU are harmless and many
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle OpenMP threads would take the cores from MindSpore's own
@@ -126,22 +127,26 @@ def connect_devices(ranks: Ranks, device: str) -> None:
     """
     if ranks.size == 1:
         return
-    os.environ["MS_NODE_TIMEOUT"] = os.environ.get("LDM_COLLECTIVE_SECONDS", "1800")  # in a collective; see _schedule
+    os.environ["MS_NODE_TIMEOUT"] = os.environ.get("LDM_COLLECTIVE_SECONDS", "1800")  # in a collective; see schedule
     if device == "CPU" and "MS_ROLE" not in os.environ:
         host, port = scheduler_address()
         told = {"MS_SCHED_HOST": host, "MS_SCHED_PORT": port, "MS_WORKER_NUM": ranks.size, "RANK_SIZE": ranks.size}
         told = {name: str(value) for name, value in told.items()}
         if ranks.is_main:
-            command = [sys.executable, "-c", "from ldm import runtime; runtime.run(None, communicates=True)"]
-            alone = {**without_launcher(), **told, "MS_ROLE": "MS_SCHED", "PYTHONPATH": str(HERE)}
-            subprocess.Popen(command, env=alone, stdout=subprocess.DEVNULL)
+            start_scheduler({**without_launcher(), **told, "MS_ROLE": "MS_SCHED"})
         own = {"MS_NODE_ID": ranks.rank, "RANK_ID": ranks.rank, "DEVICE_ID": ranks.local_rank}
         os.environ.update(told, MS_ROLE="MS_WORKER", **{name: str(value) for name, value in own.items()})
     communication.init()
 
 
-def _schedule() -> None:
-    """Be the scheduler of MindSpore's processes, which is all that this process does."""
+def start_scheduler(env: Mapping[str, str]) -> subprocess.Popen:
+    """A process that is the scheduler of MindSpore's others, as long as this one lives."""
+    command = [sys.executable, "-c", "from ldm import runtime; runtime.schedule()"]
+    return subprocess.Popen(command, env=env, cwd=HERE, stdout=subprocess.DEVNULL)
+
+
+def schedule() -> None:
+    """Be the scheduler; MindSpore does not come back from it while there are ranks."""
     follow_parent()
     os.environ["MS_NODE_TIMEOUT"] = "15"  # here: seconds of silence after which a rank counts as lost
     ms.set_device("CPU")
@@ -160,8 +165,12 @@ def run(main: Callable[[], None], communicates: bool = False) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if os.environ.get("MS_ROLE") == "MS_SCHED":
-        needed = communicates and os.environ.get("MS_WORKER_NUM") != "1"
-        return _schedule() if needed else None
+        if communicates and os.environ.get("MS_WORKER_NUM") != "1":
+            # In a process of its own: left to itself it takes ranks that have ended for lost, and msrun would fail.
+            scheduler = start_scheduler(os.environ)
+            follow_hub()
+            scheduler.kill()
+        return
     try:
         main()
         if _ranks.connection:

@@ -366,6 +366,18 @@ def kill_when(seen, rank: int, started: subprocess.Popen, output: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["msrun", pytest.param("mpirun", marks=with_mpirun)])
+def test_steps_of_two_ranks_end_well_and_are_measured(small, name):
+    """MindSpore's scheduler once took ranks that had ended for lost, and msrun failed after good trainings."""
+    words = ["--config", small / "model.yaml", "--batch", "2", "--size", "8", "--steps", "1", "--ranks", "2"]
+    words += ["--launcher", name, "--port", str(free_port())]
+    done = run("tools/benchmark_ranks.py", *words)
+    found = re.search(r"2 rank\(s\), [\d.]+ M weights, .*: ([\d.]+) s\n  rank 0: (.*); loss of the last", done.stdout)
+    parts = [float(seconds) for seconds in re.findall(r"([\d.]+) s \(", found[2])]
+    assert len(parts) == 4
+    assert sum(parts) == pytest.approx(float(found[1]), abs=0.003)
+
+
+@pytest.mark.parametrize("name", ["msrun", pytest.param("mpirun", marks=with_mpirun)])
 def test_two_ranks_equal_one_with_twice_the_batch_and_a_lost_one_costs_nothing(small, tmp_path, name):
     """20 steps of one process with 6 pictures against two with 3; then 10 more of both, resumed and not; a kill -9."""
     run("train_text_to_image.py", *steps(small, tmp_path / "one", 20, "--train_batch_size", 6))

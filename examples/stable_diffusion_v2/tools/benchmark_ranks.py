@@ -1,0 +1,154 @@
+"""The training step with one rank and with several, and what of it is communication.
+
+    python tools/benchmark_ranks.py --config configs/tiny-vpred.yaml --batch 16 --size 16
+    python tools/benchmark_ranks.py --width 192 --batch 2 --size 16
+
+Each number of ranks makes the same steps of the same samples, in a launch of its own: random weights, latents and
+features, UNet alone, AdamW. A step's seconds are divided into the gradients (forward and backward), the wait for the
+other ranks (over the hub, until the last has its gradients), the sum of the gradients over the ranks, and the rest
+(norm, clipping, update). On a CPU the ranks share the cores; on Ascend each has a device.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Callable
+
+HERE = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(HERE), str(HERE / "tools")]
+
+from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
+
+# isort: split
+import numpy as np  # noqa: E402
+from benchmark_sampling import FULL_WIDTH, small_config  # noqa: E402
+from mindspore import Tensor  # noqa: E402
+
+from ldm.config import load_model_config  # noqa: E402
+from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
+from ldm.diffusion.prediction import get_prediction  # noqa: E402
+from ldm.diffusion.schedule import build_schedule  # noqa: E402
+from ldm.diffusion.weighting import loss_weight  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+from ldm.models.layers import initialize  # noqa: E402
+from ldm.models.unet import UNet  # noqa: E402
+from ldm.options import Parser, read_options, require_at_least, str2bool  # noqa: E402
+from ldm.ranks import DEFAULT_PORT  # noqa: E402
+from ldm.train.optimizer import build_optimizer  # noqa: E402
+from ldm.train.step import TrainStep  # noqa: E402
+
+NOT_COUNTED = 2  # steps: the first compiles, the second still fills buffers
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--config", help="the model's YAML file; without it SD 2.x of --width")
+    add("--width", type=int, default=FULL_WIDTH, help="channels of the UNet's first level")
+    add("--size", type=int, default=16, help="side of the latents")
+    add("--batch", type=int, default=16, help="samples of a step, of all ranks together")
+    add("--steps", type=int, default=10, help="timed steps")
+    add("--ranks", type=int, nargs="+", default=[1, 2])
+    add("--launcher", choices=("mpirun", "msrun"), default="msrun")
+    add("--port", type=int, default=DEFAULT_PORT, help="the launcher's")
+    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
+    add("--use_parallel", type=str2bool, default=False, help="the launcher sets it")
+    return parser
+
+
+class Stopwatch:
+    """Seconds by part of the step."""
+
+    def __init__(self):
+        self.seconds = Counter()
+
+    def around(self, part: str, function: Callable) -> Callable:
+        """The function, its time added to the part's."""
+
+        def timed(*args):
+            began = time.perf_counter()
+            result = function(*args)
+            for tensor in result if isinstance(result, tuple) else ():
+                if isinstance(tensor, Tensor):
+                    tensor.asnumpy()  # until it is there, where the device runs ahead
+                    break
+            self.seconds[part] += time.perf_counter() - began
+            return result
+
+        return timed
+
+
+def measure(args) -> None:
+    """Be one of the ranks; rank 0 prints."""
+    ranks = runtime.join(args.use_parallel)
+    runtime.connect_devices(ranks, runtime.start(args.device_target, ranks=ranks))
+    if args.batch % ranks.size:
+        raise UserError(f"{args.batch} samples do not divide among {ranks.size} ranks")
+    config = load_model_config(args.config) if args.config else small_config(args.width)
+    net = UNet(config.unet)
+    initialize(net, 0)
+    schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
+    loss = DiffusionLoss(net, schedule, prediction, loss_weight("none", schedule, prediction))
+    trained = list(net.get_parameters())
+    step = TrainStep(loss, build_optimizer("adamw", trained, (0.9, 0.999), weight_decay=0.0), ranks=ranks)
+
+    rng = np.random.default_rng(0)
+    shape = args.batch, config.unet.in_channels, args.size, args.size
+    latents, eps = (rng.standard_normal(shape, np.float32) for _ in range(2))
+    features = rng.standard_normal((args.batch, config.text.context_length, config.unet.context_dim), np.float32)
+    times = rng.integers(0, len(schedule), args.batch).astype(np.int32)
+    own = slice(ranks.rank * args.batch // ranks.size, (ranks.rank + 1) * args.batch // ranks.size)
+    batch = [tuple(Tensor(array[own]) for array in (latents, features, eps, times))]
+
+    watch, rows = Stopwatch(), []
+    step.gradients = watch.around("gradients", step.gradients)
+    ranks.gather = watch.around("wait for the others", ranks.gather)
+    if step.sum_of_ranks:
+        step.sum_of_ranks = watch.around("sum over the ranks", step.sum_of_ranks)
+    for number in range(NOT_COUNTED + args.steps):
+        watch.seconds.clear()
+        began = time.perf_counter()
+        result = step(batch, 1e-5, number)
+        rows.append({"step": time.perf_counter() - began, **watch.seconds})
+    if ranks.is_main:
+        weights = sum(parameter.size for parameter in trained)
+        report(ranks.size, weights, rows[NOT_COUNTED:], result.loss)
+
+
+def report(size: int, weights: int, rows: list[dict[str, float]], loss: float) -> None:
+    parts = {part: np.median([row[part] for row in rows]) for part in rows[0]}
+    whole = parts.pop("step")
+    parts["rest"] = whole - sum(parts.values())
+    divided = ", ".join(f"{part} {seconds:.3f} s ({seconds / whole:.0%})" for part, seconds in parts.items())
+    print(f"{size} rank(s), {weights / 1e6:.1f} M weights, median of {len(rows)} steps: {whole:.3f} s", flush=True)
+    print(f"  rank 0: {divided}; loss of the last {loss:.6f}", flush=True)
+
+
+def compare(args) -> None:
+    """A launch for each number of ranks."""
+    print(f"{os.cpu_count()} cores, {args.batch} samples a step, latents of {args.size} x {args.size}", flush=True)
+    for count in args.ranks:
+        command = [sys.executable, "-m", "ldm.launch", "tools/benchmark_ranks.py"]
+        command += ["--launcher", args.launcher, "--port", str(args.port)]
+        command += ["--device", args.device_target] if args.device_target else []
+        words = [*command, "--ranks", str(count), "--", *sys.argv[1:]]
+        if subprocess.run(words, cwd=HERE).returncode:
+            raise UserError(f"the launch with {count} ranks failed; its message is above")
+
+
+def main() -> None:
+    args = read_options(build_parser())
+    require_at_least(1, args, "width", "size", "batch", "steps")
+    if args.use_parallel:
+        measure(args)
+    else:
+        compare(args)
+
+
+if __name__ == "__main__":
+    runtime.run(main, communicates=True)
