@@ -21,6 +21,7 @@ from ldm.config import ModelConfig, load_model_config
 from ldm.diffusion.samplers import SAMPLERS, get_sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
+from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, next_number, read_facts, read_png, save_drawn, save_png
@@ -32,7 +33,6 @@ log = logging.getLogger("text_to_image")
 
 OLD_SAMPLER_FLAGS = {"ddim": "ddim", "ddpm": "ddpm", "dpm_solver": "dpm_solver", "dpm_solver_pp": "dpm_solver_pp"}
 NOT_HERE = ("plms", "uni_pc", "check_safety", "add_watermark")  # MindONE's flags that would change the pictures
-MANY_WEIGHTS = 50_000_000  # larger models start sooner block by block; in small ones it costs a few percent of a step
 IN_GRID = 64  # pictures at most, lest a long prompt file fill the memory
 WITHOUT_EFFECT = {
     "support_long_prompts": "a prompt is cut at the encoder's length, with a warning",

@@ -37,12 +37,14 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.weighting import WEIGHTINGS, loss_weight
 from ldm.errors import UserError
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
+from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE, StableDiffusion
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
 from ldm.ranks import Ranks, follow_parent, without_launcher
+from ldm.train.blockwise import BlockwiseGradients
 from ldm.train.ema import Ema
 from ldm.train.inputs import FrozenOutputs, Inputs
 from ldm.train.learning_rate import SCHEDULES, LearningRate
@@ -225,6 +227,7 @@ def build_train_step(
     schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
     weight = loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
     loss = DiffusionLoss(model.unet, schedule, prediction, weight)
+    blockwise = trains_blockwise(args, config, dtype) and sum(param.size for param in trained) > MANY_WEIGHTS
     return TrainStep(
         TextLoss(model.text_encoder, loss) if args.train_text_encoder else loss,
         build_optimizer(args.optim, trained, tuple(args.betas), weight_decay=args.weight_decay),
@@ -232,7 +235,15 @@ def build_train_step(
         args.max_grad_norm if args.clip_grad else None,
         LossScale(args.init_loss_scale, args.scale_window) if dtype == "float16" else None,
         ranks,
+        BlockwiseGradients(loss, trained) if blockwise else None,
     )
+
+
+def trains_blockwise(args: argparse.Namespace, config: ModelConfig, dtype: str) -> bool:
+    """Whether a large UNet's activations are to be computed again, where MindSpore's own way of it saves nothing."""
+    device = args.device_target or runtime.default_device()
+    plain = dtype == "float32" and not args.train_text_encoder
+    return device == "CPU" and args.mode == 0 and config.unet.use_checkpoint and plain
 
 
 def prepare(

@@ -5,11 +5,19 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from ldm.config import TextConfig, UNetConfig
+from ldm.config import ScheduleConfig, TextConfig, UNetConfig
+from ldm.diffusion.loss import DiffusionLoss
+from ldm.diffusion.prediction import get_prediction
+from ldm.diffusion.schedule import build_schedule
+from ldm.diffusion.weighting import loss_weight
 from ldm.models.blockwise import BlockwiseText, BlockwiseUNet
 from ldm.models.clip import VARIANTS
 from ldm.models.layers import fill
 from ldm.models.unet import UNet
+from ldm.train.blockwise import BlockwiseGradients
+from ldm.train.ema import Ema
+from ldm.train.optimizer import build_optimizer
+from ldm.train.step import TrainStep
 
 
 @pytest.fixture
@@ -54,3 +62,40 @@ def test_text_encoder(rng, variant):
     config = TextConfig(variant=variant, vocab_size=50, context_length=7, width=32, layers=3, heads=2)
     net = filled(VARIANTS[variant][0](config), rng)
     compare(net, BlockwiseText(net), [(Tensor(rng.integers(50, size=(2, 7)).astype(np.int32)),) for _ in range(2)])
+
+
+def test_training(rng):
+    """Of one and of two micro-batches: all that a step changes is as with one graph for all of the network."""
+    config = UNetConfig(
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        context_dim=32,
+        num_heads=2,
+    )
+    schedule, prediction = build_schedule(ScheduleConfig()), get_prediction("v")
+    steps = []
+    for blockwise in (False, True):
+        net = filled(UNet(config), np.random.default_rng(0))
+        loss = DiffusionLoss(net, schedule, prediction, loss_weight("none", schedule, prediction))
+        params = list(net.get_parameters())
+        gradients = BlockwiseGradients(loss, params) if blockwise else None
+        optimizer = build_optimizer("adamw", params, (0.9, 0.999), weight_decay=0.01)
+        steps.append(TrainStep(loss, optimizer, Ema(params, 0.9), 1.0, gradients=gradients))
+    for number in range(3):
+        micro = []
+        for _ in range(1 + number % 2):
+            z, eps, context = (rng.standard_normal(shape, np.float32) for shape in [(2, 4, 8, 8)] * 2 + [(2, 7, 32)])
+            micro.append(tuple(map(Tensor, (z, context, eps, np.array([300, 3 + number], np.int32)))))
+        wanted, got = (step(micro, 1e-3, number) for step in steps)
+        assert got.loss == pytest.approx(wanted.loss, rel=1e-5)
+        assert got.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
+        np.testing.assert_allclose(*(result.extras for result in (got, wanted)), rtol=1e-5)
+    assert len(steps[1].gradients.kinds) < len(steps[1].gradients.weights)
+    wanted, got = ({name: v.asnumpy() for name, v in step.variables().items()} for step in steps)
+    assert wanted.keys() == got.keys()
+    for name, array in wanted.items():
+        most = np.abs(array).max()
+        if most > 1e-8:  # elsewhere rounding errors
+            np.testing.assert_allclose(got[name], array, rtol=0, atol=2e-3 * most, err_msg=name)

@@ -525,3 +525,24 @@ def test_a_full_disk_costs_no_checkpoint(place, trained, tmp_path):
     assert "error: cannot write" in done.stderr.splitlines()[-1] and "sd-25.ckpt" in done.stderr.splitlines()[-1]
     assert state.read_bytes() == before and not list(output.glob("**/*.partial"))
     assert {"sd-15.ckpt", "sd-20.ckpt"} <= {path.name for path in state.parent.iterdir()}
+
+
+def test_a_large_unet_is_trained_block_by_block(place, tmp_path):
+    """On a CPU, where its config asks for less memory; the run is the same."""
+    save_model_config(replace(CONFIG, unet=replace(CONFIG.unet, use_checkpoint=True)), tmp_path / "model.yaml")
+    losses = []
+    for most in (0, 50_000_000):
+        code = (
+            "import train_text_to_image as script; from ldm import runtime; made = script.BlockwiseGradients; "
+            f"script.MANY_WEIGHTS = {most}; script.BlockwiseGradients = lambda *a: print('by blocks') or made(*a); "
+            "runtime.run(script.main)"
+        )
+        words = training(place, tmp_path / str(most), "--train_steps", 3, "--gradient_accumulation_steps", 2)
+        words += ["--model_config", str(tmp_path / "model.yaml")]
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("by blocks" in done.stdout) == (most == 0)
+        log = (tmp_path / str(most) / "result.log").read_text().splitlines()[1:]
+        losses.append([float(line.split("\t")[2]) for line in log])
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -51,9 +51,16 @@ class DiffusionLoss(nn.Cell):
             x0_loss, eps_loss: float32 [B], each sample's unweighted squared error of x0 and of eps, which can be
                 compared across prediction types as the loss itself cannot.
         """
-        alpha, sigma = ops.gather(self.alpha, t, 0), ops.gather(self.sigma, t, 0)  # [B, 1, 1, 1]
-        z = alpha * latents + sigma * eps
-        error = self.network(z, t, context).astype(ms.float32) - self.target(latents, eps, alpha, sigma)
+        return self.compare(self.network(self.noisy(latents, eps, t), t, context), latents, eps, t)
+
+    def noisy(self, latents: Tensor, eps: Tensor, t: Tensor):
+        """z = alpha x0 + sigma eps, what the network sees."""
+        return ops.gather(self.alpha, t, 0) * latents + ops.gather(self.sigma, t, 0) * eps  # factors [B, 1, 1, 1]
+
+    def compare(self, output: Tensor, latents: Tensor, eps: Tensor, t: Tensor):
+        """What `construct` returns, by the network's output [B, C, H, W]."""
+        alpha, sigma = ops.gather(self.alpha, t, 0), ops.gather(self.sigma, t, 0)
+        error = output.astype(ms.float32) - self.target(latents, eps, alpha, sigma)
         squared = (error * error).mean((1, 2, 3))  # [B]
         loss = (ops.gather(self.weight, t, 0) * squared).mean()
         return loss, ops.gather(self.to_x0, t, 0) * squared, ops.gather(self.to_eps, t, 0) * squared

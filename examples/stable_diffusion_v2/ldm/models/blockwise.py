@@ -4,7 +4,8 @@ SD's UNet has 16 transformers and 22 residual blocks, but only 4 and 14 that dif
 blocks. As one graph all are compiled, and compiling takes memory that grows along. Here one layer of each kind is
 compiled, and runs with the weights of each of its kind in turn, whose memory is shared, not copied.
 
-The weights must stay as they are while these are in use, and the networks must not be asked for them.
+The weights must stay as they are while these are in use, and the networks must not be asked for them. Training has its
+own (ldm/train/blockwise.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from mindspore import Parameter, Tensor, nn
 
 from ldm.kernels import concat_channels
 
+MANY_WEIGHTS = 50_000_000  # larger networks gain by it; in smaller ones it costs a few percent of a step
+
 
 class Kind:
     """A layer whose graph serves all layers of its shapes."""
@@ -21,12 +24,12 @@ class Kind:
     def __init__(self, layer: nn.Cell, parameters: list[Parameter]):
         self.layer, self.parameters, self.values = layer, parameters, None
 
-    def __call__(self, values: list[Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+    def take(self, values: list[Tensor]) -> None:
+        """Hold these weights."""
         if self.values is not values:
             for parameter, value in zip(self.parameters, values):
                 parameter.set_data(value)
             self.values = values
-        return self.layer(*inputs)
 
 
 class Blocks:
@@ -37,16 +40,28 @@ class Blocks:
         self.kinds: dict[tuple, Kind] = {}
         self.weights: dict[int, tuple[Kind, list[Tensor]]] = {}  # by a layer's id
 
-    def run(self, layer: nn.Cell, *inputs: Tensor) -> Tensor:
-        """The layer's output."""
+    def kind(self, layer: nn.Cell) -> Kind:
+        """The layer's kind, with the layer's weights."""
         if id(layer) not in self.weights:
             parameters = list(layer.get_parameters())
             shapes = (type(layer), *(parameter.shape for parameter in parameters))
-            kind = self.kinds.setdefault(shapes, Kind(layer, parameters))
+            if shapes not in self.kinds:
+                self.kinds[shapes] = self.new_kind(layer, parameters)
             # The layer's own weights, in tensors that keep them while its parameters hold another's.
-            self.weights[id(layer)] = kind, [Tensor.from_numpy(parameter.asnumpy()) for parameter in parameters]
+            self.weights[id(layer)] = (
+                self.kinds[shapes],
+                [Tensor.from_numpy(parameter.asnumpy()) for parameter in parameters],
+            )
         kind, values = self.weights[id(layer)]
-        return kind(values, inputs)
+        kind.take(values)
+        return kind
+
+    def new_kind(self, layer: nn.Cell, parameters: list[Parameter]) -> Kind:
+        return Kind(layer, parameters)
+
+    def run(self, layer: nn.Cell, *inputs: Tensor) -> Tensor:
+        """The layer's output."""
+        return self.kind(layer).layer(*inputs)
 
 
 class BlockwiseUNet(Blocks):

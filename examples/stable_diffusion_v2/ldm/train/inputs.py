@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
 
+from ldm.checkpoint import release
 from ldm.config import ModelConfig
 from ldm.data.batches import Batch, Batches
 from ldm.data.dataset import CaptionedImages
@@ -43,7 +44,10 @@ class FrozenOutputs:
     ):
         def rows(kind: str, prefix: str, shape: tuple[int, ...], **settings) -> Rows:
             weights = {name: array for name, array in tensors.items() if name.startswith(prefix)}
-            return Rows(folder / f"{kind}-{settings_key(weights, **settings)}", shape)
+            key = settings_key(weights, **settings)
+            for array in weights.values():
+                release(array)  # read for the key; the file's pages need not stay
+            return Rows(folder / f"{kind}-{key}", shape)
 
         side, self.latents, self.features = image_size // config.vae.factor, None, None
         if latents:

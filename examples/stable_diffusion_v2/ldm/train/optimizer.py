@@ -11,13 +11,27 @@ parameters with fewer than two dimensions (biases, norms) get none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.errors import UserError
+
+PART_BYTES = 256 * 2**20  # of the parameters updated at once: of more, the scaled gradients would fill the memory
+
+
+def parts(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the longest runs, from the first on, whose sum is not above `most`; a larger one stands alone."""
+    start, total = 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > most:
+            yield start, i
+            start, total = i, 0
+        total += size
+    if sizes:
+        yield start, len(sizes)
 
 
 class Optimizer(nn.Cell):
@@ -51,6 +65,7 @@ class Optimizer(nn.Cell):
         self.weight_decay = weight_decay
         self.updates = 0
         self.map = ops.HyperMap()
+        self.parts = tuple(parts([4 * param.size for param in self.params], PART_BYTES))
 
     def scalars(self, lr: float) -> tuple[float, ...]:
         """What ``construct`` needs to know of the next update, at the learning rate ``lr``."""
@@ -58,7 +73,17 @@ class Optimizer(nn.Cell):
 
     def construct(self, scale: Tensor, scalars: tuple, grads: tuple):
         """Update the parameters with ``scale * grads``; ``scalars`` are those of ``self.scalars`` as float32."""
-        return self.map(ops.partial(self.one, scale, scalars), self.decayed, self.params, *self.slots, grads)
+        done, last = (), scale
+        for start, end in self.parts:
+            part = self.map(ops.partial(self.wait, last), grads[start:end])
+            slots = [slot[start:end] for slot in self.slots]
+            one = ops.partial(self.one, scale, scalars)
+            last = self.map(one, self.decayed[start:end], self.params[start:end], *slots, part)
+            done += last
+        return done
+
+    def wait(self, before, grad):
+        return ops.depend(grad, before)
 
 
 class AdamW(Optimizer):

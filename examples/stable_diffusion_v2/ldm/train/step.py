@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Callable
 
 import mindspore as ms
 import numpy as np
@@ -71,6 +72,8 @@ class TrainStep:
         max_grad_norm: longer gradients are shortened to it; None leaves them.
         loss_scale: for half precision.
         ranks: all of which make the same steps, each with micro-batches of its own, of one size.
+        gradients: (loss scale, *batch, add) -> (outputs of the loss, gradients of the scaled loss, added to those of
+            the last call where `add`); by default one graph.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class TrainStep:
         max_grad_norm: float | None = None,
         loss_scale: LossScale | None = None,
         ranks: Ranks | None = None,
+        gradients: Callable | None = None,
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise UserError(f"max_grad_norm is {max_grad_norm}; give a number above 0, or switch clip_grad off")
@@ -88,7 +92,7 @@ class TrainStep:
         self.max_grad_norm = max_grad_norm or math.inf
         self.loss_scale = loss_scale or LossScale()
         self.batch_names = tuple(inspect.signature(loss.construct).parameters)
-        self.gradients = _Gradients(loss, optimizer.params)
+        self.accumulates, self.gradients = bool(gradients), gradients or _Gradients(loss, optimizer.params)
         self.add, self.norm, self.update = _Add(), GlobalNorm(), _Update(optimizer, ema)
         self.sum_of_ranks = _SumOfRanks() if self.ranks.size > 1 else None
 
@@ -103,9 +107,12 @@ class TrainStep:
         scale = Tensor(self.loss_scale.value, ms.float32)
         outputs, grads = [], None
         for batch in micro_batches:
-            output, new = self.gradients(scale, *batch)
+            if self.accumulates:
+                output, grads = self.gradients(scale, *batch, add=grads is not None)
+            else:
+                output, new = self.gradients(scale, *batch)
+                grads = self.add(*grads, *new) if grads else new
             outputs.append([value.asnumpy().mean(dtype=np.float64) for value in output])
-            grads = self.add(*grads, *new) if grads else new
         own = np.mean(outputs, axis=0).tolist()
         loss, *extras = np.mean(self.ranks.gather("loss", own), axis=0).tolist()  # now all have their gradients
         if self.sum_of_ranks:
