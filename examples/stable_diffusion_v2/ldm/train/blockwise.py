@@ -23,7 +23,6 @@ class TrainedKind(Kind):
 
     def __init__(self, layer: nn.Cell, parameters: list[Parameter]):
         super().__init__(layer, parameters)
-        self.own = [Tensor.from_numpy(parameter.asnumpy()) for parameter in parameters]
         self.backward = _Backward(layer, parameters)
 
 
@@ -48,6 +47,7 @@ class BlockwiseGradients(Blocks):
         return TrainedKind(layer, parameters)
 
     def __call__(self, scale: Tensor, latents: Tensor, context: Tensor, eps: Tensor, t: Tensor, add: bool = False):
+        self.weights.clear()  # the parameters may have got other memory since, as by the moving average's validation
         net = self.network
         emb, h = self.head.time_embed(t), self.noisy(latents, eps, t)
         inputs, widths, skips = [], [], []  # of the layers, of h before a skip joins it, the skips themselves
@@ -98,7 +98,7 @@ class BlockwiseGradients(Blocks):
                 dh = backward(layer, dh)
         keep(self.head.weights, self.head(t, demb))
         for kind in self.kinds.values():  # whose parameters the optimizer moves
-            kind.take(kind.own)
+            self.kind(kind.layer)
         return outputs, self.grads
 
 
