@@ -1,5 +1,7 @@
 """Networks compiled block by block."""
 
+from dataclasses import replace
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -18,6 +20,15 @@ from ldm.train.blockwise import BlockwiseGradients
 from ldm.train.ema import Ema
 from ldm.train.optimizer import build_optimizer
 from ldm.train.step import TrainStep
+
+CONFIG = UNetConfig(
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=2,
+    attention_resolutions=(2,),
+    context_dim=32,
+    num_heads=2,
+)
 
 
 @pytest.fixture
@@ -43,15 +54,7 @@ def compare(net, blockwise, inputs):
 
 
 def test_unet(rng):
-    config = UNetConfig(
-        model_channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=2,
-        attention_resolutions=(2,),
-        context_dim=32,
-        num_heads=2,
-    )
-    net = filled(UNet(config), rng)
+    net = filled(UNet(CONFIG), rng)
     z, context = rng.standard_normal((2, 4, 8, 8), np.float32), rng.standard_normal((2, 7, 32), np.float32)
     inputs = [(Tensor(z * s), Tensor(np.array([t, t], np.int32)), Tensor(context)) for s, t in ((1, 3), (2, 900))]
     compare(net, BlockwiseUNet(net), inputs)
@@ -66,14 +69,7 @@ def test_text_encoder(rng, variant):
 
 def test_training(rng):
     """Of one and of two micro-batches: all that a step changes is as with one graph for all of the network."""
-    config = UNetConfig(
-        model_channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        context_dim=32,
-        num_heads=2,
-    )
+    config = replace(CONFIG, num_res_blocks=1)
     schedule, prediction = build_schedule(ScheduleConfig()), get_prediction("v")
     steps = []
     for blockwise in (False, True):

@@ -25,6 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE / "tools")]
 from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
 
 # isort: split
+import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
 from benchmark_sampling import FULL_WIDTH, small_config  # noqa: E402
 from mindspore import Tensor  # noqa: E402
@@ -73,10 +74,7 @@ class Stopwatch:
         def timed(*args):
             began = time.perf_counter()
             result = function(*args)
-            for tensor in result if isinstance(result, tuple) else ():
-                if isinstance(tensor, Tensor):
-                    tensor.asnumpy()  # until it is there, where the device runs ahead
-                    break
+            ms.runtime.synchronize()  # a device may run ahead
             self.seconds[part] += time.perf_counter() - began
             return result
 
@@ -102,8 +100,7 @@ def measure(args) -> None:
     latents, eps = (rng.standard_normal(shape, np.float32) for _ in range(2))
     features = rng.standard_normal((args.batch, config.text.context_length, config.unet.context_dim), np.float32)
     times = rng.integers(0, len(schedule), args.batch).astype(np.int32)
-    own = slice(ranks.rank * args.batch // ranks.size, (ranks.rank + 1) * args.batch // ranks.size)
-    batch = [tuple(Tensor(array[own]) for array in (latents, features, eps, times))]
+    batch = [tuple(Tensor(ranks.share(array)) for array in (latents, features, eps, times))]
 
     watch, rows = Stopwatch(), []
     step.gradients = watch.around("gradients", step.gradients)
