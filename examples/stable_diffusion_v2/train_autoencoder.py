@@ -4,6 +4,12 @@
 
 Latent channels that have learned nothing are cut away from what it exports; one over the spread of the others is the
 `scale_factor` of the config beside the weights.
+
+    python train_autoencoder.py --train_config configs/train/train_config_tiny_vae_decoder.yaml
+
+With --decoder_only True it finishes the decoder of a trained model: pictures are encoded, their latents noised and
+denoised by the model's UNet with their captions, and the decoder learns to make the pictures again from what comes out,
+with the errors that the UNet leaves in it. Encoder and UNet stay, and the whole model is exported.
 """
 
 from __future__ import annotations
@@ -24,15 +30,17 @@ from tqdm import tqdm
 from eval.metrics import psnr
 from ldm import checkpoint
 from ldm.config import ModelConfig, load_model_config, save_model_config
-from ldm.data.batches import Augment, Batches
+from ldm.data.batches import Augment, Batch, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.data.images import crop, to_float
+from ldm.diffusion.samplers import get_sampler
+from ldm.errors import UserError
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, save_png, to_uint8
-from ldm.pipeline import check_config, describe
-from ldm.randomness import generator
+from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
+from ldm.randomness import generator, spread
 from ldm.train.ema import Ema
 from ldm.train.latent_channels import alive, keep_channels
 from ldm.train.learning_rate import SCHEDULES, LearningRate
@@ -52,15 +60,35 @@ from ldm.yaml_file import save_yaml
 
 log = logging.getLogger("train_autoencoder")
 COLUMNS = ("step", "loss", "psnr", "kl", "learning_rate", "grad_norm", "seconds")
+DECODER = (VAE + "decoder.", VAE + "post_quant_conv.")
 SHOWN = 8  # pictures in the sheet of reconstructions
+SAMPLER, SAMPLING_STEPS = "dpm_solver_pp", 15  # what latents are denoised with for --decoder_only
+
+
+class Reconstruction(nn.Cell):
+    """What a picture's error costs: its mean absolute value, its mean square, and the mean absolute error of the
+    differences between neighbouring pixels, which blurred edges and blotches in flat areas are made of."""
+
+    def __init__(self, squared_weight: float, edge_weight: float):
+        super().__init__(auto_prefix=False)
+        self.squared_weight, self.edge_weight = squared_weight, edge_weight
+
+    def construct(self, error):
+        """(loss, mean squared error per picture [B]) for an error [B, 3, H, W]."""
+        squared = (error * error).mean((1, 2, 3))
+        loss = error.abs().mean() + self.squared_weight * squared.mean()
+        if self.edge_weight:
+            rows, columns = error[:, :, 1:] - error[:, :, :-1], error[:, :, :, 1:] - error[:, :, :, :-1]
+            loss = loss + self.edge_weight * (rows.abs().mean() + columns.abs().mean())
+        return loss, squared
 
 
 class AutoencoderLoss(nn.Cell):
-    """Mean absolute and squared error of the picture, and the KL divergence to the unit Gaussian (arXiv 1312.6114)."""
+    """Error of the reconstruction, and the KL divergence to the unit Gaussian (arXiv 1312.6114)."""
 
-    def __init__(self, vae: nn.Cell, kl_weight: float, squared_weight: float):
+    def __init__(self, vae: nn.Cell, reconstruction: Reconstruction, kl_weight: float):
         super().__init__(auto_prefix=False)
-        self.vae, self.kl_weight, self.squared_weight = vae, kl_weight, squared_weight
+        self.vae, self.reconstruction, self.kl_weight = vae, reconstruction, kl_weight
 
     def construct(self, images, noise):
         """(loss, mean squared error per picture [B], KL in nats per latent value).
@@ -68,10 +96,24 @@ class AutoencoderLoss(nn.Cell):
         images: [B, 3, H, W] in [-1, 1]; noise: unit Gaussian, [B, C, h, w].
         """
         mean, log_var = self.vae.encode(images)
-        error = self.vae.decode(mean + ops.exp(0.5 * log_var) * noise) - images
-        squared = (error * error).mean((1, 2, 3))
+        loss, squared = self.reconstruction(self.vae.decode(mean + ops.exp(0.5 * log_var) * noise) - images)
         kl = 0.5 * (mean * mean + ops.exp(log_var) - 1.0 - log_var).mean()
-        return error.abs().mean() + self.squared_weight * squared.mean() + self.kl_weight * kl, squared, kl
+        return loss + self.kl_weight * kl, squared, kl
+
+
+class DecoderLoss(nn.Cell):
+    """Error of pictures decoded from given latents."""
+
+    def __init__(self, vae: nn.Cell, reconstruction: Reconstruction):
+        super().__init__(auto_prefix=False)
+        self.vae, self.reconstruction = vae, reconstruction
+
+    def construct(self, images, latents):
+        """(loss, mean squared error per picture [B]).
+
+        images: [B, 3, H, W] in [-1, 1]; latents: unscaled, [B, C, h, w].
+        """
+        return self.reconstruction(self.vae.decode(latents) - images)
 
 
 def build_parser() -> Parser:
@@ -92,12 +134,21 @@ def build_parser() -> Parser:
     add("--train_batch_size", type=int, default=16)
     add("--steps", type=int, default=5000, help="training steps")
     add(
+        "--decoder_only",
+        type=str2bool,
+        default=False,
+        help="train the decoder alone, on latents that the UNet of pretrained_model_path has denoised",
+    )
+    add("--denoise_below", type=int, default=500, help="with decoder_only, the latest timestep to denoise from")
+    add("--scale", type=float, default=1.0, help="with decoder_only, the guidance scale of the denoising")
+    add(
         "--latent_channels",
         type=int,
         help="to train with (default: the model config's); those that learn nothing are not exported",
     )
     add("--kl_weight", type=float, default=1e-6)
     add("--squared_weight", type=float, default=1.0, help="of the squared error beside the absolute one")
+    add("--edge_weight", type=float, default=0.0, help="of the error in differences between neighbouring pixels")
     add("--optim", choices=list(OPTIMIZERS), default="adamw")
     add("--betas", type=float, nargs=2, default=[0.9, 0.99])
     add("--weight_decay", type=float, default=0.0)
@@ -128,17 +179,69 @@ def encode(model: StableDiffusion, data: CaptionedImages, batch_size: int) -> tu
     return np.concatenate([mean for mean, _ in parts]), np.concatenate([std for _, std in parts])
 
 
-def export(run: Path, ema: Ema, config: ModelConfig, mean: np.ndarray, std: np.ndarray) -> None:
-    """The averaged weights without dead channels, and their config, with the scale that gives latents a mean square
-    of 1; mean and std: of latents [N, C, h, w] as they are scaled now."""
-    tensors, kept = ema.tensors(), alive(mean, std) or list(range(mean.shape[1]))
-    if len(kept) < mean.shape[1]:
-        log.info("of %d latent channels %d say something of the picture; the rest is cut", mean.shape[1], len(kept))
-        tensors = keep_channels(tensors, kept)
-    scale = config.scale_factor / np.sqrt(np.mean(mean[:, kept] ** 2 + std[:, kept] ** 2, dtype=np.float64))
-    config = replace(with_latent_channels(config, len(kept)), scale_factor=float(scale))
-    checkpoint.save(run / "vae.safetensors", tensors, describe(config), "safetensors")
-    save_model_config(config, run / "model_config.yaml")
+class WholeAutoencoder:
+    """What is trained, on what, and what comes of it: encoder and decoder, on the latents' Gaussian."""
+
+    def __init__(self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace):
+        self.model, self.config, self.args = model, config, args
+        if path := args.pretrained_model_path:
+            model.load(checkpoint.load(path).tensors, path, (VAE,))
+        else:
+            initialize(model.vae, args.seed)
+        self.trained = list(model.vae.get_parameters())
+        reconstruction = Reconstruction(args.squared_weight, args.edge_weight)
+        self.loss = AutoencoderLoss(model.vae, reconstruction, args.kl_weight)
+
+    def second_input(self, batch: Batch, step: int) -> np.ndarray:
+        """What the loss takes beside the pictures."""
+        shape = self.model.latent_shape(*batch.images.shape[2:])
+        draws = [generator(self.args.seed, "latent", i).standard_normal(shape, np.float32) for i in batch.ordinals]
+        return np.stack(draws)
+
+    def export(self, run: Path, tensors: dict[str, np.ndarray], data: CaptionedImages) -> Path:
+        """Write the trained tensors without dead channels, and their config, with the scale that gives latents a mean
+        square of 1. The model has the same tensors at this time."""
+        mean, std = encode(self.model, data, self.args.train_batch_size)
+        kept = alive(mean, std) or list(range(mean.shape[1]))
+        if len(kept) < mean.shape[1]:
+            log.info("of %d latent channels %d say something of the picture; the rest is cut", mean.shape[1], len(kept))
+            tensors = keep_channels(tensors, kept)
+        scale = self.config.scale_factor / np.sqrt(np.mean(mean[:, kept] ** 2 + std[:, kept] ** 2, dtype=np.float64))
+        config = replace(with_latent_channels(self.config, len(kept)), scale_factor=float(scale))
+        checkpoint.save(run / "vae.safetensors", tensors, describe(config), "safetensors")
+        save_model_config(config, run / "model_config.yaml")
+        return run / "vae.safetensors"
+
+
+class DecoderAlone:
+    """The same for the decoder of a whole model, on latents that its UNet has denoised.
+
+    A step's pictures are noised to one of the sampler's times below `denoise_below` and denoised from there, or, as one
+    more choice, left as they are; steps take the choices evenly.
+    """
+
+    def __init__(self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace):
+        self.model, self.config = model, config
+        self.whole = read_checkpoint(args.pretrained_model_path, config).tensors
+        model.load(self.whole, args.pretrained_model_path, copy=True)
+        self.trained = [p for p in model.vae.get_parameters() if p.name.startswith(DECODER)]
+        self.loss = DecoderLoss(model.vae, Reconstruction(args.squared_weight, args.edge_weight))
+        self.pipeline, size = Pipeline(config, model), args.image_size
+        self.settings = Settings(get_sampler(SAMPLER), SAMPLING_STEPS, args.scale, size, size, args.seed)
+        self.fewest_skipped = int((self.pipeline.schedule.timesteps(SAMPLING_STEPS) >= args.denoise_below).sum())
+
+    def second_input(self, batch: Batch, step: int) -> np.ndarray:
+        """Unscaled latents, float32 [B, C, h, w]."""
+        choices = SAMPLING_STEPS + 1 - self.fewest_skipped
+        skipped = self.fewest_skipped + int(spread(self.settings.seed, "steps skipped", np.array(step)) * choices)
+        x0 = self.model.encode_images(batch.images)[0]
+        latents = self.pipeline.redraw(x0, batch.texts, batch.ordinals.tolist(), self.settings, skipped)
+        return self.model.unscaled(latents)
+
+    def export(self, run: Path, tensors: dict[str, np.ndarray], data: CaptionedImages) -> Path:
+        """Write the whole model with the trained tensors."""
+        checkpoint.save(run / "model.safetensors", {**self.whole, **tensors}, describe(self.config), "safetensors")
+        return run / "model.safetensors"
 
 
 def with_latent_channels(config: ModelConfig, channels: int) -> ModelConfig:
@@ -155,6 +258,9 @@ def main() -> None:
     args.image_size = args.image_size or config.image_size
     check_config(config, args.image_size)
     require_at_least(1, args, "train_batch_size", "steps", "save_interval")
+    if args.decoder_only and (args.latent_channels is not None or not args.pretrained_model_path):
+        wrong = "without latent_channels" if args.pretrained_model_path else "with the pretrained_model_path of a model"
+        raise UserError(f"decoder_only goes {wrong}: encoder and UNet of that model stay as they are")
     if args.latent_channels is not None:
         require_at_least(1, args, "latent_channels")
         config = with_latent_channels(config, args.latent_channels)
@@ -168,16 +274,11 @@ def main() -> None:
     log.info(data.summary())
     runtime.start(args.device_target, args.mode)
     model = StableDiffusion(config)
-    if args.pretrained_model_path:
-        model.load(checkpoint.load(args.pretrained_model_path).tensors, args.pretrained_model_path, (VAE,))
-    else:
-        initialize(model.vae, args.seed)
-
-    trained = list(model.vae.get_parameters())
+    task = (DecoderAlone if args.decoder_only else WholeAutoencoder)(model, config, args)
     train_step = TrainStep(
-        AutoencoderLoss(model.vae, args.kl_weight, args.squared_weight),
-        build_optimizer(args.optim, trained, tuple(args.betas), weight_decay=args.weight_decay),
-        Ema(trained, args.ema_decay),
+        task.loss,
+        build_optimizer(args.optim, task.trained, tuple(args.betas), weight_decay=args.weight_decay),
+        Ema(task.trained, args.ema_decay),
         args.max_grad_norm,
     )
     check_room(run, 2 * state_bytes(train_step))
@@ -186,22 +287,19 @@ def main() -> None:
     save_yaml(vars(args), run / "args.yaml")
 
     batches = Batches(data, args.train_batch_size, args.seed, Augment(args.random_crop, args.flip), first)
-    shape = model.latent_shape(args.image_size, args.image_size)
     stream, shown = iter(batches), fixed_pictures(data, SHOWN)
     result = ResultLog(run / "result.log", COLUMNS, first)
     with tqdm(total=args.steps, initial=first, unit="step") as bar:
         for step in range(first, args.steps):
             began, lr, batch = time.perf_counter(), rate(step), next(stream)
-            noise = np.stack(
-                [generator(args.seed, "latent", i).standard_normal(shape, np.float32) for i in batch.ordinals]
-            )
-            outcome = train_step([(Tensor(batch.images), Tensor(noise))], lr, step)
-            squared, kl = outcome.extras
+            inputs = Tensor(batch.images), Tensor(task.second_input(batch, step))
+            outcome = train_step([inputs], lr, step)
+            squared, *kl = outcome.extras
             result.write(
                 step=step + 1,
                 loss=outcome.loss,
                 psnr=psnr(squared),
-                kl=kl,
+                kl=kl[0] if kl else np.nan,
                 learning_rate=lr,
                 grad_norm=outcome.grad_norm,
                 seconds=time.perf_counter() - began,
@@ -210,19 +308,19 @@ def main() -> None:
             bar.update()
             if (step + 1) % args.save_interval == 0 or step + 1 == args.steps:
                 with train_step.ema.applied():
-                    mean, std = encode(model, data, args.train_batch_size)
                     decoded = model.decode(model.encode_images(shown)[0])
-                export(run, train_step.ema, config, mean, std)
+                    exported = task.export(run, train_step.ema.tensors(), data)
                 save_png(grid(to_uint8(np.concatenate([shown, decoded])), rows=2), run / "reconstructions.png")
                 save_state(run / RESUME_NAME, train_step, {"step": step + 1}, settings)
                 loss_curve(run / "loss_curve.png", read_log(run / "result.log"))
-    log.info("the autoencoder is %s, its config %s", run / "vae.safetensors", run / "model_config.yaml")
+                log.info("step %d: %s", step + 1, exported)
 
 
 def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int) -> dict:
     """What must be the same when a run is resumed."""
     names = ("train_batch_size", "image_size", "seed", "optim", "betas", "weight_decay", "ema_decay")
-    names += ("random_crop", "flip", "kl_weight", "squared_weight")
+    names += ("random_crop", "flip", "kl_weight", "squared_weight", "edge_weight")
+    names += ("decoder_only", "denoise_below", "scale")
     return {**asdict(config.vae), **{name: getattr(args, name) for name in names}, "pictures": pictures}
 
 

@@ -139,6 +139,25 @@ class Pipeline:
             raise UserError("the autoencoder returned NaN or infinity: check the checkpoint, or use --dtype float32")
         return to_uint8(images)
 
+    def redraw(
+        self, x0: np.ndarray, prompts: list[str], numbers: list[int], settings: Settings, skipped: int
+    ) -> np.ndarray:
+        """Latents as the sampler leaves them when it begins at x0 under noise (SDEdit, arXiv 2108.01073).
+
+        Args:
+            x0: [B, C, h, w], the latents of pictures.
+            prompts, numbers: a caption of each, and what keys its noise, as in `draw`.
+            settings: the sampler, whose eta is 0.
+            skipped: how many of the sampler's steps are left out at the beginning; where none is left, x0 comes back.
+        """
+        times = self.schedule.timesteps(settings.steps)[skipped:]
+        if not len(times):
+            return x0
+        eps = np.stack([generator(settings.seed, "noise to redraw", k).standard_normal(x0.shape[1:]) for k in numbers])
+        z = self.schedule.alpha(times[0]) * x0 + self.schedule.sigma(times[0]) * eps
+        denoise = self.denoiser(prompts, [""] * len(prompts), settings.guidance_scale)
+        return settings.sampler(denoise, z, times, self.schedule)
+
     def denoiser(self, prompts: list[str], negative_prompts: list[str], guidance_scale: float) -> Denoiser:
         """What a sampler calls for this batch of prompts."""
         cond = Tensor(self.encode(prompts))

@@ -23,10 +23,12 @@ from PIL import Image
 from eval import results_table
 from ldm import checkpoint, runtime
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, load_model_config, save_model_config
+from ldm.errors import UserError
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.pipeline import describe
 from ldm.randomness import generator
+from ldm.train.log import read_log
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(
@@ -382,6 +384,36 @@ def test_the_autoencoder_learns_and_resumes(place, monkeypatch):
     assert written.vae.embed_dim == written.unet.in_channels == len(ckpt.tensors[VAE + "post_quant_conv.bias"])
     assert Image.open(output / "reconstructions.png").size[0] > 8 * 32
     call(monkeypatch, train_autoencoder, [*words, "--steps", 12, "--resume", True])  # nothing is left to do
+
+
+def test_a_decoder_learns_from_denoised_latents_and_the_rest_stays(place, tmp_path, monkeypatch, capsys):
+    words = ["--model_config", place / "model.yaml", "--data_path", place / "data", "--decoder_only", True]
+    words += ["--train_batch_size", 4, "--save_interval", 8, "--warmup_steps", 2, "--start_learning_rate", 3e-3]
+    words += ["--edge_weight", 0.5, "--steps", 16]
+    assert "with the pretrained_model_path" in refusal(monkeypatch, capsys, train_autoencoder, words)
+    words += ["--pretrained_model_path", place / "base.safetensors"]
+    assert "without latent_channels" in refusal(
+        monkeypatch, capsys, train_autoencoder, [*words, "--latent_channels", 3]
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call(monkeypatch, train_autoencoder, [*words, "--output_path", whole])
+    psnr = read_log(whole / "result.log")["psnr"]
+    assert len(psnr) == 16 and np.mean(psnr[-3:]) > np.mean(psnr[:3]) + 1
+    before, after = (checkpoint.load(path) for path in (place / "base.safetensors", whole / "model.safetensors"))
+    assert before.tensors.keys() == after.tensors.keys() and after.meta["prediction_type"] == "v"
+    changed = {name for name in after.tensors if not np.array_equal(before.tensors[name], after.tensors[name])}
+    assert changed == {name for name in after.tensors if name.startswith(train_autoencoder.DECODER)}
+
+    def stop(self, batch, step, second_input=train_autoencoder.DecoderAlone.second_input):
+        if step == 10:
+            raise UserError("the power failed")
+        return second_input(self, batch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_autoencoder.DecoderAlone, "second_input", stop)
+        assert "power" in refusal(patch, capsys, train_autoencoder, [*words, "--output_path", parts])
+    call(monkeypatch, train_autoencoder, [*words, "--output_path", parts, "--resume", True])
+    assert read_log(parts / "result.log")["loss"].tolist() == read_log(whole / "result.log")["loss"].tolist()
 
 
 # ---- what they refuse ----

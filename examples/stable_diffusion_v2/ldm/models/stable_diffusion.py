@@ -97,7 +97,11 @@ class StableDiffusion(nn.Cell):
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Pictures, float32 [B, 3, H, W] about [-1, 1], of scaled latents [B, C, H / f, W / f]."""
-        return self.vae(Tensor((latents / self.scale_factor).astype(np.float32))).asnumpy().astype(np.float32)
+        return self.vae(Tensor(self.unscaled(latents))).asnumpy().astype(np.float32)
+
+    def unscaled(self, latents: np.ndarray) -> np.ndarray:
+        """Scaled latents as the autoencoder's own decoder takes them, float32."""
+        return (latents / self.scale_factor).astype(np.float32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's name and shape."""
