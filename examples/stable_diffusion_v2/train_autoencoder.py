@@ -140,6 +140,7 @@ def build_parser() -> Parser:
         help="train the decoder alone, on latents that the UNet of pretrained_model_path has denoised",
     )
     add("--denoise_below", type=int, default=500, help="with decoder_only, the latest timestep to denoise from")
+    add("--clean_share", type=float, default=0.25, help="with decoder_only, the share of steps without noise")
     add("--scale", type=float, default=1.0, help="with decoder_only, the guidance scale of the denoising")
     add(
         "--latent_channels",
@@ -216,8 +217,8 @@ class WholeAutoencoder:
 class DecoderAlone:
     """The same for the decoder of a whole model, on latents that its UNet has denoised.
 
-    A step's pictures are noised to one of the sampler's times below `denoise_below` and denoised from there, or, as one
-    more choice, left as they are; steps take the choices evenly.
+    A step's pictures are noised to one of the sampler's times below `denoise_below` and denoised from there, or, in a
+    share of the steps, left as they are; steps take the times evenly.
     """
 
     def __init__(self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace):
@@ -228,12 +229,14 @@ class DecoderAlone:
         self.loss = DecoderLoss(model.vae, Reconstruction(args.squared_weight, args.edge_weight))
         self.pipeline, size = Pipeline(config, model), args.image_size
         self.settings = Settings(get_sampler(SAMPLER), SAMPLING_STEPS, args.scale, size, size, args.seed)
+        self.clean_share = args.clean_share
         self.fewest_skipped = int((self.pipeline.schedule.timesteps(SAMPLING_STEPS) >= args.denoise_below).sum())
 
     def second_input(self, batch: Batch, step: int) -> np.ndarray:
         """Unscaled latents, float32 [B, C, h, w]."""
-        choices = SAMPLING_STEPS + 1 - self.fewest_skipped
-        skipped = self.fewest_skipped + int(spread(self.settings.seed, "steps skipped", np.array(step)) * choices)
+        place = (1 - float(spread(self.settings.seed, "steps skipped", np.array(step)))) / (1 - self.clean_share)
+        left = SAMPLING_STEPS - self.fewest_skipped  # steps of the sampler that are below
+        skipped = SAMPLING_STEPS if place > 1 else self.fewest_skipped + min(int(place * left), left - 1)
         x0 = self.model.encode_images(batch.images)[0]
         latents = self.pipeline.redraw(x0, batch.texts, batch.ordinals.tolist(), self.settings, skipped)
         return self.model.unscaled(latents)
@@ -261,6 +264,8 @@ def main() -> None:
     if args.decoder_only and (args.latent_channels is not None or not args.pretrained_model_path):
         wrong = "without latent_channels" if args.pretrained_model_path else "with the pretrained_model_path of a model"
         raise UserError(f"decoder_only goes {wrong}: encoder and UNet of that model stay as they are")
+    if not 0 <= args.clean_share < 1 or args.denoise_below < 1:
+        raise UserError("clean_share is from 0 to below 1, denoise_below at least 1")
     if args.latent_channels is not None:
         require_at_least(1, args, "latent_channels")
         config = with_latent_channels(config, args.latent_channels)
@@ -320,7 +325,7 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int) -
     """What must be the same when a run is resumed."""
     names = ("train_batch_size", "image_size", "seed", "optim", "betas", "weight_decay", "ema_decay")
     names += ("random_crop", "flip", "kl_weight", "squared_weight", "edge_weight")
-    names += ("decoder_only", "denoise_below", "scale")
+    names += ("decoder_only", "denoise_below", "clean_share", "scale")
     return {**asdict(config.vae), **{name: getattr(args, name) for name in names}, "pictures": pictures}
 
 
