@@ -189,7 +189,7 @@ class WholeAutoencoder:
             model.load(checkpoint.load(path).tensors, path, (VAE,))
         else:
             initialize(model.vae, args.seed)
-        self.trained = list(model.vae.get_parameters())
+        self.trained, self.untrained_bytes = list(model.vae.get_parameters()), 0
         reconstruction = Reconstruction(args.squared_weight, args.edge_weight)
         self.loss = AutoencoderLoss(model.vae, reconstruction, args.kl_weight)
 
@@ -226,17 +226,21 @@ class DecoderAlone:
         self.whole = read_checkpoint(args.pretrained_model_path, config).tensors
         model.load(self.whole, args.pretrained_model_path, copy=True)
         self.trained = [p for p in model.vae.get_parameters() if p.name.startswith(DECODER)]
+        self.untrained_bytes = sum(array.nbytes for array in self.whole.values())  # exported all the same
         self.loss = DecoderLoss(model.vae, Reconstruction(args.squared_weight, args.edge_weight))
         self.pipeline, size = Pipeline(config, model), args.image_size
         self.settings = Settings(get_sampler(SAMPLER), SAMPLING_STEPS, args.scale, size, size, args.seed)
         self.clean_share = args.clean_share
-        self.fewest_skipped = int((self.pipeline.schedule.timesteps(SAMPLING_STEPS) >= args.denoise_below).sum())
+        times = self.pipeline.schedule.timesteps(SAMPLING_STEPS)
+        self.fewest_skipped = int((times >= args.denoise_below).sum())
+        if self.fewest_skipped == SAMPLING_STEPS:
+            raise UserError(f"denoise_below is {args.denoise_below}; the sampler's last time is {times[-1]}")
 
     def second_input(self, batch: Batch, step: int) -> np.ndarray:
         """Unscaled latents, float32 [B, C, h, w]."""
-        place = (1 - float(spread(self.settings.seed, "steps skipped", np.array(step)))) / (1 - self.clean_share)
-        left = SAMPLING_STEPS - self.fewest_skipped  # steps of the sampler that are below
-        skipped = SAMPLING_STEPS if place > 1 else self.fewest_skipped + min(int(place * left), left - 1)
+        place = float(spread(self.settings.seed, "steps skipped", step)) / (1 - self.clean_share)
+        choices = SAMPLING_STEPS - self.fewest_skipped
+        skipped = self.fewest_skipped + int(place * choices) if place < 1 else SAMPLING_STEPS
         x0 = self.model.encode_images(batch.images)[0]
         latents = self.pipeline.redraw(x0, batch.texts, batch.ordinals.tolist(), self.settings, skipped)
         return self.model.unscaled(latents)
@@ -264,8 +268,8 @@ def main() -> None:
     if args.decoder_only and (args.latent_channels is not None or not args.pretrained_model_path):
         wrong = "without latent_channels" if args.pretrained_model_path else "with the pretrained_model_path of a model"
         raise UserError(f"decoder_only goes {wrong}: encoder and UNet of that model stay as they are")
-    if not 0 <= args.clean_share < 1 or args.denoise_below < 1:
-        raise UserError("clean_share is from 0 to below 1, denoise_below at least 1")
+    if not 0 <= args.clean_share < 1:
+        raise UserError(f"clean_share is {args.clean_share}; give a number from 0 to below 1")
     if args.latent_channels is not None:
         require_at_least(1, args, "latent_channels")
         config = with_latent_channels(config, args.latent_channels)
@@ -286,7 +290,7 @@ def main() -> None:
         Ema(task.trained, args.ema_decay),
         args.max_grad_norm,
     )
-    check_room(run, 2 * state_bytes(train_step))
+    check_room(run, 2 * (state_bytes(train_step) + task.untrained_bytes))
     settings = run_settings(args, config, len(data))
     first = load_state(resume_from, train_step, settings)["step"] if resume_from else 0
     save_yaml(vars(args), run / "args.yaml")

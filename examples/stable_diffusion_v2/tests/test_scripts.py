@@ -395,6 +395,9 @@ def test_a_decoder_learns_from_denoised_latents_and_the_rest_stays(place, tmp_pa
     assert "without latent_channels" in refusal(
         monkeypatch, capsys, train_autoencoder, [*words, "--latent_channels", 3]
     )
+    for option, value in (("clean_share", 1), ("denoise_below", 1)):
+        refused = [*words, "--output_path", tmp_path / "refused", f"--{option}", value]
+        assert option in refusal(monkeypatch, capsys, train_autoencoder, refused)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     call(monkeypatch, train_autoencoder, [*words, "--output_path", whole])
     psnr = read_log(whole / "result.log")["psnr"]
