@@ -25,9 +25,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle OpenMP threads would
 if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("MS_NODE_ID", "0")) != "0":
     os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress
 
+gc.disable()
 import mindspore as ms  # noqa: E402
 from mindspore import communication, nn  # noqa: E402
 
+gc.enable()
+gc.freeze()  # what is there stays: MindSpore looks for garbage whenever it compiles, which took 0.08 s each time
 DEVICES = ("Ascend", "GPU", "CPU")
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 HERE = Path(__file__).parents[1]
@@ -83,7 +86,9 @@ def set_compute_dtype(net: nn.Cell, dtype: str) -> None:
 
 def give_back_memory() -> None:
     """Return to the system what is free: a deleted network's parameters, what compiling a graph has used."""
+    gc.unfreeze()
     gc.collect()
+    gc.freeze()
     with contextlib.suppress(OSError, AttributeError):  # glibc's; without it memory is only returned later
         ctypes.CDLL(None).malloc_trim(0)
 

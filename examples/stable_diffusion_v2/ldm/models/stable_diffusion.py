@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from threading import Thread
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -113,20 +114,32 @@ class StableDiffusion(nn.Cell):
         """Set the parameters under these prefixes, all of them or none; UserError where names or shapes do not fit.
 
         Without `copy` they are views of the file where they can be, which must then stay as it is: for short runs.
-        Numbers that are NaN or infinite are warned of.
+        Numbers that are NaN or infinite are warned of; in views by a thread, which reads the file ahead while this one
+        goes on, in the order in which the networks are used.
         """
-        fitting, bad = checkpoint.match(tensors, self.shapes(), path, prefixes), []
+        fitting, bad, views = checkpoint.match(tensors, self.shapes(), path, prefixes), [], {}
         for name, parameter in self.parameters_and_names():
-            if name in fitting:
-                if not np.isfinite(fitting[name].sum(dtype=np.float32)):
-                    bad.append(name)
-                if fill(parameter, fitting[name], copy):
-                    checkpoint.release(fitting[name])
-                else:
-                    self.views[name] = fitting[name]
-        if bad:
-            log.warning("%s: NaN or infinity in %d of %d tensors, first %s", path, len(bad), len(fitting), bad[0])
+            if name not in fitting:
+                continue
+            if fill(parameter, fitting[name], copy):
+                bad += [name] * (not is_finite(fitting[name]))
+                checkpoint.release(fitting[name])
+            else:
+                views[name] = fitting[name]
+        self.views |= views
+
+        def check() -> None:
+            for part in (TEXT, UNET, VAE):
+                bad.extend(name for name, array in views.items() if name.startswith(part) and not is_finite(array))
+            if bad:
+                log.warning("%s: NaN or infinity in %d of %d tensors, first %s", path, len(bad), len(fitting), bad[0])
+
+        Thread(target=check).start() if views else check()
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every parameter by name, float32."""
         return {name: parameter.asnumpy() for name, parameter in self.parameters_and_names()}
+
+
+def is_finite(array: np.ndarray) -> bool:
+    return bool(np.isfinite(array.sum(dtype=np.float32)))
