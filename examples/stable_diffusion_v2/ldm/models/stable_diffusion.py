@@ -131,6 +131,7 @@ class StableDiffusion(nn.Cell):
         def check() -> None:
             for part in (TEXT, UNET, VAE):
                 bad.extend(name for name, array in views.items() if name.startswith(part) and not is_finite(array))
+            self.rest(VAE)  # it is used last
             if bad:
                 log.warning("%s: NaN or infinity in %d of %d tensors, first %s", path, len(bad), len(fitting), bad[0])
 
