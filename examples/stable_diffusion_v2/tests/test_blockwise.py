@@ -67,8 +67,10 @@ def test_text_encoder(rng, variant):
     compare(net, BlockwiseText(net), [(Tensor(rng.integers(50, size=(2, 7)).astype(np.int32)),) for _ in range(2)])
 
 
-def test_training(rng):
-    """Of one and of two micro-batches: all that a step changes is as with one graph for all of the network."""
+@pytest.mark.parametrize("most", [1.0, None])
+def test_training(rng, most):
+    """Of one and of two micro-batches: all that a step changes is as with one graph for all of the network. Without
+    clipping, a layer is updated as soon as its gradients are there."""
     config = replace(CONFIG, num_res_blocks=1)
     schedule, prediction = build_schedule(ScheduleConfig()), get_prediction("v")
     steps = []
@@ -78,7 +80,8 @@ def test_training(rng):
         params = list(net.get_parameters())
         gradients = BlockwiseGradients(loss, params) if blockwise else None
         optimizer = build_optimizer("adamw", params, (0.9, 0.999), weight_decay=0.01)
-        steps.append(TrainStep(loss, optimizer, Ema(params, 0.9), 1.0, gradients=gradients))
+        steps.append(TrainStep(loss, optimizer, Ema(params, 0.9), most, gradients=gradients))
+        assert steps[-1].by_layers == (blockwise and most is None)
     for number in range(4):
         micro = []
         for _ in range(1 + number % 2):

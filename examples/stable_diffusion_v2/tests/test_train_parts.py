@@ -55,11 +55,26 @@ class Loss(nn.Cell):
         return error.mean(), error
 
 
-def make(optim="adamw", ema=0.99, max_grad_norm=1.0, loss_scale=None, loss=Loss, ranks=None, **options):
+class ByLayers:
+    """All gradients of one graph, given out one by one, from the last parameter on."""
+
+    def __init__(self, loss, params):
+        self.params, self.graph = params, ops.value_and_grad(loss, None, params, has_aux=True)
+
+    def layers(self, scale, *batch):
+        outputs, grads = self.graph(*batch)
+        return outputs, (([param], [grad]) for param, grad in reversed(list(zip(self.params, grads))))
+
+
+def make(
+    optim="adamw", ema=0.99, max_grad_norm=1.0, loss_scale=None, loss=Loss, ranks=None, by_layers=False, **options
+):
     net = Net()
     optimizer = build_optimizer(optim, net.get_parameters(), **options)
     average = Ema(optimizer.params, ema) if ema else None
-    return TrainStep(loss(net), optimizer, average, max_grad_norm, loss_scale, ranks)
+    network = loss(net)
+    gradients = ByLayers(network, optimizer.params) if by_layers else None
+    return TrainStep(network, optimizer, average, max_grad_norm, loss_scale, ranks, gradients)
 
 
 def batch(step, size=8):
@@ -188,6 +203,43 @@ def zero_scale(train_step):
 def overflow(train_step):
     x, y = batch(3)
     return [(x, Tensor(1e25 * y.asnumpy()))]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adam", "sgd"])
+def test_layer_by_layer_a_step_changes_the_same(optim):
+    wanted, got = (make(optim, max_grad_norm=None, by_layers=by_layers) for by_layers in (False, True))
+    assert got.by_layers and not wanted.by_layers
+    for step in range(4):
+        (one,), (other,) = (train(train_step, step, step + 1) for train_step in (wanted, got))
+        assert (one.loss, one.applied) == (other.loss, other.applied)
+        np.testing.assert_allclose(one.extras, other.extras)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-6)
+    assert snapshot(got)[1] == snapshot(wanted)[1]
+    for a, b in zip(wanted.variables().values(), got.variables().values()):
+        np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"optim": "muon"}, {"max_grad_norm": 1.0}, {"loss_scale": LossScale(2.0)}],
+    ids=["muon", "clipping", "loss scale"],
+)
+def test_what_needs_all_gradients_waits_for_them(options):
+    assert not make(**{"max_grad_norm": None, "by_layers": True, **options}).by_layers
+
+
+def test_layer_by_layer_nothing_infinite_reaches_the_weights():
+    far = make(loss=FarLoss, max_grad_norm=None, by_layers=True)
+    before = snapshot(far)
+    with pytest.raises(UserError, match="step 0: .* in the loss; the weights are those before"):
+        train(far, 0, 1)
+    assert snapshot(far) == before
+    root = make(loss=RootLoss, max_grad_norm=None, by_layers=True)
+    zero_scale(root)
+    before = snapshot(root)
+    with pytest.raises(UserError, match="step 0: .* in the gradient of scale; what was saved before is good"):
+        train(root, 0, 1)
+    assert snapshot(root) == before  # scale comes first
 
 
 class WithAnother(Ranks):

@@ -7,7 +7,7 @@ backwards (arXiv 1604.06174, section 4). The graphs are small and few, so they a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -30,7 +30,7 @@ class BlockwiseGradients(Blocks):
     """(loss scale, latents, context, eps, t) -> (outputs of the loss, gradients of the scaled loss), for `TrainStep`.
 
     The gradients are always the same tensors, written anew or, where `add`, added to: compiled graphs keep their last
-    inputs, so that those of two steps would be held.
+    inputs, so that those of two steps would be held. `layers` does without them.
 
     Args:
         loss: of a UNet.
@@ -39,23 +39,34 @@ class BlockwiseGradients(Blocks):
 
     def __init__(self, loss: DiffusionLoss, params: Sequence[Parameter]):
         super().__init__(loss.network)
-        self.arrays = {id(param): np.zeros(param.shape, np.float32) for param in params}
-        self.grads = tuple(map(Tensor.from_numpy, self.arrays.values()))
+        self.params, self.arrays, self.grads = params, {}, ()
         self.noisy, self.head, self.tail = _Noisy(loss), _Head(loss.network.time_embed), _Tail(loss)
 
     def new_kind(self, layer: nn.Cell, parameters: list[Parameter]) -> Kind:
         return TrainedKind(layer, parameters)
 
     def __call__(self, scale: Tensor, latents: Tensor, context: Tensor, eps: Tensor, t: Tensor, add: bool = False):
+        if not self.arrays:
+            self.arrays = {id(param): np.empty(param.shape, np.float32) for param in self.params}
+            self.grads = tuple(map(Tensor.from_numpy, self.arrays.values()))
+        outputs, layers = self.layers(scale, latents, context, eps, t)
+        for params, grads in layers:
+            for param, grad in zip(params, grads):
+                array = self.arrays[id(param)]
+                array[...] = array + grad.asnumpy() if add else grad.asnumpy()
+        return outputs, self.grads
+
+    def layers(
+        self, scale: Tensor, latents: Tensor, context: Tensor, eps: Tensor, t: Tensor
+    ) -> tuple[tuple[Tensor, ...], Iterator[tuple[Sequence[Parameter], Sequence[Tensor]]]]:
+        """(outputs of the loss, the way back): parameters with their gradients, layer by layer from the last on.
+
+        Every parameter comes once and may be changed as soon as it has come. The way back must be gone to its end.
+        """
         self.weights.clear()  # the parameters may have got other memory since, as by the moving average's validation
         net = self.network
         emb, h = self.head.time_embed(t), self.noisy(latents, eps, t)
         inputs, widths, skips = [], [], []  # of the layers, of h before a skip joins it, the skips themselves
-
-        def keep(params: Sequence[Parameter], found: Sequence[Tensor]) -> None:
-            for param, grad in zip(params, found):
-                array = self.arrays[id(param)]
-                array[...] = array + grad.asnumpy() if add else grad.asnumpy()
 
         def forward(layer: nn.Cell, h: Tensor) -> Tensor:
             inputs.append(h)
@@ -73,33 +84,29 @@ class BlockwiseGradients(Blocks):
             for layer in stage:
                 h = forward(layer, h)
 
-        (_, outputs), (dh, found) = self.tail(h, scale, latents, eps, t)
-        keep(self.tail.weights, found)
-        demb = ops.zeros_like(emb)
+        (_, outputs), (dh, of_tail) = self.tail(h, scale, latents, eps, t)
 
-        def backward(layer: nn.Cell, dh: Tensor) -> Tensor:
-            nonlocal demb
-            (dh, part, _), found = self.kind(layer).backward(inputs.pop(), emb, context, dh)
-            keep(layer.get_parameters(), found)
-            demb = demb + part
-            return dh
+        def way_back():
+            nonlocal dh
+            yield self.tail.weights, of_tail
+            demb = ops.zeros_like(emb)
+            stages = (*net.input_blocks, net.middle_block, *net.output_blocks)
+            for place in reversed(range(len(stages))):
+                if place < len(net.input_blocks):
+                    dh = dh + skips.pop()
+                for layer in reversed(stages[place]):
+                    (dh, part, _), of_layer = self.kind(layer).backward(inputs.pop(), emb, context, dh)
+                    demb = demb + part
+                    yield list(layer.get_parameters()), of_layer
+                if place > len(net.input_blocks):
+                    width = widths.pop()
+                    skips.append(dh[:, width:])
+                    dh = dh[:, :width]
+            yield self.head.weights, self.head(t, demb)
+            for kind in self.kinds.values():  # whose parameters the optimizer moves
+                self.kind(kind.layer)
 
-        for stage in reversed(net.output_blocks):
-            for layer in reversed(stage):
-                dh = backward(layer, dh)
-            width = widths.pop()
-            skips.append(dh[:, width:])
-            dh = dh[:, :width]
-        for layer in reversed(net.middle_block):
-            dh = backward(layer, dh)
-        for stage in reversed(net.input_blocks):
-            dh = dh + skips.pop()
-            for layer in reversed(stage):
-                dh = backward(layer, dh)
-        keep(self.head.weights, self.head(t, demb))
-        for kind in self.kinds.values():  # whose parameters the optimizer moves
-            self.kind(kind.layer)
-        return outputs, self.grads
+        return outputs, way_back()
 
 
 class _Backward(nn.Cell):

@@ -11,7 +11,7 @@ parameters with fewer than two dimensions (biases, norms) get none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -46,9 +46,11 @@ class Optimizer(nn.Cell):
     Attributes:
         updates: how many were made; whoever calls the cell counts.
         state: the tensors to save and restore, each named "<prefix>.<parameter's name>".
+        separable: whether a parameter's update needs its own gradient alone.
     """
 
     prefixes: tuple[str, ...]
+    separable = True
 
     def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(auto_prefix=False)
@@ -66,6 +68,7 @@ class Optimizer(nn.Cell):
         self.updates = 0
         self.map = ops.HyperMap()
         self.parts = tuple(parts([4 * param.size for param in self.params], PART_BYTES))
+        self.places = {id(param): place for place, param in enumerate(self.params)}
 
     def scalars(self, lr: float) -> tuple[float, ...]:
         """What ``construct`` needs to know of the next update, at the learning rate ``lr``."""
@@ -84,6 +87,11 @@ class Optimizer(nn.Cell):
 
     def wait(self, before, grad):
         return ops.depend(grad, before)
+
+    def update(self, param: Parameter, scale: Tensor, scalars: Sequence[Tensor], grad: Tensor) -> None:
+        """The same for one parameter alone, at once. Only where it is `separable`."""
+        place = self.places[id(param)]
+        self.one(scale, scalars, self.decayed[place], param, *(slot[place] for slot in self.slots), grad)
 
 
 class AdamW(Optimizer):
@@ -134,6 +142,7 @@ class Muon(AdamW):
     """
 
     prefixes = ("momentum",)
+    separable = False  # those of a size are orthogonalized together
 
     def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, betas, eps, weight_decay)

@@ -4,6 +4,9 @@ Two compiled graphs: value and gradients, and the update of all weights in place
 sees the loss and the norm before anything is written: a step with a NaN or an infinity never reaches the weights.
 With several ranks a third graph adds their gradients up between the two, and whatever the host decides, it decides from
 numbers that all ranks share, so that their weights stay the same bit for bit.
+
+Where gradients come layer by layer and nothing has to know them all (no clipping, no loss scale, one micro-batch, one
+rank), each layer is updated as soon as its own are there, so that there is never more of them (arXiv 2306.09782).
 """
 
 from __future__ import annotations
@@ -73,7 +76,7 @@ class TrainStep:
         loss_scale: for half precision.
         ranks: all of which make the same steps, each with micro-batches of its own, of one size.
         gradients: (loss scale, *batch, add) -> (outputs of the loss, gradients of the scaled loss, added to those of
-            the last call where `add`); by default one graph.
+            the last call where `add`); by default one graph. With a method `layers`, see `BlockwiseGradients`.
     """
 
     def __init__(
@@ -95,15 +98,19 @@ class TrainStep:
         self.accumulates, self.gradients = bool(gradients), gradients or _Gradients(loss, optimizer.params)
         self.add, self.norm, self.update = _Add(), GlobalNorm(), _Update(optimizer, ema)
         self.sum_of_ranks = _SumOfRanks() if self.ranks.size > 1 else None
+        wait = max_grad_norm is not None or loss_scale is not None or self.ranks.size > 1 or not optimizer.separable
+        self.by_layers = hasattr(gradients, "layers") and not wait
 
     def __call__(self, micro_batches: Sequence[tuple[Tensor, ...]], lr: float, step: int) -> StepResult:
         """Update the weights with the mean gradient of the micro-batches, each the arguments of the loss.
 
         Raises:
             UserError: the loss or a gradient is not finite. It names ``step`` and the first such tensor; weights,
-                moving average and optimizer are as they were.
+                moving average and optimizer are as they were, but for a gradient that came layer by layer.
         """
         assert not (self.ema and self.ema.swapped), "a training step while the moving average is in the network"
+        if self.by_layers and len(micro_batches) == 1:
+            return self._step_by_layers(micro_batches[0], lr, step)
         scale = Tensor(self.loss_scale.value, ms.float32)
         outputs, grads = [], None
         for batch in micro_batches:
@@ -125,11 +132,29 @@ class TrainStep:
         elif not (math.isfinite(loss) and self.loss_scale.overflowed()):  # no scale mends the loss itself
             found = self.ranks.gather("NaN", _first_bad(self._tensors(micro_batches, loss, grads)))
             _, bad = min((one for one in found if one), default=(0, "the gradients' norm, of finite gradients"))
-            raise UserError(
-                f"step {step}: training has diverged, first NaN or infinity in {bad}; the weights are those before this"
-                " step; lower the learning rate, or set clip_grad"
-            )
+            raise _diverged(step, bad, "the weights are those before this step")
         return StepResult(loss, tuple(extras), norm, applied)
+
+    def _step_by_layers(self, batch: tuple[Tensor, ...], lr: float, step: int) -> StepResult:
+        one = Tensor(1.0, ms.float32)
+        outputs, layers = self.gradients.layers(one, *batch)
+        loss, *extras = (value.asnumpy().mean(dtype=np.float64) for value in outputs)
+        if not math.isfinite(loss):
+            _, bad = _first_bad(self._tensors([batch], loss, ()))
+            raise _diverged(step, bad, "the weights are those before this step")
+        scalars, squares = [Tensor(x, ms.float32) for x in self.optimizer.scalars(lr)], 0.0
+        for params, grads in layers:
+            of_layer = [_square_sum(grad.asnumpy()) for grad in grads]
+            squares += sum(of_layer)
+            if not math.isfinite(squares):
+                bad = next(param.name for param, square in zip(params, of_layer) if not math.isfinite(square))
+                raise _diverged(step, f"the gradient of {bad}", "what was saved before is good")
+            for param, grad in zip(params, grads):
+                self.optimizer.update(param, one, scalars, grad)
+        if self.ema:
+            self.ema(Tensor(self.ema.weight(), ms.float32))
+        self._count()
+        return StepResult(loss, tuple(extras), math.sqrt(squares), True)
 
     def variables(self) -> dict[str, Parameter]:
         """Every tensor that training changes, by name: weights, moving average, optimizer state."""
@@ -157,6 +182,9 @@ class TrainStep:
     def _apply(self, grads: tuple[Tensor, ...], factor: float, lr: float) -> None:
         scalars = (factor, self.ema.weight() if self.ema else 0.0, *self.optimizer.scalars(lr))
         self.update(Tensor(scalars, ms.float32), *grads)
+        self._count()
+
+    def _count(self) -> None:
         self.loss_scale.succeeded()
         self.optimizer.updates += 1
         if self.ema:
@@ -169,6 +197,18 @@ class TrainStep:
         yield from ((f"the weights {param.name}", param.asnumpy()) for param in self.optimizer.params)
         yield "the loss", loss
         yield from ((f"the gradient of {p.name}", g.asnumpy()) for p, g in zip(self.optimizer.params, grads))
+
+
+def _diverged(step: int, bad: str, left: str) -> UserError:
+    return UserError(
+        f"step {step}: training has diverged, first NaN or infinity in {bad}; {left}; lower the learning rate, or set "
+        "clip_grad"
+    )
+
+
+def _square_sum(x: np.ndarray) -> float:
+    """Row by row in float32, then in float64."""
+    return math.fsum(float(np.vdot(row, row)) for row in (x if x.ndim > 1 else x[None]))
 
 
 def _first_bad(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[int, str] | None:
