@@ -140,7 +140,7 @@ def build_parser() -> Parser:
         help="train the decoder alone, on latents that the UNet of pretrained_model_path has denoised",
     )
     add("--denoise_below", type=int, default=500, help="with decoder_only, the latest timestep to denoise from")
-    add("--clean_share", type=float, default=0.25, help="with decoder_only, the share of steps without noise")
+    add("--clean_share", type=float, default=0.25, help="with decoder_only, the share of pictures without noise")
     add("--scale", type=float, default=1.0, help="with decoder_only, the guidance scale of the denoising")
     add(
         "--latent_channels",
@@ -217,8 +217,8 @@ class WholeAutoencoder:
 class DecoderAlone:
     """The same for the decoder of a whole model, on latents that its UNet has denoised.
 
-    A step's pictures are noised to one of the sampler's times below `denoise_below` and denoised from there, or, in a
-    share of the steps, left as they are; steps take the times evenly.
+    A share of each step's pictures stays as it is; the others are noised to one of the sampler's times below
+    `denoise_below`, which the steps take evenly, and denoised from there.
     """
 
     def __init__(self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace):
@@ -237,12 +237,15 @@ class DecoderAlone:
             raise UserError(f"denoise_below is {args.denoise_below}; the sampler's last time is {times[-1]}")
 
     def second_input(self, batch: Batch, step: int) -> np.ndarray:
-        """Unscaled latents, float32 [B, C, h, w]."""
-        place = float(spread(self.settings.seed, "steps skipped", step)) / (1 - self.clean_share)
-        choices = SAMPLING_STEPS - self.fewest_skipped
-        skipped = self.fewest_skipped + int(place * choices) if place < 1 else SAMPLING_STEPS
-        x0 = self.model.encode_images(batch.images)[0]
-        latents = self.pipeline.redraw(x0, batch.texts, batch.ordinals.tolist(), self.settings, skipped)
+        """Unscaled latents, float32 [B, C, h, w], the clean ones first."""
+        latents = self.model.encode_images(batch.images)[0]
+        until_now, with_these = (int(i * len(latents) * self.clean_share) for i in (step, step + 1))
+        clean, place = with_these - until_now, spread(self.settings.seed, "steps skipped", step)
+        if clean < len(latents):
+            skipped = self.fewest_skipped + int(place * (SAMPLING_STEPS - self.fewest_skipped))
+            numbers = batch.ordinals[clean:].tolist()
+            noisy = self.pipeline.redraw(latents[clean:], batch.texts[clean:], numbers, self.settings, skipped)
+            latents = np.concatenate([latents[:clean], noisy])
         return self.model.unscaled(latents)
 
     def export(self, run: Path, tensors: dict[str, np.ndarray], data: CaptionedImages) -> Path:

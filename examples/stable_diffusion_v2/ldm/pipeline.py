@@ -100,6 +100,16 @@ class Settings:
     seed: int
 
 
+def normal_draws(seed: int, purpose: str, shape: tuple[int, ...], numbers: list[int]) -> Callable[[int], np.ndarray]:
+    """What a sampler draws its noise from: step -> float64 [B, *shape], unit Gaussian, the same for the same number in
+    every batch; step -1 is where the sampler starts."""
+
+    def noise(step: int) -> np.ndarray:
+        return np.stack([generator(seed, purpose, k, step + 1).standard_normal(shape) for k in numbers])
+
+    return noise
+
+
 class Pipeline:
     """Prompts to pictures with one model.
 
@@ -124,11 +134,7 @@ class Pipeline:
     ) -> np.ndarray:
         """Pictures uint8 [B, H, W, 3]. Picture k of the run depends on the seed and on numbers[k], not on its batch."""
         shape = self.model.latent_shape(settings.height, settings.width)
-
-        def noise(step: int) -> np.ndarray:  # step -1 is where the sampler starts
-            draws = [generator(settings.seed, "sampling noise", k, step + 1).standard_normal(shape) for k in numbers]
-            return np.stack(draws)
-
+        noise = normal_draws(settings.seed, "sampling noise", shape, numbers)
         denoise = self.denoiser(prompts, negative_prompts, settings.guidance_scale)
         times = self.schedule.timesteps(settings.steps)
         latents = settings.sampler(denoise, noise(-1), times, self.schedule, noise, progress)
@@ -147,16 +153,14 @@ class Pipeline:
         Args:
             x0: [B, C, h, w], the latents of pictures.
             prompts, numbers: a caption of each, and what keys its noise, as in `draw`.
-            settings: the sampler, whose eta is 0.
-            skipped: how many of the sampler's steps are left out at the beginning; where none is left, x0 comes back.
+            settings: the sampler, its steps, the guidance scale and the seed.
+            skipped: how many of the sampler's steps are left out at the beginning.
         """
         times = self.schedule.timesteps(settings.steps)[skipped:]
-        if not len(times):
-            return x0
-        eps = np.stack([generator(settings.seed, "noise to redraw", k).standard_normal(x0.shape[1:]) for k in numbers])
-        z = self.schedule.alpha(times[0]) * x0 + self.schedule.sigma(times[0]) * eps
+        noise = normal_draws(settings.seed, "noise to redraw", x0.shape[1:], numbers)
+        z = self.schedule.alpha(times[0]) * x0 + self.schedule.sigma(times[0]) * noise(-1)
         denoise = self.denoiser(prompts, [""] * len(prompts), settings.guidance_scale)
-        return settings.sampler(denoise, z, times, self.schedule)
+        return settings.sampler(denoise, z, times, self.schedule, noise)
 
     def denoiser(self, prompts: list[str], negative_prompts: list[str], guidance_scale: float) -> Denoiser:
         """What a sampler calls for this batch of prompts."""
