@@ -60,7 +60,7 @@ def build_parser() -> Parser:
     add("--ckpt_path", help="the checkpoint (default: the version's file in models/)")
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
     add("--pretrained_model_path", help="a checkpoint that brings what ckpt_path lacks, where that is a UNet alone")
-    add("--sampler", choices=list(SAMPLERS), help="default: dpm_solver_pp")
+    add("--sampler", choices=list(SAMPLERS), help="default: the version's")
     for flag, name in OLD_SAMPLER_FLAGS.items():
         add(f"--{flag}", action="store_true", help=f"the same as --sampler {name}")
     for flag in NOT_HERE:
@@ -139,7 +139,7 @@ def chosen_sampler(args: argparse.Namespace) -> str:
             raise UserError(f"--{flag} is not available here; samplers are {', '.join(SAMPLERS)}")
     if args.use_lora:
         raise UserError("--use_lora is not available here")
-    return wanted.pop() if wanted else "dpm_solver_pp"
+    return wanted.pop() if wanted else VERSIONS[args.version].sampler
 
 
 def batches(pictures: list[Picture], size: int):

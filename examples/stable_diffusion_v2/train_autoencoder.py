@@ -33,7 +33,7 @@ from ldm.config import ModelConfig, load_model_config, save_model_config
 from ldm.data.batches import Augment, Batch, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.data.images import crop, to_float
-from ldm.diffusion.samplers import get_sampler
+from ldm.diffusion.samplers import SAMPLERS, get_sampler
 from ldm.errors import UserError
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
@@ -62,7 +62,7 @@ log = logging.getLogger("train_autoencoder")
 COLUMNS = ("step", "loss", "psnr", "kl", "learning_rate", "grad_norm", "seconds")
 DECODER = (VAE + "decoder.", VAE + "post_quant_conv.")
 SHOWN = 8  # pictures in the sheet of reconstructions
-SAMPLER, SAMPLING_STEPS = "dpm_solver_pp", 15  # what latents are denoised with for --decoder_only
+SAMPLING_STEPS = 15  # of which latents are denoised with the last, for --decoder_only
 
 
 class Reconstruction(nn.Cell):
@@ -141,6 +141,7 @@ def build_parser() -> Parser:
     )
     add("--denoise_below", type=int, default=500, help="with decoder_only, the latest timestep to denoise from")
     add("--clean_share", type=float, default=0.25, help="with decoder_only, the share of pictures without noise")
+    add("--sampler", choices=list(SAMPLERS), default="dpm_solver_pp", help="with decoder_only, what denoises")
     add("--scale", type=float, default=1.0, help="with decoder_only, the guidance scale of the denoising")
     add(
         "--latent_channels",
@@ -229,7 +230,7 @@ class DecoderAlone:
         self.untrained_bytes = sum(array.nbytes for array in self.whole.values())  # exported all the same
         self.loss = DecoderLoss(model.vae, Reconstruction(args.squared_weight, args.edge_weight))
         self.pipeline, size = Pipeline(config, model), args.image_size
-        self.settings = Settings(get_sampler(SAMPLER), SAMPLING_STEPS, args.scale, size, size, args.seed)
+        self.settings = Settings(get_sampler(args.sampler), SAMPLING_STEPS, args.scale, size, size, args.seed)
         self.clean_share = args.clean_share
         times = self.pipeline.schedule.timesteps(SAMPLING_STEPS)
         self.fewest_skipped = int((times >= args.denoise_below).sum())
@@ -332,7 +333,7 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int) -
     """What must be the same when a run is resumed."""
     names = ("train_batch_size", "image_size", "seed", "optim", "betas", "weight_decay", "ema_decay")
     names += ("random_crop", "flip", "kl_weight", "squared_weight", "edge_weight")
-    names += ("decoder_only", "denoise_below", "clean_share", "scale")
+    names += ("decoder_only", "denoise_below", "clean_share", "sampler", "scale")
     return {**asdict(config.vae), **{name: getattr(args, name) for name in names}, "pictures": pictures}
 
 

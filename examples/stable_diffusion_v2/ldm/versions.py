@@ -15,6 +15,7 @@ class Version(NamedTuple):
     config: str
     checkpoint: str
     guidance_scale: float
+    sampler: str = "dpm_solver_pp"
 
 
 VERSIONS = {
@@ -23,7 +24,7 @@ VERSIONS = {
     "2.0-v": Version("configs/v2-vpred-inference.yaml", "sd_v2_768_v-e12e3a9b.ckpt", 9.0),
     "2.1": Version("configs/v2-inference.yaml", "sd_v2-1_base-7c8d09ce.ckpt", 9.0),
     "2.1-v": Version("configs/v2-vpred-inference.yaml", "sd_v2-1_768_v-061732d1.ckpt", 9.0),
-    "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors", 2.5),
+    "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors", 2.0, "ddpm"),
 }
 
 

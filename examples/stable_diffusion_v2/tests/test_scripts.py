@@ -389,7 +389,7 @@ def test_the_autoencoder_learns_and_resumes(place, monkeypatch):
 def test_a_decoder_learns_from_denoised_latents_and_the_rest_stays(place, tmp_path, monkeypatch, capsys):
     words = ["--model_config", place / "model.yaml", "--data_path", place / "data", "--decoder_only", True]
     words += ["--train_batch_size", 4, "--save_interval", 8, "--warmup_steps", 2, "--start_learning_rate", 3e-3]
-    words += ["--edge_weight", 0.5, "--steps", 16]
+    words += ["--edge_weight", 0.5, "--steps", 16, "--sampler", "ddpm"]
     assert "with the pretrained_model_path" in refusal(monkeypatch, capsys, train_autoencoder, words)
     words += ["--pretrained_model_path", place / "base.safetensors"]
     assert "without latent_channels" in refusal(
