@@ -34,6 +34,7 @@ from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.samplers import SAMPLERS, get_sampler
 from ldm.diffusion.schedule import build_schedule
+from ldm.diffusion.timestep_bias import STRATEGIES, timestep_density
 from ldm.diffusion.weighting import WEIGHTINGS, loss_weight
 from ldm.errors import UserError
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
@@ -105,6 +106,11 @@ def build_parser() -> Parser:
     add("--train_text_encoder", type=str2bool, default=False, help="train the text encoder along with the UNet")
     add("--loss_weighting", choices=list(WEIGHTINGS), default="none", help="of the times: min_snr is arXiv 2303.09556")
     add("--snr_gamma", type=float, default=5.0, help="of min_snr")
+    add("--timestep_bias_strategy", choices=list(STRATEGIES), default="none", help="which timesteps come more often")
+    add("--timestep_bias_multiplier", type=float, default=1.0, help="how many times as often as the others")
+    add("--timestep_bias_portion", type=float, default=0.25, help="of all timesteps, with earlier or later")
+    add("--timestep_bias_begin", type=int, default=0, help="with range: its first")
+    add("--timestep_bias_end", type=int, help="with range: the one after its last (default: after the last of all)")
     add("--optim", choices=list(OPTIMIZERS), default="adamw")
     add("--betas", type=float, nargs=2, default=[0.9, 0.999])
     add("--weight_decay", type=float, default=1e-6, help="not applied to norms and biases")
@@ -163,11 +169,18 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     require_at_least(0, args, "train_steps", "ckpt_max_keep", "validation_interval")
     check_config(config, args.image_size)
     build_schedule(config.schedule).timesteps(args.validation_steps)
+    timestep_bias(args, config)
     Augment(args.random_crop, args.flip, args.caption_dropout)
     if not args.pretrained_model_path:
         raise UserError(
             "no pretrained_model_path: give a checkpoint or a --version; random networks still need its VAE"
         )
+
+
+def timestep_bias(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
+    """How often each timestep is trained, float64 [T]."""
+    numbers = {name: getattr(args, f"timestep_bias_{name}") for name in ("multiplier", "portion", "begin", "end")}
+    return timestep_density(args.timestep_bias_strategy, config.schedule.timesteps, **numbers)
 
 
 def open_caches(args: argparse.Namespace, config: ModelConfig, tensors: dict, dtype: str) -> FrozenOutputs:
@@ -373,7 +386,8 @@ def main() -> None:
     start = first * args.gradient_accumulation_steps
     pictures = caches.latents is None
     batches = Batches(data, args.train_batch_size, args.seed, augment, start, ranks.rank, ranks.size, pictures)
-    train(args, output, batches, Inputs(model, data, batches, caches, args.train_text_encoder, config), first)
+    inputs = Inputs(model, data, batches, caches, args.train_text_encoder, timestep_bias(args, config))
+    train(args, output, batches, inputs, first)
 
 
 def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: Inputs, first: int) -> None:
@@ -426,6 +440,8 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int, d
     for part in ("schedule", "unet", "vae", "text"):
         facts.update({f"{part}.{key}": value for key, value in asdict(getattr(config, part)).items()})
     del facts["unet.use_checkpoint"]  # changes memory and time, not the result
+    if args.timestep_bias_strategy != "none":
+        names += tuple(name for name in vars(args) if name.startswith("timestep_bias_"))
     return {**facts, **{name: getattr(args, name) for name in names}}
 
 

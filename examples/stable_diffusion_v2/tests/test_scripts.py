@@ -23,6 +23,7 @@ from PIL import Image
 from eval import results_table
 from ldm import checkpoint, runtime
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, load_model_config, save_model_config
+from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
@@ -181,6 +182,18 @@ def test_precision_recomputation_and_mode_change_no_loss(place, tmp_path, monkey
         losses[way] = np.array([float(row.split("\t")[2]) for row in rows])
     for way, tolerance in (("recompute", 1e-5), ("pynative", 1e-5), ("half", 1e-2)):
         np.testing.assert_allclose(losses[way], losses["plain"], rtol=tolerance, err_msg=way)
+
+
+def test_timestep_bias_chooses_what_is_trained(place, tmp_path, monkeypatch, capsys):
+    steps, output = ["--step_mode", True, "--train_steps", 2], tmp_path / "biased"
+    only = ["--timestep_bias_strategy", "range", "--timestep_bias_begin", 600, "--timestep_bias_end", 601]
+    only += ["--timestep_bias_multiplier", 1e9]
+    call(monkeypatch, train_text_to_image, training(place, output, *steps, *only))
+    snr = np.exp(build_schedule(CONFIG.schedule).log_snr(np.array([600])))
+    log = read_log(output / "result.log")
+    np.testing.assert_allclose(log["eps_loss"] / log["x0_loss"], [*snr, *snr], rtol=1e-4)
+    line = refusal(monkeypatch, capsys, train_text_to_image, training(place, output, *steps, "--resume", True))
+    assert "other settings: timestep_bias_begin was 600" in line
 
 
 def test_caches_change_no_loss_and_stand_in_for_the_networks(place, tmp_path, monkeypatch):
@@ -496,6 +509,7 @@ def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_pa
         (["--optim", "lion"], ["lion", "adamw"]),
         (["--start_learing_rate", 1], ["--start_learing_rate", "--start_learning_rate"]),
         (["--train_batch_size", 0], ["train_batch_size is 0"]),
+        (["--timestep_bias_strategy", "earlier", "--timestep_bias_multiplier", 0], ["timestep_bias_multiplier is 0"]),
         (["--resume", True], ["cannot resume", "does not exist"]),
         (["--output_path", "{place}/model.yaml/below"], ["cannot write to", "--output_path"]),
     ],

@@ -19,6 +19,7 @@ from ldm.config import ModelConfig
 from ldm.data.batches import Batch, Batches
 from ldm.data.dataset import CaptionedImages
 from ldm.data.images import crop, to_float
+from ldm.diffusion.timestep_bias import timesteps_at
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import TEXT, VAE, StableDiffusion
 from ldm.randomness import generator, spread
@@ -128,7 +129,7 @@ class Inputs:
         batches: for their seed, size and random changes.
         frozen: the caches, full.
         token_ids: give token ids int32 [B, L], for a text encoder that is trained, not features float32 [B, L, D].
-        config: the model's, for the number of training times T.
+        density: how often each timestep comes, float64 [T]; see `timestep_density`.
     """
 
     def __init__(
@@ -138,10 +139,10 @@ class Inputs:
         batches: Batches,
         frozen: FrozenOutputs,
         token_ids: bool,
-        config: ModelConfig,
+        density: np.ndarray,
     ):
         self.model, self.data, self.batches, self.frozen = model, data, batches, frozen
-        self.token_ids, self.timesteps = token_ids, config.schedule.timesteps
+        self.token_ids, self.density = token_ids, density
         self.shape = model.latent_shape(data.image_size, data.image_size)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,9 +156,9 @@ class Inputs:
             rows = self.frozen.latents.take(file_key(self.data.samples[i].path) for i in batch.indices)
             mean, std = rows[:, 0], rows[:, 1]
         latents = mean + std * self._noise("latent", batch.ordinals)
-        t = self.timesteps * spread(self.batches.seed, "timestep", batch.ordinals)
+        t = timesteps_at(self.density, spread(self.batches.seed, "timestep", batch.ordinals))
         eps = self._noise("noise", batch.ordinals)
-        return Tensor(latents), Tensor(self._text(batch.texts)), Tensor(eps), Tensor(t.astype(np.int32))
+        return Tensor(latents), Tensor(self._text(batch.texts)), Tensor(eps), Tensor(t)
 
     def _noise(self, purpose: str, ordinals: np.ndarray) -> np.ndarray:
         seed = self.batches.seed
