@@ -124,15 +124,22 @@ def test_first_adamw_step_has_the_length_of_the_learning_rate():
 
 def test_muon_brings_singular_values_near_one():
     rng = np.random.default_rng(3)
-    matrices = [rng.standard_normal((6, n)) @ np.diag(10.0 ** -np.linspace(0, 1.5, n)) for n in (40, 6, 9)]
-    for x in orthogonalize(tuple(Tensor(1e3 * x.astype(np.float32)) for x in matrices)):
+    stacks = [rng.standard_normal((k, 6, n)) @ np.diag(10.0 ** -np.linspace(0, 1.5, n)) for k, n in ((2, 40), (1, 6))]
+    for x in orthogonalize(tuple(Tensor(1e3 * x.astype(np.float32)) for x in stacks)):
         s = np.linalg.svd(x.asnumpy(), compute_uv=False)
         assert s.min() > 0.3 and s.max() < 1.25  # the smallest were a thirtieth of the largest
 
 
 def test_muon_takes_matrices_of_all_shapes_together():
     rng = np.random.default_rng(5)
-    shapes = {"wide": (4, 9), "tall": (9, 4), "conv": (4, 3, 3, 3), "narrow": (2, 1, 1, 1), "square": (9, 9)}
+    shapes = {
+        "wide": (4, 9),
+        "tall": (9, 4),
+        "wider": (4, 12),
+        "conv": (4, 3, 3, 3),
+        "narrow": (2, 1, 1, 1),
+        "square": (9, 9),
+    }
     start, slopes = ({k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()} for _ in range(2))
     optimizer = build_optimizer("muon", [Parameter(Tensor(w), k) for k, w in start.items()], BETAS, EPS, 0.0)
     scalars = Tensor(optimizer.scalars(1e-2), ms.float32)

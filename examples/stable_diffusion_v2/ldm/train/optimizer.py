@@ -155,10 +155,16 @@ class Muon(AdamW):
         self.state += squares
         left = iter(squares)  # the place of a matrix is filled with what is not read
         self.slots += (ParameterTuple([m if matrix else next(left) for m, matrix in zip(momenta, self.matrix)]),)
-        sizes = [min(len(p), p.size // len(p)) if matrix else 0 for p, matrix in zip(self.params, self.matrix)]
-        self.groups = tuple(
-            tuple(i for i, size in enumerate(sizes) if size == wanted) for wanted in sorted({*sizes} - {0})
-        )
+        self.groups = self.by_size()
+
+    def by_size(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The places of all matrices: those of one shape [m, n], lying or standing, in a tuple, and those of one m."""
+        groups: dict[int, dict[int, list[int]]] = {}
+        for i, (param, matrix) in enumerate(zip(self.params, self.matrix)):
+            if matrix:
+                m, n = sorted((len(param), param.size // len(param)))
+                groups.setdefault(m, {}).setdefault(n, []).append(i)
+        return tuple(tuple(map(tuple, shapes.values())) for shapes in groups.values())
 
     def scalars(self, lr: float) -> tuple[float, ...]:
         return (*super().scalars(lr), lr)
@@ -168,14 +174,15 @@ class Muon(AdamW):
         one = ops.partial(self.one, scale, adamw)
         done = self.map(one, self.decayed, self.matrix, self.params, *self.slots, grads)
         for group in self.groups:
-            wide = ()
-            for i in group:
-                wide += (done[i] if done[i].shape[0] <= done[i].shape[1] else done[i].swapaxes(0, 1),)
-            updates = orthogonalize(wide)
-            for n, i in enumerate(group):
-                update = updates[n] if done[i].shape[0] <= done[i].shape[1] else updates[n].swapaxes(0, 1)
-                length = lr * 0.2 * max(update.shape) ** 0.5
-                ops.assign_sub(self.params[i], length * update.reshape(self.params[i].shape))
+            stacks = ()
+            for alike in group:
+                wide = [done[i] if done[i].shape[0] <= done[i].shape[1] else done[i].swapaxes(0, 1) for i in alike]
+                stacks += (ops.stack(wide),)
+            for alike, updates in zip(group, orthogonalize(stacks)):
+                length = lr * 0.2 * updates.shape[2] ** 0.5
+                for i, update in zip(alike, ops.unstack(length * updates)):
+                    lying = update if done[i].shape[0] <= done[i].shape[1] else update.swapaxes(0, 1)
+                    ops.assign_sub(self.params[i], lying.reshape(self.params[i].shape))
         return done
 
     def one(self, scale, scalars, decayed, matrix, param, momentum, v, grad):
@@ -192,14 +199,14 @@ class Muon(AdamW):
 MUON_MOMENTUM = 0.95
 
 
-def orthogonalize(matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Matrices [m, n], one m for all and n >= m, with their singular values brought near 1 (to between 0.7 and 1.2).
+def orthogonalize(stacks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Matrices [k, m, n], one m for all and n >= m, with their singular values brought near 1 (to between 0.7 and 1.2).
 
     Five steps of Jordan's Newton-Schulz iteration x <- (3.4445 - 4.775 G + 2.0315 G^2) x with G = x xT. The factors are
     polynomials of the first G, so they commute: they are multiplied up on [m, m], for all matrices at once, and meet x
     at the end.
     """
-    gram = ops.stack([ops.matmul(x, x.swapaxes(0, 1)) for x in matrices])  # [k, m, m]
+    gram = ops.concat([ops.matmul(x, x.swapaxes(1, 2)) for x in stacks])  # [sum of k, m, m]
     identity = ops.eye(gram.shape[1], gram.shape[1], gram.dtype)
     shrink = ops.rsqrt((gram * identity).sum(-1, keepdims=True).sum(-2, keepdims=True) + 1e-14)  # 1 / norm  [k, 1, 1]
     gram, product = gram * shrink * shrink, identity
@@ -207,8 +214,8 @@ def orthogonalize(matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         factor = 3.4445 * identity - 4.775 * gram + 2.0315 * ops.matmul(gram, gram)
         product = ops.matmul(factor, product) if step else factor
         gram = ops.matmul(factor, ops.matmul(gram, factor)) if step < 4 else gram
-    factors = ops.unstack(product * shrink)
-    return tuple([ops.matmul(factor, x) for factor, x in zip(factors, matrices)])
+    factors = ops.split(product * shrink, [len(x) for x in stacks])
+    return tuple([ops.matmul(factor, x) for factor, x in zip(factors, stacks)])
 
 
 class SGD(Optimizer):
