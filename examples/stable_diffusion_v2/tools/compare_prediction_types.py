@@ -67,6 +67,7 @@ def train(folder: Path, data: Path, options: list[str]) -> Path:
     words = ["train_text_to_image.py", "--train_config", TRAIN_CONFIG, "--data_path", str(data)]
     words += ["--model_config", str(folder / "model.yaml"), "--pretrained_model_path", str(CHECKPOINT)]
     words += ["--unet_initialize_random", "True", "--text_encoder_initialize_random", "True"]
+    words += ["--timestep_bias_strategy", "none"]  # all noise levels alike: a bias could suit one type better
     words += ["--validation_interval", "0", "--output_path", str(folder), *options]
     words += ["--resume", str((folder / "ckpt/rank_0" / RESUME_NAME).exists())]
     if subprocess.run([sys.executable, *words], cwd=HERE).returncode:
