@@ -19,6 +19,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,6 +63,7 @@ from ldm.train.state import (
     state_bytes,
 )
 from ldm.train.step import LossScale, TrainStep
+from ldm.train.trainable import trainable
 from ldm.versions import VERSIONS, find_checkpoint
 from ldm.yaml_file import save_yaml
 
@@ -104,6 +106,7 @@ def build_parser() -> Parser:
     add("--train_batch_size", type=int, default=10, help="of each process")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of that size per step")
     add("--train_text_encoder", type=str2bool, default=False, help="train the text encoder along with the UNet")
+    add("--trainable_modules", nargs="*", default=[], help="parts of the names of what is trained of the UNet (or all)")
     add("--loss_weighting", choices=list(WEIGHTINGS), default="none", help="of the times: min_snr is arXiv 2303.09556")
     add("--snr_gamma", type=float, default=5.0, help="of min_snr")
     add("--timestep_bias_strategy", choices=list(STRATEGIES), default="none", help="which timesteps come more often")
@@ -171,6 +174,8 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     build_schedule(config.schedule).timesteps(args.validation_steps)
     timestep_bias(args, config)
     Augment(args.random_crop, args.flip, args.caption_dropout)
+    if args.trainable_modules and args.unet_initialize_random:
+        raise UserError("trainable_modules leaves the other weights as they are; not with unet_initialize_random")
     if not args.pretrained_model_path:
         raise UserError(
             "no pretrained_model_path: give a checkpoint or a --version; random networks still need its VAE"
@@ -181,6 +186,12 @@ def timestep_bias(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
     """How often each timestep is trained, float64 [T]."""
     numbers = {name: getattr(args, f"timestep_bias_{name}") for name in ("multiplier", "portion", "begin", "end")}
     return timestep_density(args.timestep_bias_strategy, config.schedule.timesteps, **numbers)
+
+
+def trained_unet(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Of the UNet's parameters' names those that are trained."""
+    unet = [name.removeprefix(UNET) for name in names if name.startswith(UNET)]
+    return [UNET + name for name in trainable(unet, args.trainable_modules)]
 
 
 def open_caches(args: argparse.Namespace, config: ModelConfig, tensors: dict, dtype: str) -> FrozenOutputs:
@@ -235,12 +246,13 @@ def build_train_step(
     args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, dtype: str, ranks: Ranks
 ) -> TrainStep:
     """What the optimizer moves, by which loss, and how."""
-    trained = list(model.unet.get_parameters())
+    unet = {param.name: param for param in model.unet.get_parameters()}
+    trained = [unet[name] for name in trained_unet(args, unet)]
     trained += list(model.text_encoder.get_parameters()) if args.train_text_encoder else []
     schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
     weight = loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
     loss = DiffusionLoss(model.unet, schedule, prediction, weight)
-    blockwise = trains_blockwise(args, config, dtype) and sum(param.size for param in trained) > MANY_WEIGHTS
+    blockwise = trains_blockwise(args, config, dtype) and sum(param.size for param in unet.values()) > MANY_WEIGHTS
     return TrainStep(
         TextLoss(model.text_encoder, loss) if args.train_text_encoder else loss,
         build_optimizer(args.optim, trained, tuple(args.betas), weight_decay=args.weight_decay),
@@ -365,6 +377,7 @@ def main() -> None:
     device = runtime.start(args.device_target, args.mode, ranks)
     runtime.connect_devices(ranks, device)
     ckpt = read_checkpoint(args.pretrained_model_path, config, check_type=not args.unet_initialize_random)
+    trained_unet(args, ckpt.tensors)  # before the caches are filled
     in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # then pictures are read once at most
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)
     log.info(data.summary())
@@ -440,6 +453,8 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int, d
     for part in ("schedule", "unet", "vae", "text"):
         facts.update({f"{part}.{key}": value for key, value in asdict(getattr(config, part)).items()})
     del facts["unet.use_checkpoint"]  # changes memory and time, not the result
+    if args.trainable_modules:
+        names += ("trainable_modules",)
     if args.timestep_bias_strategy != "none":
         names += tuple(name for name in vars(args) if name.startswith("timestep_bias_"))
     return {**facts, **{name: getattr(args, name) for name in names}}

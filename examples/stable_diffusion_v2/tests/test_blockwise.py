@@ -20,6 +20,7 @@ from ldm.train.blockwise import BlockwiseGradients
 from ldm.train.ema import Ema
 from ldm.train.optimizer import build_optimizer
 from ldm.train.step import TrainStep
+from ldm.train.trainable import trainable
 
 CONFIG = UNetConfig(
     model_channels=32,
@@ -67,8 +68,9 @@ def test_text_encoder(rng, variant):
     compare(net, BlockwiseText(net), [(Tensor(rng.integers(50, size=(2, 7)).astype(np.int32)),) for _ in range(2)])
 
 
+@pytest.mark.parametrize("chosen", [[], ["attn2", r"^input_blocks\.1\.", "^time_embed"]])
 @pytest.mark.parametrize("most", [1.0, None])
-def test_training(rng, most):
+def test_training(rng, most, chosen):
     """Of one and of two micro-batches: all that a step changes is as with one graph for all of the network. Without
     clipping, a layer is updated as soon as its gradients are there."""
     config = replace(CONFIG, num_res_blocks=1)
@@ -77,7 +79,8 @@ def test_training(rng, most):
     for blockwise in (False, True):
         net = filled(UNet(config), np.random.default_rng(0))
         loss = DiffusionLoss(net, schedule, prediction, loss_weight("none", schedule, prediction))
-        params = list(net.get_parameters())
+        params = {param.name: param for param in net.get_parameters()}
+        params = [params[name] for name in trainable(params, chosen)]
         gradients = BlockwiseGradients(loss, params) if blockwise else None
         optimizer = build_optimizer("adamw", params, (0.9, 0.999), weight_decay=0.01)
         steps.append(TrainStep(loss, optimizer, Ema(params, 0.9), most, gradients=gradients))
@@ -97,6 +100,9 @@ def test_training(rng, most):
     assert len(steps[1].gradients.kinds) < len(steps[1].gradients.weights)
     wanted, got = ({name: v.asnumpy() for name, v in step.variables().items()} for step in steps)
     assert wanted.keys() == got.keys()
+    untouched = filled(UNet(config), np.random.default_rng(0))
+    for before, after in zip(untouched.get_parameters(), steps[1].gradients.network.get_parameters()):
+        assert np.array_equal(before.asnumpy(), after.asnumpy()) == (after.name not in got), after.name
     for name, array in wanted.items():
         most = np.abs(array).max()
         if most > 1e-8:  # elsewhere rounding errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -194,6 +195,33 @@ def test_timestep_bias_chooses_what_is_trained(place, tmp_path, monkeypatch, cap
     np.testing.assert_allclose(log["eps_loss"] / log["x0_loss"], [*snr, *snr], rtol=1e-4)
     line = refusal(monkeypatch, capsys, train_text_to_image, training(place, output, *steps, "--resume", True))
     assert "other settings: timestep_bias_begin was 600" in line
+
+
+def test_only_the_chosen_modules_are_trained(place, tmp_path, monkeypatch, capsys):
+    """Of weights and moving average; the others come out as they went in, also of a run that was resumed."""
+    chosen = ["--trainable_modules", r"^out\.", "attn2.to_[kv]"]
+    steps = ["--step_mode", True, "--ckpt_format", "safetensors"]
+
+    def train(name, *more):
+        call(monkeypatch, train_text_to_image, training(place, tmp_path / name, *steps, *more))
+        return tensors(tmp_path / name / "ckpt/rank_0/sd-2.safetensors")
+
+    before = tensors(place / "base.safetensors")
+    after = train("chosen", *chosen, "--train_steps", 2)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {name for name in before if re.search(r"diffusion_model\.(out\.|.*attn2\.to_[kv])", name)}
+
+    state = tensors(tmp_path / "chosen/ckpt/rank_0/train_resume.safetensors")
+    assert {re.sub(r"^(ema|adam_[mv])\.", "", name) for name in state} == changed
+    again = training(place, tmp_path / "chosen", *steps, *chosen[:2], "--train_steps", 3, "--resume", True)
+    assert "other settings: trainable_modules was" in refusal(monkeypatch, capsys, train_text_to_image, again)
+
+    def complaint(*more):
+        return refused_training(monkeypatch, capsys, place, tmp_path, *more)
+
+    assert "'attn3'" in complaint("--trainable_modules", "attn2", "attn3")
+    assert "unet_initialize_random" in complaint("--trainable_modules", "attn2", "--unet_initialize_random", True)
 
 
 def test_caches_change_no_loss_and_stand_in_for_the_networks(place, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ backwards (arXiv 1604.06174, section 4). The graphs are small and few, so they a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -34,12 +34,13 @@ class BlockwiseGradients(Blocks):
 
     Args:
         loss: of a UNet.
-        params: the UNet's parameters, all of them.
+        params: the UNet's parameters that are trained; the others' gradients are let go as they come.
     """
 
     def __init__(self, loss: DiffusionLoss, params: Sequence[Parameter]):
         super().__init__(loss.network)
         self.params, self.arrays, self.grads = params, {}, ()
+        self.trained = {id(param) for param in params}
         self.noisy, self.head, self.tail = _Noisy(loss), _Head(loss.network.time_embed), _Tail(loss)
 
     def new_kind(self, layer: nn.Cell, parameters: list[Parameter]) -> Kind:
@@ -61,7 +62,8 @@ class BlockwiseGradients(Blocks):
     ) -> tuple[tuple[Tensor, ...], Iterator[tuple[Sequence[Parameter], Sequence[Tensor]]]]:
         """(outputs of the loss, the way back): parameters with their gradients, layer by layer from the last on.
 
-        Every parameter comes once and may be changed as soon as it has come. The way back must be gone to its end.
+        Every trained parameter comes once and may be changed as soon as it has come. The way back must be gone to its
+        end.
         """
         self.weights.clear()  # the parameters may have got other memory since, as by the moving average's validation
         net = self.network
@@ -88,7 +90,7 @@ class BlockwiseGradients(Blocks):
 
         def way_back():
             nonlocal dh
-            yield self.tail.weights, of_tail
+            yield self.of_trained(self.tail.weights, of_tail)
             demb = ops.zeros_like(emb)
             stages = (*net.input_blocks, net.middle_block, *net.output_blocks)
             for place in reversed(range(len(stages))):
@@ -97,16 +99,21 @@ class BlockwiseGradients(Blocks):
                 for layer in reversed(stages[place]):
                     (dh, part, _), of_layer = self.kind(layer).backward(inputs.pop(), emb, context, dh)
                     demb = demb + part
-                    yield list(layer.get_parameters()), of_layer
+                    yield self.of_trained(layer.get_parameters(), of_layer)
                 if place > len(net.input_blocks):
                     width = widths.pop()
                     skips.append(dh[:, width:])
                     dh = dh[:, :width]
-            yield self.head.weights, self.head(t, demb)
+            yield self.of_trained(self.head.weights, self.head(t, demb))
             for kind in self.kinds.values():  # whose parameters the optimizer moves
                 self.kind(kind.layer)
 
         return outputs, way_back()
+
+    def of_trained(self, params: Iterable[Parameter], grads: Iterable[Tensor]) -> tuple[list[Parameter], list[Tensor]]:
+        """Without those that are not trained."""
+        pairs = [(param, grad) for param, grad in zip(params, grads) if id(param) in self.trained]
+        return [param for param, _ in pairs], [grad for _, grad in pairs]
 
 
 class _Backward(nn.Cell):
