@@ -202,19 +202,18 @@ def test_only_the_chosen_modules_are_trained(place, tmp_path, monkeypatch, capsy
     chosen = ["--trainable_modules", r"^out\.", "attn2.to_[kv]"]
     steps = ["--step_mode", True, "--ckpt_format", "safetensors"]
 
-    def train(name, *more):
-        call(monkeypatch, train_text_to_image, training(place, tmp_path / name, *steps, *more))
-        return tensors(tmp_path / name / "ckpt/rank_0/sd-2.safetensors")
-
     before = tensors(place / "base.safetensors")
-    after = train("chosen", *chosen, "--train_steps", 2)
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not np.array_equal(before[name], after[name])}
-    assert changed == {name for name in before if re.search(r"diffusion_model\.(out\.|.*attn2\.to_[kv])", name)}
+    for count, resume in ((2, False), (3, True)):
+        more = ["--train_steps", count, "--resume", resume]
+        call(monkeypatch, train_text_to_image, training(place, tmp_path / "chosen", *steps, *chosen, *more))
+        after = tensors(tmp_path / f"chosen/ckpt/rank_0/sd-{count}.safetensors")
+        assert before.keys() == after.keys()
+        changed = {name for name in before if not np.array_equal(before[name], after[name])}
+        assert changed == {name for name in before if re.search(r"diffusion_model\.(out\.|.*attn2\.to_[kv])", name)}
 
     state = tensors(tmp_path / "chosen/ckpt/rank_0/train_resume.safetensors")
     assert {re.sub(r"^(ema|adam_[mv])\.", "", name) for name in state} == changed
-    again = training(place, tmp_path / "chosen", *steps, *chosen[:2], "--train_steps", 3, "--resume", True)
+    again = training(place, tmp_path / "chosen", *steps, *chosen[:2], "--train_steps", 4, "--resume", True)
     assert "other settings: trainable_modules was" in refusal(monkeypatch, capsys, train_text_to_image, again)
 
     def complaint(*more):
