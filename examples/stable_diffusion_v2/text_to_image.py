@@ -203,7 +203,7 @@ def main() -> None:
     if ranks.size > 1 and args.skip_save and not args.skip_grid:
         raise UserError("several processes make the grid from the saved pictures: leave out --skip_save")
     with ranks.main_first("checkpoint and folder"):
-        path = args.ckpt_path or find_checkpoint(args.version, args.download)
+        path = args.ckpt_path or find_checkpoint(args.version, args.download, config.prediction_type)
         samples = make_folder(Path(args.output_path) / "samples")
     ranks.check_shared(samples)
     facts = run_facts(args, config, path)

@@ -1,6 +1,6 @@
 """The table of results: what checkpoints draw from a data set's captions, measured beside its pictures.
 
-python eval/results_table.py --version tiny --data_path datasets/emoji/noto/test --sampling_steps 15 --dpm_solver
+python eval/results_table.py --version tiny --data_path datasets/emoji/noto/test --sampling_steps 15
 
 Every checkpoint and every data set make a row, kept in a folder of its own under --output_path; the table is of all
 rows there, so it grows from call to call. The folder's name ends in a digest of all that decides the pictures, the
@@ -153,7 +153,7 @@ def prepare(
     if options.skip_save:
         raise UserError("--skip_save leaves nothing to measure")
     config = load_model_config(options.config or VERSIONS[options.version].config)
-    checkpoint = options.ckpt_path or find_checkpoint(options.version, options.download)
+    checkpoint = options.ckpt_path or find_checkpoint(options.version, options.download, config.prediction_type)
     pictures, drawing = text_to_image.plan(options), text_to_image.run_facts(options, config, checkpoint)
     check_config(config, drawing["H"], drawing["W"])
     read_checkpoint(checkpoint, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ldm.config import load_model_config
 from ldm.download import download
 from ldm.errors import UserError
 from ldm.yaml_file import SCRIPTS, search
@@ -28,12 +29,22 @@ VERSIONS = {
 }
 
 
-def find_checkpoint(version: str, fetch: bool = False) -> str:
+def find_checkpoint(version: str, fetch: bool = False, prediction_type: str | None = None) -> str:
     """The file of that version under models/; with `fetch` it is downloaded where it is not there.
 
+    Args:
+        prediction_type: what its UNet will be taken for. Most of these files do not say what they are, so a config of
+            another type would go unnoticed. None where the UNet is not wanted.
+
     Raises:
-        UserError: it is not there; says which file to get, from where and where to put it.
+        UserError: it is of another type, or not there; then says which file to get, from where and where to put it.
     """
+    own = load_model_config(VERSIONS[version].config).prediction_type
+    if prediction_type not in (None, own):
+        raise UserError(
+            f"--version {version} was trained with prediction_type '{own}', the config says '{prediction_type}': "
+            "leave out the config, or choose another version"
+        )
     name = VERSIONS[version].checkpoint
     found = search(f"models/{name}")
     if found is not None:

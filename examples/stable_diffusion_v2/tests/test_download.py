@@ -99,3 +99,14 @@ def test_nothing_is_fetched_without_being_asked(server, tmp_path, monkeypatch):
     assert not server.requests
     assert versions.find_checkpoint("2.1", fetch=True) == str(tmp_path / "models/model.ckpt")
     assert (tmp_path / "models/model.ckpt").read_bytes() == CONTENT
+
+
+def test_a_published_file_is_not_read_as_another_type(monkeypatch):
+    """SD 2.0's file says nothing of its type, and the v config would take its eps for v."""
+    monkeypatch.setitem(versions.VERSIONS, "2.0", versions.Version("configs/v2-inference.yaml", "not-there.ckpt", 9.0))
+    with pytest.raises(UserError, match="--version 2.0 was trained with prediction_type 'eps', the config says 'v'"):
+        versions.find_checkpoint("2.0", prediction_type="v")
+    for fitting in ("eps", None):
+        with pytest.raises(UserError, match="no models/not-there.ckpt"):
+            versions.find_checkpoint("2.0", prediction_type=fitting)
+    assert versions.find_checkpoint("tiny", prediction_type="v").endswith("tiny-vpred.safetensors")
