@@ -80,7 +80,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("model and data").add_argument
     add("--train_config", help="YAML file with values for these options; the command line overrides it")
-    add("-v", "--version", choices=list(VERSIONS), help="a published model: its config, and its file in models/")
+    add("-v", "--version", choices=list(VERSIONS), help="a published model: its file in models/, and its config")
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
     add("--model_config", help="the model's YAML file, as for sampling (default: the version's, or SD 2.x with v)")
     add("--pretrained_model_path", default="", help="the checkpoint to start from (default: the version's)")
@@ -101,12 +101,17 @@ def build_parser() -> Parser:
     add("--cache_share", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=10)
+    add("--epochs", type=int, default=10, help="passes over the data")
     add("--train_steps", type=int, default=0, help="stop after so many steps instead (0: after the epochs)")
     add("--train_batch_size", type=int, default=10, help="of each process")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of that size per step")
     add("--train_text_encoder", type=str2bool, default=False, help="train the text encoder along with the UNet")
-    add("--trainable_modules", nargs="*", default=[], help="parts of the names of what is trained of the UNet (or all)")
+    add(
+        "--trainable_modules",
+        nargs="*",
+        default=[],
+        help="regular expressions: what to train of the UNet (or all)",
+    )
     add("--loss_weighting", choices=list(WEIGHTINGS), default="none", help="of the times: min_snr is arXiv 2303.09556")
     add("--snr_gamma", type=float, default=5.0, help="of min_snr")
     add("--timestep_bias_strategy", choices=list(STRATEGIES), default="none", help="which timesteps come more often")
@@ -114,32 +119,32 @@ def build_parser() -> Parser:
     add("--timestep_bias_portion", type=float, default=0.25, help="of all timesteps, with earlier or later")
     add("--timestep_bias_begin", type=int, default=0, help="with range: its first")
     add("--timestep_bias_end", type=int, help="with range: the one after its last (default: after the last of all)")
-    add("--optim", choices=list(OPTIMIZERS), default="adamw")
-    add("--betas", type=float, nargs=2, default=[0.9, 0.999])
+    add("--optim", choices=list(OPTIMIZERS), default="adamw", help="muon learns faster from random weights")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="decay of the optimizer's averages")
     add("--weight_decay", type=float, default=1e-6, help="not applied to norms and biases")
     add("--scheduler", choices=list(SCHEDULES), default="cosine_decay", help="of the learning rate, after the warm-up")
-    add("--start_learning_rate", type=float, default=1e-5)
-    add("--end_learning_rate", type=float, default=1e-7)
-    add("--warmup_steps", type=int, default=1000)
-    add("--decay_steps", type=int, default=0, help="0: to the last step")
-    add("--clip_grad", type=str2bool, default=False)
+    add("--start_learning_rate", type=float, default=1e-5, help="after the warm-up")
+    add("--end_learning_rate", type=float, default=1e-7, help="after decay_steps")
+    add("--warmup_steps", type=int, default=1000, help="in which the learning rate rises from nothing")
+    add("--decay_steps", type=int, default=0, help="in which it falls (0: to the last step)")
+    add("--clip_grad", type=str2bool, default=False, help="scale larger gradients down to max_grad_norm")
     add("--max_grad_norm", type=float, default=1.0, help="with clip_grad")
     add("--use_ema", type=str2bool, default=False, help="save and validate with the weights' moving average")
-    add("--ema_decay", type=float, default=0.9999)
+    add("--ema_decay", type=float, default=0.9999, help="of the moving average")
     add("--init_loss_scale", type=float, default=65536, help="with float16")
     add("--scale_window", type=int, default=1000, help="with float16: good steps before the loss scale is doubled")
-    add("--seed", type=seed, default=3407)
+    add("--seed", type=seed, default=3407, help="of order, noise, times, dropout and random weights")
 
     add = parser.add_argument_group("output").add_argument
     add("--step_mode", type=str2bool, default=False, help="count ckpt_save_interval in steps instead of epochs")
-    add("--ckpt_save_interval", type=int, default=1)
+    add("--ckpt_save_interval", type=int, default=1, help="epochs (or steps) from one checkpoint to the next")
     add("--ckpt_max_keep", type=int, default=10, help="the last so many checkpoints are kept (0: all)")
-    add("--ckpt_format", choices=list(SUFFIXES), default="mindspore")
+    add("--ckpt_format", choices=list(SUFFIXES), default="mindspore", help="of the checkpoints")
     add("--ckpt_dtype", choices=("float32", "float16"), default="float32", help="of the checkpoints' numbers")
     add("--resume", default="False", help="True, or the path of a resume state")
     add("--validation_prompts", nargs="*", default=[], help="prompts drawn while training")
     add("--validation_interval", type=int, default=500, help="steps between validation pictures (0: at the end only)")
-    add("--validation_sampler", choices=list(SAMPLERS), default="dpm_solver_pp")
+    add("--validation_sampler", choices=list(SAMPLERS), default="dpm_solver_pp", help="as --sampler when drawing")
     add("--validation_steps", type=int, default=20, help="sampling steps")
     add("--validation_scale", type=float, default=5.0, help="guidance scale")
 
@@ -355,8 +360,10 @@ def settle(args: argparse.Namespace) -> ModelConfig:
     """Fill in what a version and the model's config decide; returns that config."""
     if args.version:
         args.model_config = args.model_config or VERSIONS[args.version].config
-        args.pretrained_model_path = args.pretrained_model_path or find_checkpoint(args.version, args.download)
     config = load_model_config(args.model_config or DEFAULT_CONFIG)
+    if args.version and not args.pretrained_model_path:
+        wanted = None if args.unet_initialize_random else config.prediction_type
+        args.pretrained_model_path = find_checkpoint(args.version, args.download, wanted)
     args.image_size = args.image_size or config.image_size
     return config
 

@@ -17,12 +17,21 @@ from ldm.yaml_file import find_file, nearest, read_yaml
 log = logging.getLogger(__name__)
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds each option's default to its help, but where there is none or the help says it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if not action.option_strings or action.nargs == 0 or action.default in (None, "", [], argparse.SUPPRESS):
+            return text
+        return text if "default:" in text else f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that answers a mistake with one line and the nearest option, and guesses no abbreviations."""
 
     def __init__(self, description: str | None = None, add_help: bool = True):
-        form = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, add_help=add_help, allow_abbrev=False, formatter_class=form)
+        super().__init__(description=description, add_help=add_help, allow_abbrev=False, formatter_class=HelpFormatter)
         self.ignored: dict[str, str] = {}
 
     def ignore(self, options: dict[str, str]) -> None:

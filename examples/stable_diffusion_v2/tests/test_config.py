@@ -485,6 +485,19 @@ def test_help_lists_options_and_defaults_but_not_the_ignored(capsys):
     assert "--train_batch_size" in out and "num_workers" not in out
 
 
+def test_help_says_every_default_once(capsys):
+    options = Parser()
+    options.add_argument("--steps", type=int, default=20, help="how often")
+    options.add_argument("--scale", type=float, default=0.0, help="how much (default: the version's)")
+    options.add_argument("--config", help="a file")
+    options.add_argument("--flag", action="store_true", help="a flag")
+    with pytest.raises(SystemExit):
+        options.parse_args(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "how often (default: 20)" in out and "a file --flag a flag" in out
+    assert out.count("default:") == 2
+
+
 @pytest.mark.parametrize("word", ["True", "true", " YES", "on", "t", "y", "1"])
 def test_words_for_true(word):
     assert str2bool(word) is True
