@@ -9,6 +9,7 @@ export GLOG_v ?= 3
 .PHONY: help setup demo test parity lint format bench clean
 
 help:
+	@echo "make setup   install what the scripts need, into .venv;  make clean: remove it"
 	@echo "make demo    fine-tune the tiny model on OpenMoji and draw before and after"
 	@echo "make test    all tests that need no PyTorch"
 	@echo "make parity  compare with diffusers and transformers (installs PyTorch)"

@@ -106,12 +106,7 @@ def build_parser() -> Parser:
     add("--train_batch_size", type=int, default=10, help="of each process")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of that size per step")
     add("--train_text_encoder", type=str2bool, default=False, help="train the text encoder along with the UNet")
-    add(
-        "--trainable_modules",
-        nargs="*",
-        default=[],
-        help="regular expressions: what to train of the UNet (or all)",
-    )
+    add("--trainable_modules", nargs="*", default=[], help="what to train of the UNet (or all): regular expressions")
     add("--loss_weighting", choices=list(WEIGHTINGS), default="none", help="of the times: min_snr is arXiv 2303.09556")
     add("--snr_gamma", type=float, default=5.0, help="of min_snr")
     add("--timestep_bias_strategy", choices=list(STRATEGIES), default="none", help="which timesteps come more often")

@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--version", choices=list(VERSIONS), help="the published model whose config it is")
     args = parser.parse_args()
     kind = SUFFIXES.get(args.destination.suffix, "diffusers")
+    if args.destination.suffix in (".pt", ".pth", ".bin"):
+        raise UserError(f"{args.destination}: PyTorch's own files are read, not written; .safetensors serves its users")
     if args.destination.exists():
         raise UserError(f"{args.destination} exists; remove it or give another name")
     meta = {}

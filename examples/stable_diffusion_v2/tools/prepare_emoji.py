@@ -2,9 +2,9 @@
 
 The pictures come from npm packages (exact versions in `SETS`), the names from emojibase-data. To repeat it:
 
-    mkdir /tmp/packages && cd /tmp/packages
-    npm pack @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 @iconify-json/fluent-emoji-flat@1.2.6 \
-        openmoji@17.0.0 emojibase-data@17.0.0
+    mkdir /tmp/packages
+    npm pack --pack-destination /tmp/packages @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 \
+        @iconify-json/fluent-emoji-flat@1.2.6 openmoji@17.0.0 emojibase-data@17.0.0
     pip install pillow==13.0.0 resvg-py==0.5.0 tqdm
     python tools/prepare_emoji.py --packages /tmp/packages --check
 
