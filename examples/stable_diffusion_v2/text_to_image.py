@@ -161,7 +161,7 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str) ->
         "H": args.H or config.image_size,
         "W": args.W or config.image_size,
         "prediction_type": config.prediction_type,
-        "dtype": args.dtype or runtime.default_dtype(args.device_target or runtime.default_device()),
+        "dtype": runtime.compute_dtype(args.dtype, args.device_target),
         "checkpoint": Path(checkpoint).name,
     }
 

@@ -41,11 +41,12 @@ from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, save_png, to_uint8
 from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
 from ldm.randomness import generator, spread
+from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
 from ldm.train.latent_channels import alive, keep_channels
 from ldm.train.learning_rate import SCHEDULES, LearningRate
 from ldm.train.log import ResultLog, loss_curve, read_log
-from ldm.train.optimizer import OPTIMIZERS, build_optimizer
+from ldm.train.optimizer import OPTIMIZERS, build_optimizer, check_numbers
 from ldm.train.state import (
     RESUME_NAME,
     check_room,
@@ -184,6 +185,8 @@ def encode(model: StableDiffusion, data: CaptionedImages, batch_size: int) -> tu
 class WholeAutoencoder:
     """What is trained, on what, and what comes of it: encoder and decoder, on the latents' Gaussian."""
 
+    exported = "vae.safetensors"
+
     def __init__(self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace):
         self.model, self.config, self.args = model, config, args
         if path := args.pretrained_model_path:
@@ -210,9 +213,13 @@ class WholeAutoencoder:
             tensors = keep_channels(tensors, kept)
         scale = self.config.scale_factor / np.sqrt(np.mean(mean[:, kept] ** 2 + std[:, kept] ** 2, dtype=np.float64))
         config = replace(with_latent_channels(self.config, len(kept)), scale_factor=float(scale))
-        checkpoint.save(run / "vae.safetensors", tensors, describe(config), "safetensors")
+        checkpoint.save(run / self.exported, tensors, describe(config), "safetensors")
         save_model_config(config, run / "model_config.yaml")
-        return run / "vae.safetensors"
+        return run / self.exported
+
+    def settings_facts(self) -> dict[str, str]:
+        """What the resume state does not hold of the weights: nothing."""
+        return {}
 
 
 class DecoderAlone:
@@ -221,6 +228,8 @@ class DecoderAlone:
     A share of each step's pictures stays as it is; the others are noised to one of the sampler's times below
     `denoise_below`, which the steps take evenly, and denoised from there.
     """
+
+    exported = "model.safetensors"
 
     def __init__(self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace):
         self.model, self.config = model, config
@@ -251,8 +260,13 @@ class DecoderAlone:
 
     def export(self, run: Path, tensors: dict[str, np.ndarray], data: CaptionedImages) -> Path:
         """Write the whole model with the trained tensors."""
-        checkpoint.save(run / "model.safetensors", {**self.whole, **tensors}, describe(self.config), "safetensors")
-        return run / "model.safetensors"
+        checkpoint.save(run / self.exported, {**self.whole, **tensors}, describe(self.config), "safetensors")
+        return run / self.exported
+
+    def settings_facts(self) -> dict[str, str]:
+        """Stands for the weights that the run uses as they are: a resume state does not hold them."""
+        rest = {name: array for name, array in self.whole.items() if not name.startswith(DECODER)}
+        return {"frozen": settings_key(rest)}
 
 
 def with_latent_channels(config: ModelConfig, channels: int) -> ModelConfig:
@@ -268,6 +282,8 @@ def main() -> None:
     config = load_model_config(args.model_config)
     args.image_size = args.image_size or config.image_size
     check_config(config, args.image_size)
+    if not args.decoder_only:  # which leaves the UNet as it is
+        config = replace(config, image_size=args.image_size)
     require_at_least(1, args, "train_batch_size", "steps", "save_interval")
     if args.decoder_only and (args.latent_channels is not None or not args.pretrained_model_path):
         wrong = "without latent_channels" if args.pretrained_model_path else "with the pretrained_model_path of a model"
@@ -277,6 +293,9 @@ def main() -> None:
     if args.latent_channels is not None:
         require_at_least(1, args, "latent_channels")
         config = with_latent_channels(config, args.latent_channels)
+    check_numbers(tuple(args.betas), weight_decay=args.weight_decay)
+    Ema.check(args.ema_decay)
+    TrainStep.check(args.max_grad_norm)
     rate = LearningRate(
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, 0, args.steps
     )
@@ -294,8 +313,8 @@ def main() -> None:
         Ema(task.trained, args.ema_decay),
         args.max_grad_norm,
     )
-    check_room(run, 2 * (state_bytes(train_step) + task.untrained_bytes))
-    settings = run_settings(args, config, len(data))
+    check_room(run, 2 * (state_bytes(train_step) + task.untrained_bytes), run / RESUME_NAME, run / task.exported)
+    settings = {**run_settings(args, config), "pictures": len(data), "data": data.digest(), **task.settings_facts()}
     first = load_state(resume_from, train_step, settings)["step"] if resume_from else 0
     save_yaml(vars(args), run / "args.yaml")
 
@@ -329,12 +348,12 @@ def main() -> None:
                 log.info("step %d: %s", step + 1, exported)
 
 
-def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int) -> dict:
-    """What must be the same when a run is resumed."""
-    names = ("train_batch_size", "image_size", "seed", "optim", "betas", "weight_decay", "ema_decay")
+def run_settings(args: argparse.Namespace, config: ModelConfig) -> dict:
+    """What of the options must be the same when a run is resumed."""
+    names = ("train_batch_size", "image_size", "seed", "optim", "betas", "weight_decay", "ema_decay", "max_grad_norm")
     names += ("random_crop", "flip", "kl_weight", "squared_weight", "edge_weight")
     names += ("decoder_only", "denoise_below", "clean_share", "sampler", "scale")
-    return {**asdict(config.vae), **{name: getattr(args, name) for name in names}, "pictures": pictures}
+    return {**asdict(config.vae), **{name: getattr(args, name) for name in names}}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +47,16 @@ from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
 from ldm.ranks import Ranks, follow_parent, without_launcher
 from ldm.train.blockwise import BlockwiseGradients
+from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
 from ldm.train.inputs import FrozenOutputs, Inputs
 from ldm.train.learning_rate import SCHEDULES, LearningRate
 from ldm.train.log import ResultLog, loss_curve, read_log
-from ldm.train.optimizer import OPTIMIZERS, build_optimizer
+from ldm.train.optimizer import OPTIMIZERS, build_optimizer, check_numbers
 from ldm.train.state import (
     RESUME_NAME,
     check_room,
+    check_settings,
     load_state,
     prune,
     refuse_used_folder,
@@ -173,6 +175,14 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     check_config(config, args.image_size)
     build_schedule(config.schedule).timesteps(args.validation_steps)
     timestep_bias(args, config)
+    loss_weight(
+        args.loss_weighting, build_schedule(config.schedule), get_prediction(config.prediction_type), args.snr_gamma
+    )
+    learning_rate(args, args.train_steps or 1)
+    LossScale(args.init_loss_scale, args.scale_window)
+    TrainStep.check(args.max_grad_norm if args.clip_grad else None)
+    Ema.check(args.ema_decay)
+    check_numbers(tuple(args.betas), weight_decay=args.weight_decay)
     Augment(args.random_crop, args.flip, args.caption_dropout)
     if args.trainable_modules and args.unet_initialize_random:
         raise UserError("trainable_modules leaves the other weights as they are; not with unet_initialize_random")
@@ -205,6 +215,12 @@ def caches_latents(args: argparse.Namespace) -> bool:
     return args.cache_latents and not (args.random_crop or args.flip)
 
 
+def frozen_tensors(args: argparse.Namespace, ckpt: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
+    """Of the checkpoint's tensors those of the networks beside the UNet, which go into every checkpoint."""
+    kept = (VAE,) if args.text_encoder_initialize_random else (VAE, TEXT)
+    return {name: array for name, array in ckpt.tensors.items() if name.startswith(kept)}
+
+
 def wanted_parts(args: argparse.Namespace, caches: FrozenOutputs, to_fill: bool, ranks: Ranks) -> tuple[str, ...]:
     """The networks that this process needs: without the frozen ones where the caches stand in for them."""
     if args.cache_only:
@@ -232,7 +248,8 @@ def fill_elsewhere(ranks: Ranks) -> None:
     """Fill the caches in a process of its own, with which the memory of the frozen networks goes away."""
     share = ["--use_parallel", "False", "--cache_share", f"{ranks.rank}/{ranks.size}"]
     command = [sys.executable, *sys.argv, "--cache_only", "True", *share]
-    if subprocess.run(command, env=without_launcher()).returncode:
+    device = {"DEVICE_ID": str(ranks.local_rank)} if ranks.size > 1 else {}
+    if subprocess.run(command, env={**without_launcher(), **device}).returncode:
         raise UserError("the caches could not be filled; the reason is above")
 
 
@@ -282,7 +299,8 @@ def prepare(
     """The networks that are needed, and the caches, full."""
     caches, share = open_caches(args, config, ckpt.tensors, dtype), cache_share(args, ranks)
     to_fill = any(caches.missing(data, share))
-    if to_fill and not args.cache_only and sum(a.nbytes for a in frozen_tensors(ckpt).values()) > OWN_PROCESS_BYTES:
+    frozen_bytes = sum(array.nbytes for array in frozen_tensors(args, ckpt).values())
+    if to_fill and not args.cache_only and frozen_bytes > OWN_PROCESS_BYTES:
         fill_elsewhere(ranks)
         to_fill = False
     model = build_model(args, config, ckpt, wanted_parts(args, caches, to_fill, ranks))
@@ -319,6 +337,11 @@ class Output:
                 self.progress["written"] = []  # another folder's files are not this run's to delete
         return self.progress["step"]
 
+    def checkpoint_bytes(self) -> int:
+        """The size of a checkpoint."""
+        shapes = {**{name: array.shape for name, array in self.frozen.items()}, **self.model.shapes()}
+        return (2 if self.args.ckpt_dtype == "float16" else 4) * int(sum(map(np.prod, shapes.values())))
+
     def save(self, step: int, number: int) -> None:
         """The checkpoint sd-{number} and the resume state."""
         args, ema = self.args, self.train_step.ema
@@ -347,19 +370,15 @@ def ckpt_folder(args: argparse.Namespace) -> Path:
     return Path(args.output_path) / "ckpt" / "rank_0"
 
 
-def frozen_tensors(ckpt: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
-    return {name: array for name, array in ckpt.tensors.items() if name.startswith((VAE, TEXT))}
-
-
 def settle(args: argparse.Namespace) -> ModelConfig:
     """Fill in what a version and the model's config decide; returns that config."""
     if args.version:
         args.model_config = args.model_config or VERSIONS[args.version].config
     config = load_model_config(args.model_config or DEFAULT_CONFIG)
+    args.image_size = args.image_size or config.image_size
     if args.version and not args.pretrained_model_path:
         wanted = None if args.unet_initialize_random else config.prediction_type
         args.pretrained_model_path = find_checkpoint(args.version, args.download, wanted)
-    args.image_size = args.image_size or config.image_size
     return config
 
 
@@ -371,10 +390,15 @@ def main() -> None:
     with ranks.main_first("settings"):
         config = settle(args)
         check(args, config)
+        config = replace(config, image_size=args.image_size)  # what it is trained for
         folder = make_folder(ckpt_folder(args))
         resume_from = resume_path(args.resume, folder)
         if not args.cache_only:
             refuse_used_folder(folder, resume_from)
+        dtype = runtime.compute_dtype(args.dtype, args.device_target)
+        settings = run_settings(args, config, dtype, ranks)
+        if resume_from and not args.cache_only:
+            check_settings(resume_from, settings)
     ranks.check_shared(folder)
     device = runtime.start(args.device_target, args.mode, ranks)
     runtime.connect_devices(ranks, device)
@@ -384,17 +408,16 @@ def main() -> None:
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)
     log.info(data.summary())
 
-    dtype = args.dtype or runtime.default_dtype(device)
     model, caches = prepare(args, config, ckpt, data, dtype, ranks)
     if args.cache_only:
         return
     train_step = build_train_step(args, config, model, dtype, ranks)
-    settings = run_settings(args, config, len(data), dtype, ranks)
-    ranks.agree("settings and data", {**settings, "data": data.digest()})
-    output = Output(args, config, model, train_step, frozen_tensors(ckpt), settings)
+    settings.update(pictures=len(data), data=data.digest(), frozen=frozen_key(args, ckpt, train_step))
+    ranks.agree("settings and data", settings)
+    output = Output(args, config, model, train_step, frozen_tensors(args, ckpt), settings)
     first = output.resume(resume_from)
     if ranks.is_main:
-        check_room(folder, 4 * sum(map(np.prod, model.shapes().values())) + 2 * state_bytes(train_step))
+        check_room(folder, output.checkpoint_bytes() + 2 * state_bytes(train_step), folder / RESUME_NAME)
         save_yaml(vars(args), output.folder / "args.yaml")
         save_model_config(config, output.folder / "model_config.yaml")
     augment = Augment(args.random_crop, args.flip, args.caption_dropout)
@@ -412,9 +435,7 @@ def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: In
     epoch = max(1, batches.steps_per_epoch // micro)
     total = args.train_steps or args.epochs * epoch
     log.info("%d steps of %d are to be made, %d to an epoch", max(0, total - first), total, epoch)
-    rate = LearningRate(
-        args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, args.decay_steps, total
-    )
+    rate = learning_rate(args, total)
     if is_main and args.validation_prompts and not first:  # what there is to improve on, and whether drawing works
         output.validate(0)
     stream = map(inputs, batches)
@@ -441,15 +462,30 @@ def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: In
     log.info("checkpoints are in %s, the log is %s", output.ckpt_folder, output.folder / "result.log")
 
 
-def run_settings(args: argparse.Namespace, config: ModelConfig, pictures: int, dtype: str, ranks: Ranks) -> dict:
-    """What must be the same when a run is resumed, lest it silently become another one.
+def learning_rate(args: argparse.Namespace, total: int) -> LearningRate:
+    return LearningRate(
+        args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, args.decay_steps, total
+    )
+
+
+def frozen_key(args: argparse.Namespace, ckpt: checkpoint.Checkpoint, train_step: TrainStep) -> str:
+    """Stands for the weights that the run uses as they are: a resume state does not hold them."""
+    used = frozen_tensors(args, ckpt)
+    if args.trainable_modules:
+        used.update({name: array for name, array in ckpt.tensors.items() if name.startswith(UNET)})
+    trained = {param.name for param in train_step.optimizer.params}
+    return settings_key({name: array for name, array in used.items() if name not in trained})
+
+
+def run_settings(args: argparse.Namespace, config: ModelConfig, dtype: str, ranks: Ranks) -> dict:
+    """What of the options must be the same when a run is resumed, lest it silently become another one.
 
     How the samples of a step are divided into ranks and micro-batches may change: a step is the same all the same.
     """
     names = ("image_size", "seed", "optim", "use_ema", "ema_decay")
     names += ("caption_dropout", "random_crop", "flip", "train_text_encoder", "loss_weighting", "snr_gamma")
     names += ("betas", "weight_decay", "clip_grad", "max_grad_norm")
-    facts = {"pretrained": Path(args.pretrained_model_path).name, "pictures": pictures, "dtype": dtype}
+    facts = {"pretrained": Path(args.pretrained_model_path).name, "dtype": dtype}
     facts["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * ranks.size
     facts.update(prediction_type=config.prediction_type, scale_factor=config.scale_factor)
     for part in ("schedule", "unet", "vae", "text"):

@@ -69,9 +69,16 @@ def start(device_target: str | None = None, mode: int = 0, ranks: Ranks | None =
     return device
 
 
-def default_dtype(device: str) -> str:
-    """float16 on Ascend; float32 on a CPU, where half precision is slower for every operator."""
-    return "float32" if device == "CPU" else "float16"
+def compute_dtype(wanted: str | None, device: str | None) -> str:
+    """What networks compute in: float16 on Ascend; float32 on a CPU, where half precision is slower for every operator.
+
+    Raises:
+        UserError: the device has no such numbers.
+    """
+    on_cpu = (device or default_device()) == "CPU"
+    if on_cpu and wanted == "bfloat16":
+        raise UserError("MindSpore has no bfloat16 on a CPU: leave out --dtype, or use float32 or float16")
+    return wanted or ("float32" if on_cpu else "float16")
 
 
 def set_compute_dtype(net: nn.Cell, dtype: str) -> None:

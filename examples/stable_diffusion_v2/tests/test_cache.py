@@ -1,13 +1,18 @@
 """The cache of frozen networks' answers: found by content, whole after any interruption, one writer at a time."""
 
+import errno
 import multiprocessing
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from full_disk import files_of_at_most
 
+from ldm.config import ModelConfig, TextConfig
 from ldm.errors import UserError
 from ldm.train.cache import KEY_BYTES, Rows, file_key, settings_key, text_key
+from ldm.train.inputs import FrozenOutputs
 
 SHAPE = (2, 3)
 
@@ -60,6 +65,42 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
     assert len(store) == 1 and store.take(keys(1))[0, 0, 0] == 1
     store.append(keys(4), rows(4))
     assert Rows(tmp_path, SHAPE).take(keys(4))[0, 0, 0] == 4
+
+
+def test_a_cache_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
+    """As on a disk whose file system knows no locks, or in the folder of somebody else."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("ldm.train.cache.fcntl.flock", refuse)
+    with pytest.raises(UserError, match="cannot lock .*: Function not implemented; choose another --cache_path"):
+        Rows(tmp_path, SHAPE).append(keys(1), rows(1))
+
+
+def test_what_another_rank_should_have_computed_is_missed(tmp_path):
+    """As where hosts have a folder each; only pictures that may be skipped are done without."""
+    (tmp_path / "a.png").write_bytes(b"a")
+    data = SimpleNamespace(samples=[SimpleNamespace(path=str(tmp_path / "a.png"), text="a cat")], skips_bad=False)
+    latents, text = (
+        FrozenOutputs(tmp_path, ModelConfig("v"), {}, 64, "float32", kind == "latents", kind == "text")
+        for kind in ("latents", "text")
+    )
+    for caches in (latents, text):
+        with pytest.raises(UserError, match="lacks what another rank has computed"):
+            caches.leave_out_missing(data)
+    data.skips_bad, data.leave_out = True, set().update
+    latents.leave_out_missing(data)
+    with pytest.raises(UserError, match="lacks what another rank has computed"):
+        text.leave_out_missing(data)
+
+
+def test_the_features_of_another_layer_are_not_taken(tmp_path):
+    def folder(**text):
+        config = ModelConfig("v", text=TextConfig(**text))
+        return FrozenOutputs(tmp_path, config, {}, 64, "float32", False, True).features.folder
+
+    assert folder(layers=23) == folder(layers=23) != folder(layers=24)
 
 
 def fill(folder, first):

@@ -287,6 +287,21 @@ def test_epochs_accumulation_text_encoder_and_safetensors(place):
     assert moved == {"model", "cond_stage_model"}
 
 
+def test_random_networks_of_other_sizes_take_the_rest_of_a_file(place, tmp_path, monkeypatch):
+    """Nothing of the old text encoder is left in the checkpoint, which says at which size it was trained."""
+    config = replace(CONFIG, text=replace(CONFIG.text, layers=2, width=64), unet=replace(CONFIG.unet, context_dim=64))
+    save_model_config(config, tmp_path / "model.yaml")
+    random = ["--unet_initialize_random", True, "--text_encoder_initialize_random", True]
+    more = ["--model_config", tmp_path / "model.yaml", "--train_steps", 1, "--image_size", 16, *random]
+    call(monkeypatch, train_text_to_image, training(place, tmp_path / "out", *more))
+    written = tmp_path / "out/model_config.yaml"
+    assert load_model_config(written) == replace(config, image_size=16)
+    path = tmp_path / "out/ckpt/rank_0/sd-1.ckpt"
+    ckpt, model = checkpoint.load(path), StableDiffusion(config)
+    assert ckpt.tensors.keys() == model.tensors().keys() and ckpt.meta["resolution"] == "16x16"
+    model.load(ckpt.tensors, str(path))
+
+
 def test_a_diffusers_folder_is_written_and_sampled_from(place, tmp_path, monkeypatch):
     more = ["--train_steps", 2, "--step_mode", True, "--ckpt_max_keep", 1, "--ckpt_format", "diffusers"]
     call(monkeypatch, train_text_to_image, training(place, tmp_path, *more))
@@ -455,6 +470,10 @@ def test_a_decoder_learns_from_denoised_latents_and_the_rest_stays(place, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(train_autoencoder.DecoderAlone, "second_input", stop)
         assert "power" in refusal(patch, capsys, train_autoencoder, [*words, "--output_path", parts])
+    other = tmp_path / "base.safetensors"
+    checkpoint.save(other, {n: 2 * a for n, a in before.tensors.items()}, before.meta, "safetensors")
+    mixed = [*words, "--output_path", parts, "--resume", True, "--pretrained_model_path", other]
+    assert "other settings: frozen was" in refusal(monkeypatch, capsys, train_autoencoder, mixed)
     call(monkeypatch, train_autoencoder, [*words, "--output_path", parts, "--resume", True])
     assert read_log(parts / "result.log")["loss"].tolist() == read_log(whole / "result.log")["loss"].tolist()
 
@@ -538,6 +557,7 @@ def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_pa
         (["--train_batch_size", 0], ["train_batch_size is 0"]),
         (["--timestep_bias_strategy", "earlier", "--timestep_bias_multiplier", 0], ["timestep_bias_multiplier is 0"]),
         (["--resume", True], ["cannot resume", "does not exist"]),
+        (["--dtype", "bfloat16", "--device_target", "CPU"], ["no bfloat16 on a CPU", "float32"]),
         (["--output_path", "{place}/model.yaml/below"], ["cannot write to", "--output_path"]),
     ],
 )
@@ -551,6 +571,54 @@ def test_a_run_with_other_settings_is_not_resumed(monkeypatch, capsys, place, tr
     state = trained / "ckpt/rank_0/train_resume.safetensors"
     line = refused_training(monkeypatch, capsys, place, tmp_path, "--resume", state, "--train_batch_size", 4)
     assert "samples_per_step was 3 and is now 4" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--ema_decay", 1], "ema_decay is 1"),
+        (["--max_grad_norm", 0], "max_grad_norm is 0"),
+        (["--betas", 0.9, 1], "betas are [0.9, 1.0]"),
+        (["--weight_decay", -1], "weight_decay is -1"),
+        (["--warmup_steps", -1], "warmup_steps -1"),
+        (["--loss_weighting", "min_snr", "--snr_gamma", 0], "must be positive, got 0"),
+        (["--init_loss_scale", "nan"], "init_loss_scale is nan"),
+    ],
+)
+def test_wrong_numbers_are_noticed_before_the_data_is_read(monkeypatch, capsys, place, tmp_path, more, word):
+    words = training(place, tmp_path / "out", "--data_path", "nowhere", *more)
+    assert word in refusal(monkeypatch, capsys, train_text_to_image, words)
+
+
+def test_a_run_goes_on_with_its_own_data_and_weights_alone(monkeypatch, capsys, place, broken, tmp_path):
+    """Files of the same names and numbers, but other captions, or another checkpoint behind what is not trained."""
+    base, steps = tmp_path / "base.safetensors", ["--step_mode", True, "--trainable_modules", "attn2"]
+    shutil.copy(place / "base.safetensors", base)
+    words = ["--pretrained_model_path", base, "--data_path", broken, *steps]
+    call(monkeypatch, train_text_to_image, training(place, tmp_path / "out", *words, "--train_steps", 1))
+    again = training(place, tmp_path / "out", *words, "--train_steps", 2, "--resume", True)
+
+    table = (broken / "img_txt.csv").read_text()
+    (broken / "img_txt.csv").write_text(table.replace("drawing", "picture"))
+    assert "other settings: data was" in refusal(monkeypatch, capsys, train_text_to_image, again)
+    (broken / "img_txt.csv").write_text(table)
+    ckpt = checkpoint.load(place / "base.safetensors")
+    name = "model.diffusion_model.out.2.bias"
+    assert name in ckpt.tensors
+    checkpoint.save(base, {**ckpt.tensors, name: ckpt.tensors[name] + 1}, ckpt.meta, "safetensors")
+    assert "other settings: frozen was" in refusal(monkeypatch, capsys, train_text_to_image, again)
+    shutil.copy(place / "base.safetensors", base)
+    call(monkeypatch, train_text_to_image, again)
+    assert len(read_log(tmp_path / "out/result.log")["step"]) == 2
+
+
+def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, tmp_path):
+    shutil.copytree(trained / "ckpt", tmp_path / "ckpt")
+    state = trained / "ckpt/rank_0/train_resume.safetensors"
+    for resume in (False, state):
+        words = training(place, tmp_path, "--train_steps", 21, "--resume", resume)
+        assert "holds a run" in refusal(monkeypatch, capsys, train_text_to_image, words)
+    assert len(list(tmp_path.glob("ckpt/rank_0/*"))) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from full_disk import files_of_at_most
 from PIL import Image
 
 from ldm.errors import UserError
@@ -25,6 +26,17 @@ def test_every_line_is_there_at_once(tmp_path):
     assert log["step"].tolist() == [1, 2, 3]
     assert log["loss"] == pytest.approx([1, 1 / 2, 1 / 3], rel=1e-6)
     assert path.read_text().split("\n")[1] == "1\t1\t1e-05"
+
+
+def test_a_full_disk_is_said_once_and_the_run_goes_on(tmp_path, caplog):
+    log = ResultLog(tmp_path / "log", ("step", "loss"))
+    log.write(step=1, loss=1)
+    with files_of_at_most((tmp_path / "log").stat().st_size):
+        for step in (2, 3):
+            log.write(step=step, loss=1)
+    assert len(caplog.messages) == 1 and "make room" in caplog.text
+    log.write(step=4, loss=1)
+    assert read_log(tmp_path / "log")["step"][[0, -1]].tolist() == [1, 4]
 
 
 def test_resuming_cuts_off_what_will_be_done_again(tmp_path):

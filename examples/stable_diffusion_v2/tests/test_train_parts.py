@@ -1,6 +1,8 @@
 """The training step, the moving average and the resume state, with a network small enough to compile in a second."""
 
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -557,6 +559,18 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(tmp_path):
     check_room(tmp_path, state_bytes(train_step))
     with pytest.raises(UserError, match="GiB of disk left.*make room"):
         check_room(tmp_path, 1 << 60)
+    with open(tmp_path / RESUME_NAME, "wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes no room
+    free = shutil.disk_usage(tmp_path).free
+    check_room(tmp_path, free + (1 << 39), tmp_path / RESUME_NAME, tmp_path / "not there")
+    with pytest.raises(UserError, match="make room"):
+        check_room(tmp_path, free + (1 << 39))
+
+
+@pytest.mark.parametrize(("value", "window"), [(0, 1000), (-1, 0), (math.nan, 0), (math.inf, 1000), (1024, -1)])
+def test_a_loss_scale_that_cannot_work(value, window):
+    with pytest.raises(UserError, match="init_loss_scale"):
+        LossScale(value, window)
 
 
 def test_only_own_old_checkpoints_are_deleted(tmp_path):

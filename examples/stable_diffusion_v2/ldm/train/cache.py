@@ -7,28 +7,34 @@ picture, caption, size or checkpoint is computed anew, never mistaken.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from ldm.checkpoint import release
 from ldm.errors import UserError
 from ldm.pictures import make_folder
 
 KEY_BYTES = 32
+OTHERWISE = "choose another --cache_path, or switch cache_latents and cache_text off"
 
 
 def settings_key(tensors: dict[str, np.ndarray], **settings) -> str:
-    """16 hexadecimal digits that stand for a network's weights and for what else decides its answers."""
+    """16 hexadecimal digits that stand for a network's weights and for what else decides its answers.
+
+    Pages of a checkpoint's file that are read for it are let go.
+    """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensors[name], np.float32).reshape(-1).view(np.uint8))
+        release(tensors[name])
     return digest.hexdigest()[:16]
 
 
@@ -100,24 +106,25 @@ class Rows:
                 file.seek(self.written * KEY_BYTES)
                 file.write(b"".join(keys))
         except OSError as error:
-            raise UserError(
-                f"cannot write the cache {self.folder}: {error.strerror}; make room there, choose another --cache_path,"
-                " or switch cache_latents and cache_text off"
-            ) from None
+            raise UserError(f"cannot write the cache {self.folder}: {error.strerror}; make room, {OTHERWISE}") from None
         self.places.update({key: self.written + n for n, key in enumerate(keys)})
         self.written += len(keys)
 
-    @contextmanager
+    @contextlib.contextmanager
     def filling(self, share: tuple[int, int] = (0, 1)) -> Iterator[Rows]:
         """One process at a time may do a share of the work; other runs wait for it and then see its rows."""
         with self._locked("lock-{}-of-{}".format(*share)):
             self.refresh()
             yield self
 
-    @contextmanager
+    @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        with open(self.folder / name, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            try:
+                lock = stack.enter_context(open(self.folder / name, "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(f"cannot lock {self.folder / name}: {error.strerror}; {OTHERWISE}") from None
             yield
 
     def refresh(self) -> None:

@@ -29,8 +29,7 @@ class Ema(nn.Cell):
 
     def __init__(self, params: Iterable[Parameter], decay: float = 0.9999):
         super().__init__(auto_prefix=False)
-        if not 0 <= decay < 1:
-            raise UserError(f"ema_decay is {decay}; give a number from 0 to below 1, such as 0.9999")
+        self.check(decay)
         self.params = ParameterTuple(params)
         self.shadow = self.params.clone("ema", "same")
         self.state = list(self.shadow)
@@ -40,6 +39,12 @@ class Ema(nn.Cell):
         self.updates = 0
         self.swapped = False
         self.map = ops.HyperMap()
+
+    @staticmethod
+    def check(decay: float) -> None:
+        """UserError where there is no such average."""
+        if not 0 <= decay < 1:
+            raise UserError(f"ema_decay is {decay}; give a number from 0 to below 1, such as 0.9999")
 
     def weight(self) -> float:
         """1 - d of the next update."""

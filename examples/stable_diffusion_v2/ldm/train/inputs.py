@@ -14,7 +14,6 @@ import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoint import release
 from ldm.config import ModelConfig
 from ldm.data.batches import Batch, Batches
 from ldm.data.dataset import CaptionedImages
@@ -23,7 +22,7 @@ from ldm.diffusion.timestep_bias import timesteps_at
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import TEXT, VAE, StableDiffusion
 from ldm.randomness import generator, spread
-from ldm.train.cache import Rows, file_key, settings_key, text_key
+from ldm.train.cache import OTHERWISE, Rows, file_key, settings_key, text_key
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +45,6 @@ class FrozenOutputs:
         def rows(kind: str, prefix: str, shape: tuple[int, ...], **settings) -> Rows:
             weights = {name: array for name, array in tensors.items() if name.startswith(prefix)}
             key = settings_key(weights, **settings)
-            for array in weights.values():
-                release(array)  # read for the key; the file's pages need not stay
             return Rows(folder / f"{kind}-{key}", shape)
 
         side, self.latents, self.features = image_size // config.vae.factor, None, None
@@ -56,7 +53,15 @@ class FrozenOutputs:
             self.latents = rows("latents", VAE, shape, size=image_size, scale=config.scale_factor, dtype=dtype)
         if text:
             shape = (config.text.context_length, config.text.width)
-            self.features = rows("text", TEXT, shape, variant=config.text.variant, heads=config.text.heads, dtype=dtype)
+            self.features = rows(
+                "text",
+                TEXT,
+                shape,
+                variant=config.text.variant,
+                layers=config.text.layers,
+                heads=config.text.heads,
+                dtype=dtype,
+            )
 
     def missing(self, data: CaptionedImages, share: tuple[int, int] = (0, 1)) -> tuple[list[str], list[str]]:
         """(paths, captions) that have no row yet, each once: of all, or of a share (rank, ranks) of all."""
@@ -90,7 +95,10 @@ class FrozenOutputs:
         for rows in (self.latents, self.features):
             if rows is not None:
                 rows.refresh()
-        unreadable = set(self.missing(data)[0])
+        unreadable, unknown = map(set, self.missing(data))
+        if unknown or (unreadable and not data.skips_bad):
+            where = (self.features if unknown else self.latents).folder
+            raise UserError(f"{where} lacks what another rank has computed: is it on a disk that all hosts share?")
         if unreadable:
             log.warning("%d unreadable pictures are skipped", len(unreadable))
             data.leave_out(unreadable)
@@ -116,7 +124,7 @@ class FrozenOutputs:
                 if needed > free:
                     raise UserError(
                         f"the cache {rows.folder} needs {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f}: "
-                        "choose another --cache_path, or switch cache_latents and cache_text off"
+                        f"{OTHERWISE}"
                     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ldm.checkpoint.formats import replacing
 from ldm.errors import UserError
 from ldm.pictures import save_png
+
+log = logging.getLogger(__name__)
 
 
 class ResultLog:
@@ -25,7 +28,7 @@ class ResultLog:
 
     def __init__(self, path: str | Path, columns: Sequence[str], last_step: int = 0):
         assert columns[0] == "step"
-        self.columns = tuple(columns)
+        self.path, self.columns = path, tuple(columns)
         old = read_log(path) if last_step and Path(path).exists() else {}
         steps = old.get("step", np.zeros(0))
         nothing = np.full(len(steps), np.nan)
@@ -33,11 +36,23 @@ class ResultLog:
         with replacing(path) as file:
             file.write("".join(map(_line, (self.columns, *rows))).encode())
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.failed = False
 
     def write(self, **values: float) -> None:
-        """Add a line: one value for every column."""
-        self.file.write(_line([values.pop(column) for column in self.columns]))
+        """Add a line: one value for every column. Where the disk refuses, one warning says so and the run goes on:
+        whether there is room again at its next checkpoint is for that to find out."""
+        line = _line([values.pop(column) for column in self.columns])
         assert not values, f"no columns for {list(values)}"
+        try:
+            self.file.write(line)
+        except OSError as error:
+            if not self.failed:
+                log.warning(
+                    "cannot write %s: %s; make room, or the next checkpoint cannot be written",
+                    self.path,
+                    error.strerror,
+                )
+            self.failed = True
 
 
 def read_log(path: str | Path) -> dict[str, np.ndarray]:

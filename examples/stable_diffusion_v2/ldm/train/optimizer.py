@@ -34,6 +34,14 @@ def parts(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
         yield start, len(sizes)
 
 
+def check_numbers(betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0) -> None:
+    """UserError where an optimizer cannot work with these."""
+    if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
+        raise UserError(f"betas are {list(betas)} and eps is {eps}; betas must be in [0, 1), eps above 0")
+    if not 0 <= weight_decay < math.inf:
+        raise UserError(f"weight_decay is {weight_decay}; give 0 or more")
+
+
 class Optimizer(nn.Cell):
     """What all optimizers share. A subclass names its state tensors and writes one parameter's update.
 
@@ -54,10 +62,7 @@ class Optimizer(nn.Cell):
 
     def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(auto_prefix=False)
-        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
-            raise UserError(f"betas are {list(betas)} and eps is {eps}; betas must be in [0, 1), eps above 0")
-        if weight_decay < 0:
-            raise UserError(f"weight_decay is {weight_decay}; give 0 or more")
+        check_numbers(betas, eps, weight_decay)
         self.params = ParameterTuple(params)
         self.slots = tuple(self.params.clone(prefix, "zeros") for prefix in self.prefixes)
         self.state = [tensor for slot in self.slots for tensor in slot]

@@ -24,6 +24,7 @@ from ldm.train.step import TrainStep
 
 RESUME_NAME = "train_resume.safetensors"
 _KEY, _VERSION = "train_state", 1
+_LATER = ("data", "frozen", "max_grad_norm")  # settings that states were written without once
 _CHECKPOINT = re.compile(r"sd-\d+(\.ckpt|\.safetensors)?")  # or a diffusers folder
 
 
@@ -43,8 +44,9 @@ def resume_path(resume: str | bool, folder: str | Path) -> Path | None:
 
 
 def refuse_used_folder(folder: Path, resume_from: Path | None) -> None:
-    """UserError where a new run would replace the state of an old one."""
-    if resume_from is None and (folder / RESUME_NAME).exists():
+    """UserError where a run would replace the state of another one."""
+    state = folder / RESUME_NAME
+    if state.exists() and not (resume_from and resume_from.samefile(state)):
         raise UserError(f"{folder} holds a run: go on with it by --resume True, or choose another --output_path")
 
 
@@ -53,9 +55,11 @@ def state_bytes(train_step: TrainStep) -> int:
     return sum(4 * variable.size for variable in train_step.variables().values())
 
 
-def check_room(folder: str | Path, needed: int) -> None:
-    """UserError where the disk of `folder` has less than the bytes that a run will need there at least."""
+def check_room(folder: str | Path, needed: int, *replaced: str | Path) -> None:
+    """UserError where the disk of `folder` has less than the bytes that a run will need there at least; files that are
+    there and will be replaced count as room."""
     free = shutil.disk_usage(folder).free
+    free += sum(Path(path).stat().st_size for path in replaced if Path(path).exists())
     if free < needed:
         raise UserError(
             f"{folder} has {free / 2**30:.1f} GiB of disk left, a checkpoint and the resume state need "
@@ -87,13 +91,8 @@ def load_state(path: str | Path, train_step: TrainStep, settings: dict) -> dict:
         UserError: no such file, truncated, not of this kind, of another model, or of a run with other settings. Nothing
             has been changed then.
     """
-    tensors, strings, _ = formats.read(path)
-    if _KEY not in strings:
-        raise UserError(f"{path} is not a resume state; give weights as --pretrained_model_path instead")
-    record = json.loads(strings[_KEY])
-    if record["version"] != _VERSION:
-        raise UserError(f"{path} was written by another version of this program; start from its last checkpoint")
-    _check_settings(path, record["settings"], json.loads(json.dumps(settings)))
+    tensors, record = _read(path)
+    _check_settings(path, record["settings"], settings, {*record["settings"], *settings})
     variables = train_step.variables()
     tensors = checkpoint.match(tensors, {name: param.shape for name, param in variables.items()}, path)
     for name, param in variables.items():
@@ -102,8 +101,26 @@ def load_state(path: str | Path, train_step: TrainStep, settings: dict) -> dict:
     return record["progress"]
 
 
-def _check_settings(path: str | Path, then: dict, now: dict) -> None:
-    changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+def check_settings(path: str | Path, settings: dict) -> None:
+    """What `load_state` says of the file and of these settings, before there is a network; others may follow."""
+    _check_settings(path, _read(path)[1]["settings"], settings, set(settings))
+
+
+def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
+    """The state's tensors and what stands beside them."""
+    tensors, strings, _ = formats.read(path)
+    if _KEY not in strings:
+        raise UserError(f"{path} is not a resume state; give weights as --pretrained_model_path instead")
+    record = json.loads(strings[_KEY])
+    if record["version"] != _VERSION:
+        raise UserError(f"{path} was written by another version of this program; start from its last checkpoint")
+    return tensors, record
+
+
+def _check_settings(path: str | Path, then: dict, now: dict, keys: set[str]) -> None:
+    now = json.loads(json.dumps(now))
+    older = {key for key in _LATER if key not in then}
+    changed = [key for key in sorted(keys - older) if then.get(key) != now.get(key)]
     if changed:
         told = ", ".join(f"{key} was {then.get(key)!r} and is now {now.get(key)!r}" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -33,9 +33,16 @@ class LossScale:
     Args:
         value: the factor; 1 for float32 and bfloat16.
         window: the factor is doubled after so many good steps in a row and halved after a bad one; 0 leaves it alone.
+
+    Raises:
+        UserError: a factor that is not positive and finite, or a negative window.
     """
 
     def __init__(self, value: float = 1.0, window: int = 0):
+        if not (0 < value < math.inf and window >= 0):
+            raise UserError(
+                f"init_loss_scale is {value}, scale_window {window}: above 0, and 0 or more; 65536, 1000 are usual"
+            )
         self.value, self.window, self.good = value, window, 0
 
     def succeeded(self) -> None:
@@ -89,8 +96,7 @@ class TrainStep:
         ranks: Ranks | None = None,
         gradients: Callable | None = None,
     ):
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise UserError(f"max_grad_norm is {max_grad_norm}; give a number above 0, or switch clip_grad off")
+        self.check(max_grad_norm)
         self.optimizer, self.ema, self.ranks = optimizer, ema, ranks or Ranks()
         self.max_grad_norm = max_grad_norm or math.inf
         self.loss_scale = loss_scale or LossScale()
@@ -100,6 +106,12 @@ class TrainStep:
         self.sum_of_ranks = _SumOfRanks() if self.ranks.size > 1 else None
         wait = max_grad_norm is not None or loss_scale is not None or self.ranks.size > 1 or not optimizer.separable
         self.by_layers = hasattr(gradients, "layers") and not wait
+
+    @staticmethod
+    def check(max_grad_norm: float | None) -> None:
+        """UserError where gradients cannot be shortened to that."""
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise UserError(f"max_grad_norm is {max_grad_norm}; give a number above 0, or switch clip_grad off")
 
     def __call__(self, micro_batches: Sequence[tuple[Tensor, ...]], lr: float, step: int) -> StepResult:
         """Update the weights with the mean gradient of the micro-batches, each the arguments of the loss.
