@@ -11,12 +11,14 @@ from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
 
 import argparse
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from ldm.checkpoint import content_key
 from ldm.config import ModelConfig, load_model_config
 from ldm.diffusion.samplers import SAMPLERS, get_sampler
 from ldm.diffusion.schedule import build_schedule
@@ -25,7 +27,7 @@ from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, next_number, read_facts, read_png, save_drawn, save_png
-from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, read_checkpoint
+from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, read_model
 from ldm.text.tokenizer import Tokenizer
 from ldm.versions import VERSIONS, find_checkpoint
 
@@ -99,33 +101,47 @@ class Picture(NamedTuple):
 
 
 def read_lines(path: str) -> list[str]:
-    """The file's lines that are not blank; UserError where there are none."""
+    """The file's lines, blank ones too; UserError where all are blank."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}") from None
-    lines = [line for line in lines if line]
-    if not lines:
+    if not any(lines):
         raise UserError(f"the prompt file {path} is empty: write one prompt per line")
     return lines
+
+
+def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(prompt, negative prompt) of each line that has a prompt.
+
+    Of two files with as many lines, blank ones included, a line belongs to the same line of the other, and a blank one
+    is no negative prompt. Otherwise the lines that are not blank count, and a single one is for all.
+    """
+    lines = read_lines(args.data_path) if args.data_path else [args.prompt]
+    negatives = read_lines(args.negative_data_path) if args.negative_data_path else [args.negative_prompt] * len(lines)
+    if len(negatives) != len(lines):
+        lines, negatives = ([line for line in some if line] for some in (lines, negatives))
+        if len(negatives) == 1:
+            negatives *= len(lines)
+        if len(negatives) != len(lines):
+            raise UserError(f"{len(negatives)} negative prompts for {len(lines)} prompts: give one for each, or one")
+    pairs = [pair for pair in zip(lines, negatives) if pair[0] or not args.data_path]
+    for text in (text for pair in pairs for text in pair):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the prompt {text!r} is not UTF-8: convert it, or set the terminal's locale") from None
+    return pairs
 
 
 def plan(args: argparse.Namespace) -> list[Picture]:
     """Every picture of the run, in order: prompt by prompt, n_iter times n_samples of each."""
     require_at_least(1, args, "n_iter", "n_samples", "sampling_steps", "batch_size")
     require_at_least(0, args, "n_rows")
-    prompts = read_lines(args.data_path) if args.data_path else [args.prompt]
-    negatives = [args.negative_prompt] * len(prompts)
-    if args.negative_data_path:
-        negatives = read_lines(args.negative_data_path)
-        if len(negatives) == 1:
-            negatives *= len(prompts)
-        if len(negatives) != len(prompts):
-            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for each, or one")
     each = args.n_iter * args.n_samples
     return [
         Picture(prompt, negative, line * each + i)
-        for line, (prompt, negative) in enumerate(zip(prompts, negatives))
+        for line, (prompt, negative) in enumerate(paired_prompts(args))
         for i in range(each)
     ]
 
@@ -166,6 +182,13 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str) ->
     }
 
 
+def file_facts(args: argparse.Namespace, checkpoint: str) -> dict[str, str]:
+    """What tells checkpoints of one name apart; reads them whole."""
+    rest = args.pretrained_model_path
+    facts = {"checkpoint_sha256": content_key(checkpoint)}
+    return {**facts, "pretrained_model_sha256": content_key(rest)} if rest else facts
+
+
 def picture_facts(picture: Picture, args: argparse.Namespace, run: dict) -> dict:
     """All that a picture's file tells."""
     number = 0 if args.fixed_code else picture.number
@@ -181,7 +204,8 @@ def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, ru
             left.append(picture)
             continue
         said, wanted = read_facts(path), picture_facts(picture, args, run)
-        other = next((key for key in wanted if said.get(key) != wanted[key]), None)
+        known = [key for key in wanted if key in said or not key.endswith("_sha256")]  # which pictures once lacked
+        other = next((key for key in known if said.get(key) != wanted[key]), None)
         if other:
             raise UserError(
                 f"cannot resume: {path} was drawn with {other} {said.get(other)!r}, not {wanted[other]!r}; "
@@ -206,18 +230,15 @@ def main() -> None:
         path = args.ckpt_path or find_checkpoint(args.version, args.download, config.prediction_type)
         samples = make_folder(Path(args.output_path) / "samples")
     ranks.check_shared(samples)
-    facts = run_facts(args, config, path)
+    facts, files = run_facts(args, config, path), ThreadPoolExecutor(1).submit(file_facts, args, path)
     settings = Settings(sampler, args.sampling_steps, facts["scale"], height, width, args.seed)
     if args.resume:
-        pictures = missing(pictures, samples, args, facts)
+        pictures = missing(pictures, samples, args, {**facts, **files.result()})
         if not pictures:
             log.info("all pictures are in %s", samples)
             return
     device = runtime.start(args.device_target, args.mode, ranks)
-    tensors = read_checkpoint(path, config).tensors
-    if args.pretrained_model_path:
-        tensors = {**read_checkpoint(args.pretrained_model_path, config, check_type=False).tensors, **tensors}
-
+    tensors = read_model(path, args.pretrained_model_path, config)
     model = StableDiffusion(config)
     model.load(tensors, path)
     runtime.set_compute_dtype(model, facts["dtype"])
@@ -248,6 +269,7 @@ def main() -> None:
         if not args.skip_grid:
             drawn.update((p.number, image) for p, image in zip(batch, images) if p.number in shown)
         if not args.skip_save:
+            facts.update(files.result())
             for picture, image in zip(batch, images):
                 save_drawn(image, samples / f"{first + picture.number:05}.png", picture_facts(picture, args, facts))
     bar.close()
@@ -257,6 +279,8 @@ def main() -> None:
     if ranks.is_main and not args.skip_grid:
         tiles = [drawn[k] if k in drawn else read_png(samples / f"{first + k:05}.png") for k in shown]
         name = Path(args.output_path) / f"grid-{first + shown[0]:05}.png"
+        while name.exists() and not args.resume:  # that of pictures which were not saved, or are no longer there
+            name = name.with_name(f"grid-{int(name.stem[5:]) + 1:05}.png")
         save_png(grid(np.stack(tiles), args.n_rows or max(1, len(tiles) // args.n_samples)), name)
         log.info("%s together: %s", "all" if len(tiles) == len(pictures) else f"the first {len(tiles)}", name)
 

@@ -45,8 +45,7 @@ from ldm.data.images import decode  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.options import Parser, require_at_least  # noqa: E402
 from ldm.pictures import captioned_rows, make_folder, save_png  # noqa: E402
-from ldm.pipeline import check_config, read_checkpoint  # noqa: E402
-from ldm.train.cache import file_key  # noqa: E402
+from ldm.pipeline import check_config, read_model  # noqa: E402
 from ldm.versions import VERSIONS, find_checkpoint  # noqa: E402
 
 log = logging.getLogger("results_table")
@@ -156,11 +155,8 @@ def prepare(
     checkpoint = options.ckpt_path or find_checkpoint(options.version, options.download, config.prediction_type)
     pictures, drawing = text_to_image.plan(options), text_to_image.run_facts(options, config, checkpoint)
     check_config(config, drawing["H"], drawing["W"])
-    read_checkpoint(checkpoint, config)
-    sources = {"checkpoint_sha256": content(checkpoint), "fixed_code": options.fixed_code}
-    if options.pretrained_model_path:
-        read_checkpoint(options.pretrained_model_path, config, check_type=False)
-        sources["pretrained_model_sha256"] = content(options.pretrained_model_path)
+    read_model(checkpoint, options.pretrained_model_path, config)
+    sources = {**text_to_image.file_facts(options, checkpoint), "fixed_code": options.fixed_code}
     key = digest(json.dumps([pictures, drawing, sources, to_yaml(config)], sort_keys=True))
     facts = {
         "model": name or Path(checkpoint).stem,
@@ -179,16 +175,6 @@ def prepare(
     folder = output / "-".join([*(re.sub(r"\W+", "_", facts[part]) for part in ("model", "dataset")), key])
     words += ["--output_path", str(folder), "--skip_grid", "--resume"]
     return Row(folder, data_path, samples, words, facts)
-
-
-def content(path: str) -> str:
-    """The sha256 of a checkpoint's file, or of those of all files in its folder."""
-    if not Path(path).is_dir():
-        return file_key(path).hex()
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    return hashlib.sha256(
-        b"".join(str(file.relative_to(path)).encode() + file_key(str(file)) for file in files)
-    ).hexdigest()
 
 
 def digest(text: str) -> str:

@@ -73,9 +73,12 @@ def save_drawn(picture: np.ndarray, path: Path, facts: dict) -> None:
 
 
 def read_facts(path: Path) -> dict:
-    """How a picture says it was made; empty where it does not say."""
-    with Image.open(path) as picture:
-        return _facts(picture.info.get(ENTRY))
+    """How a picture says it was made; empty where it does not say. UserError where it is no picture."""
+    try:
+        with Image.open(path) as picture:
+            return _facts(picture.info.get(ENTRY))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} is damaged, or no picture: {error}; remove it") from None
 
 
 def read_record(path: Path) -> dict[str, dict]:

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 def read_checkpoint(
     path: str, config: ModelConfig, check_type: bool = True, widen: bool = True
 ) -> checkpoint.Checkpoint:
-    """The checkpoint of a model config; without `check_type` its UNet is not wanted and may be of any type.
+    """The checkpoint of a model config; without `check_type` its UNet is not wanted and may be of any type, and so may
+    a file that has none.
 
     `widen` is that of `checkpoint.load`.
 
@@ -43,7 +44,7 @@ def read_checkpoint(
     if abs(scale / config.scale_factor - 1) > 1e-4:
         raise UserError(f"{path} has latents scaled by {scale}, the config's scale_factor is {config.scale_factor}")
     said = ckpt.meta.get("prediction_type")
-    if not check_type:
+    if not check_type or not any(name.startswith(UNET) for name in ckpt.tensors):
         return ckpt
     if said is None:
         log.info("%s does not say its prediction type: '%s' is assumed, from the config", path, config.prediction_type)
@@ -57,6 +58,19 @@ def read_checkpoint(
         if key != "spacing" and schedule.get(key, value) != value:  # spacing is a matter of sampling
             raise UserError(f"{path} was trained with schedule {key}: {schedule[key]}, the config says {value}")
     return ckpt
+
+
+def read_model(path: str, rest: str | None, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint, and of another one, if any, what it lacks; both are of this model config.
+
+    Raises:
+        UserError: as `read_checkpoint`, whose prediction type and schedule matter where the UNet comes from.
+    """
+    tensors = read_checkpoint(path, config).tensors
+    if not rest:
+        return tensors
+    has_unet = any(name.startswith(UNET) for name in tensors)
+    return {**read_checkpoint(rest, config, check_type=not has_unet).tensors, **tensors}
 
 
 def describe(config: ModelConfig) -> dict[str, str]:

@@ -446,6 +446,8 @@ def test_a_file_that_says_nothing_says_nothing(tmp_path, kind):
         (["v_pred"], {}, {"prediction_type": "v"}),
         (["v_pred", "ztsnr"], {}, {"prediction_type": "v", "schedule": '{"zero_terminal_snr": true}'}),
         ([], {"modelspec.prediction_type": "epsilon"}, {"prediction_type": "eps"}),
+        ([], {"modelspec.predict_key": "v"}, {"prediction_type": "v"}),
+        ([], {"modelspec.predict_key": "epsilon"}, {"prediction_type": "eps"}),
         ([], {"prediction_type": "v_prediction", "modelspec.prediction_type": "v"}, {"prediction_type": "v"}),
         ([], {"modelspec.resolution": "512x768", "x": ""}, {"resolution": "512x768"}),
     ],
@@ -457,6 +459,27 @@ def test_foreign_ways_to_say_it(tmp_path, marks, strings, expected):
     loaded = checkpoint.load(tmp_path / "t")
     assert loaded.meta == expected
     assert loaded.tensors.keys() == small().keys()
+
+
+def test_the_text_encoder_of_generative_models(tmp_path):
+    """SD 2.x files in that naming differ in one prefix and carry the schedule."""
+    named = {"conditioner.embedders.0.model.ln_final.weight": np.ones(4, np.float32)}
+    tensors = {**named, "denoiser.sigmas": np.ones(9, np.float32)}
+    formats.write(tmp_path / "t.safetensors", tensors, {}, "safetensors")
+    tensors = checkpoint.load(tmp_path / "t.safetensors").tensors
+    assert set(tensors) == {"cond_stage_model.model.ln_final.weight", "denoiser.sigmas"}
+    checkpoint.match(tensors, {"cond_stage_model.model.ln_final.weight": (4,)}, "t")
+
+
+def test_a_content_key_changes_with_any_file_of_a_folder(tmp_path):
+    (tmp_path / "unet").mkdir()
+    keys = set()
+    for name, content in (("a", b"1"), ("unet/b", b"2"), ("unet/b", b"3"), ("a", b"4")):
+        (tmp_path / name).write_bytes(content)
+        keys |= {checkpoint.content_key(tmp_path), checkpoint.content_key(tmp_path / name)}
+    assert len(keys) == 8
+    with pytest.raises(UserError, match="cannot read .*: No such file"):
+        checkpoint.content_key(tmp_path / "c")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import pytest
 
 from ldm import checkpoint
 from ldm.checkpoint import diffusers_folder, formats
+from ldm.config import load_model_config
 from ldm.errors import UserError
+from ldm.pipeline import read_checkpoint
 
 TINY = "models/tiny-vpred.safetensors"
 
@@ -68,6 +70,15 @@ def test_a_folder_by_others_is_described_by_its_scheduler(folder):
     assert meta["resolution"] == "64x64"
     schedule = json.loads(meta["schedule"])
     assert (schedule["name"], schedule["timesteps"], schedule["zero_terminal_snr"]) == ("scaled_linear", 1000, False)
+
+
+def test_another_latents_scale_is_noticed(folder):
+    config = load_model_config("configs/tiny-vpred.yaml")
+    read_checkpoint(str(folder), config)
+    path = folder / "vae/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 0.13025}))
+    with pytest.raises(UserError, match="latents scaled by 0.13025, the config's scale_factor is 0.855"):
+        read_checkpoint(str(folder), config)
 
 
 def test_a_changed_prediction_type_contradicts_the_weights(folder):

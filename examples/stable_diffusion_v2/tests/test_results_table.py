@@ -37,7 +37,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(results_table, "find_spec", lambda name: True)
     for module in (results_table.inception, results_table.clip_weights):
         monkeypatch.setattr(module, "search", lambda path: Path(path) if Path(path).is_absolute() else None)
-    results_table.file_key.cache_clear()
     stand_in.calls = []
     return tmp_path
 
@@ -109,7 +108,6 @@ def test_what_is_drawn_is_kept_and_settings_do_not_mix(place):
     for number, words in enumerate(other, 2):
         assert len(table(place, *model, *words)) == number
     checkpoint.save(place / "one.safetensors", {"x": np.zeros(3, np.float32)}, {}, "safetensors")  # of the same name
-    results_table.file_key.cache_clear()  # a process of its own would begin without
     rows = table(place, *model)
     assert len(rows) == 7 == len(list(place.glob("out/*/samples")))
     assert len({row[0] for row in rows}) == 7  # of equal labels each says its folder; the one of scale 3 is alone

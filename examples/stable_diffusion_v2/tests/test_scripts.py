@@ -326,6 +326,19 @@ def test_a_unet_alone_borrows_the_rest(place, tmp_path, monkeypatch, capsys):
     assert np.array_equal(alone, whole)
 
 
+def test_the_type_that_counts_is_that_of_the_file_with_the_unet(place, tmp_path, monkeypatch, capsys):
+    ckpt = checkpoint.load(place / "base.safetensors")
+    vae = {name: array for name, array in ckpt.tensors.items() if name.startswith(VAE)}
+    checkpoint.save(tmp_path / "vae.safetensors", vae, {**ckpt.meta, "prediction_type": "eps"}, "safetensors")
+    words = ["--ckpt_path", tmp_path / "vae.safetensors", "--pretrained_model_path", place / "base.safetensors"]
+    words += ["--n_iter", 1, "--n_samples", 1]
+    call(monkeypatch, text_to_image, sampling(place, tmp_path, *words))
+    line = refusal(
+        monkeypatch, capsys, text_to_image, sampling(place, tmp_path, *words, "--config", place / "eps.yaml")
+    )
+    assert "base.safetensors was trained with prediction_type 'v'" in line
+
+
 def test_weights_that_are_not_numbers_are_warned_of(place, tmp_path, monkeypatch, capsys, caplog):
     ckpt = checkpoint.load(place / "base.safetensors")
     bad = {**ckpt.tensors, "model.diffusion_model.out.2.bias": np.full(4, np.nan, np.float32)}
@@ -369,7 +382,44 @@ def test_a_run_cut_short_goes_on_and_mixes_no_settings(place, tmp_path, monkeypa
     assert "all pictures are in" in caplog.text
     line = refusal(monkeypatch, capsys, text_to_image, sampling(place, tmp_path, *words, "--scale", 2))
     assert "00000.png was drawn with scale 9.0, not 2.0" in line
+    ckpt = checkpoint.load(place / "base.safetensors")
+    (tmp_path / "other").mkdir()
+    checkpoint.save(tmp_path / "other/base.safetensors", ckpt.tensors, {**ckpt.meta, "x": "1"}, "safetensors")
+    other = ["--ckpt_path", tmp_path / "other/base.safetensors"]
+    line = refusal(monkeypatch, capsys, text_to_image, sampling(place, tmp_path, *words, *other))
+    assert "00000.png was drawn with checkpoint_sha256" in line
     assert [path.stat().st_mtime_ns for path in files] == [row[1] for row in after]
+    files[1].write_bytes(b"")
+    line = refusal(monkeypatch, capsys, text_to_image, sampling(place, tmp_path, *words))
+    assert "00001.png is damaged" in line
+
+
+@pytest.mark.parametrize(
+    ("prompts", "negatives", "expected"),
+    [
+        ("a\nb\nc\n", "x\n\n\n", [("a", "x"), ("b", ""), ("c", "")]),
+        ("a\n\nb\n", "x\n\ny\n", [("a", "x"), ("b", "y")]),
+        ("a\n\nb\n", "x\ny\n", [("a", "x"), ("b", "y")]),
+        ("a\nb\n", "x\n", [("a", "x"), ("b", "x")]),
+        ("a\nb\n", "x\n\n\n", [("a", "x"), ("b", "x")]),
+        ("a\n", None, [("a", "none")]),
+    ],
+)
+def test_negative_prompts_go_with_their_lines(tmp_path, prompts, negatives, expected):
+    (tmp_path / "prompts.txt").write_text(prompts)
+    words = ["--data_path", str(tmp_path / "prompts.txt"), "--negative_prompt", "none", "--n_iter", "1"]
+    if negatives:
+        (tmp_path / "negatives.txt").write_text(negatives)
+        words += ["--negative_data_path", str(tmp_path / "negatives.txt")]
+    planned = text_to_image.plan(text_to_image.build_parser().parse_args([*words, "--n_samples", "1"]))
+    assert [(picture.prompt, picture.negative_prompt) for picture in planned] == expected
+
+
+def test_a_grid_replaces_no_other(place, tmp_path, monkeypatch):
+    words = sampling(place, tmp_path, "--n_iter", 1, "--n_samples", 1, "--skip_save")
+    for _ in range(2):
+        call(monkeypatch, text_to_image, words)
+    assert sorted(path.name for path in tmp_path.glob("grid-*")) == ["grid-00000.png", "grid-00001.png"]
 
 
 def test_the_table_of_results_is_made_whole(place, tmp_path, monkeypatch, capsys):
@@ -632,6 +682,8 @@ def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, 
         (["--n_samples", 0], ["n_samples", "at least 1"]),
         (["--data_path", "/dev/null"], ["/dev/null is empty"]),
         (["--data_path", "no.txt"], ["cannot read the prompt file no.txt"]),
+        (["--prompt", "caf\udce9"], ["the prompt 'caf\\udce9' is not UTF-8"]),
+        (["--ckpt_path", "no.ckpt", "--resume"], ["cannot read no.ckpt", "No such file"]),
         (["--ckpt_path", "no.ckpt"], ["no.ckpt does not exist"]),
         (["--ckpt_path", "{place}/cut.safetensors"], ["cut.safetensors", "truncated"]),
         (["--config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),

@@ -10,14 +10,16 @@ writes one of FORMATS. A checkpoint's ``meta`` is a table of strings; these keys
 
 Everything else (model config, step, ...) is carried along.
 
-.safetensors files also say it in the ways that other tools look for: Stability's ModelSpec 1.0.0
-(https://github.com/Stability-AI/ModelSpec), and the empty tensors ``v_pred`` and ``ztsnr`` that ComfyUI, A1111 and
-Forge take as a sign. In MindSpore's files the table is strings among the parameters, as
-``mindspore.save_checkpoint(append_dict=...)`` writes them; MindONE's loader passes over them.
+.safetensors files also say it in the ways that others have: Stability's ModelSpec 1.0.0
+(https://github.com/Stability-AI/ModelSpec), and the empty tensors ``v_pred`` and ``ztsnr``. ComfyUI heeds these for
+SDXL alone: it takes an SD 2.x file for v where a norm's biases are spread as in Stability's own, an SD 1.x file never.
+In MindSpore's files the table is strings among the parameters, as ``mindspore.save_checkpoint(append_dict=...)`` writes
+them; MindONE's loader passes over them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +28,10 @@ import numpy as np
 
 from ldm.checkpoint import diffusers_folder, formats, names
 from ldm.checkpoint.arrays import release
+from ldm.checkpoint.formats import sha256
 from ldm.errors import UserError
 
-__all__ = ["FORMATS", "Checkpoint", "load", "match", "release", "save"]
+__all__ = ["FORMATS", "Checkpoint", "content_key", "load", "match", "release", "save", "sha256"]
 
 FORMATS = (*formats.FORMATS, "diffusers")  # that are written
 
@@ -49,7 +52,16 @@ _MODELSPEC_TYPE_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample"}
 _V_MARK, _ZERO_SNR_MARK = "v_pred", "ztsnr"  # of these tensors only the presence counts
 _MARKED_TYPE = FOREIGN_TYPE_NAMES["v_prediction"]
 _MODELSPEC = "modelspec."
-_DERIVED = ("sai_model_spec", "architecture", "implementation", "title", "resolution", "prediction_type", "hash_sha256")
+_DERIVED = (
+    "sai_model_spec",
+    "architecture",
+    "implementation",
+    "title",
+    "resolution",
+    "prediction_type",
+    "predict_key",
+    "hash_sha256",
+)
 _VARIANT = "checkpoint.text_encoder"  # in MindSpore's files, where the names of the two text encoders are the same
 
 
@@ -102,6 +114,21 @@ def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: 
         formats.write(path, {**tensors, **_marks(meta)}, strings, format, dtype)
 
 
+def content_key(path: str | Path) -> str:
+    """The sha256 of a checkpoint's file, or of those of all files in its folder, in hexadecimal digits.
+
+    UserError where they cannot be read.
+    """
+    try:
+        if not Path(path).is_dir():
+            return sha256(path).hex()
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        each = [str(file.relative_to(path)).encode() + sha256(file) for file in files]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return hashlib.sha256(b"".join(each)).hexdigest()
+
+
 def match(
     tensors: Tensors, expected: dict[str, tuple[int, ...]], path: str | Path, prefixes: tuple[str, ...] = ("",)
 ) -> Tensors:
@@ -137,10 +164,11 @@ def _stated(tensors: Tensors, strings: Strings) -> Strings:
     meta = {key: text for key, text in strings.items() if text and key not in derived and key != "format"}
 
     words = [strings.get("prediction_type"), strings.get(_MODELSPEC + "prediction_type")]
+    words.append(strings.get(_MODELSPEC + "predict_key"))  # ComfyUI's
     words += [_MARKED_TYPE] if _V_MARK in tensors else []
     said = {FOREIGN_TYPE_NAMES.get(word, word) for word in words if word}
     if len(said) > 1:
-        places = f"prediction_type and modelspec.prediction_type in its metadata, its tensor {_V_MARK}"
+        places = f"prediction_type, modelspec.prediction_type and .predict_key in its metadata, its tensor {_V_MARK}"
         raise ValueError(f"its prediction type is {' and '.join(sorted(said))}; correct one of {places}")
     if said:
         meta["prediction_type"] = said.pop()

@@ -107,7 +107,7 @@ def _text_variant(folder: Path, tensors: Tensors) -> str:
 
 
 def _described(folder: Path, strings: Strings) -> Strings:
-    """Prediction type and schedule by the scheduler's config, resolution by the networks'."""
+    """Prediction type and schedule by the scheduler's config, latents' scale and resolution by the networks'."""
     told = {}
     scheduler = folder / "scheduler/scheduler_config.json"
     if scheduler.is_file():
@@ -122,6 +122,10 @@ def _described(folder: Path, strings: Strings) -> Strings:
         told["prediction_type"] = ours
         schedule = {ours: config[theirs] for theirs, ours in _SCHEDULE.items() if theirs in config}
         told["schedule"] = json.dumps({**json.loads(strings.get("schedule", "{}")), **schedule})
+    vae = folder / "vae/config.json"
+    scale = _json(vae).get("scaling_factor") if vae.is_file() else None
+    if isinstance(scale, float):
+        told["scale_factor"] = repr(scale)
     if (folder / "unet/config.json").is_file() and (folder / "vae/config.json").is_file():
         side, levels = (_json(folder / f"{part}/config.json").get(key) for part, key in _SIZES)
         if isinstance(side, int) and isinstance(levels, list) and levels:
@@ -232,6 +236,7 @@ def _unet(model: dict) -> dict:
         "sample_size": model["image_size"] // 2 ** (len(model["vae"]["ch_mult"]) - 1),
         "transformer_layers_per_block": unet["transformer_depth"],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "upcast_attention": unet["use_linear_in_transformer"],  # SD 2.1's scores exceed float16, says its own config
         "use_linear_projection": unet["use_linear_in_transformer"],
     }
 

@@ -9,6 +9,7 @@ number is used, writing to an array never reaches the file. bfloat16, which NumP
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -95,6 +96,15 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def sha256(path: str | Path) -> bytes:
+    """Of the file's content; OSError where it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.digest()
 
 
 def _printable(text: str) -> str:

@@ -30,6 +30,7 @@ EXTRAS = re.compile(
             r"sqrt_recip(m1)?_alphas_cumprod|posterior_.*|lvlb_weights|logvar|scale_factor",
             r"cond_stage_model\..*(logit_scale|text_projection(\.weight)?|position_ids|attn_mask)",  # CLIP's other half
             r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x stops at the layer before the last
+            r"denoiser\.sigmas",  # the schedule in files of Stability's generative-models
             r"(first_stage_model\.)?loss\..*",  # the autoencoder's discriminator
             r"epoch_num|step_num|global_step|learning_rate|loss_scale",  # MindSpore's training loop
         )
@@ -135,6 +136,7 @@ OPENCLIP_CLIP = Rules(
 
 # Some SD 1.x files lack one part of Hugging Face's names.
 _SHORT_CLIP = re.compile(r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")
+_SGM_OPENCLIP = re.compile(r"^conditioner\.embedders\.0\.(?=model\.)")  # SD 2.x by Stability's generative-models
 
 
 def text_variant(tensors: Tensors) -> str | None:
@@ -145,7 +147,7 @@ def text_variant(tensors: Tensors) -> str | None:
 
 
 def from_mindone(tensors: Tensors, variant: str | None = None) -> Tensors:
-    """Stability's names for MindONE's; names that are Stability's already stay.
+    """Stability's names for MindONE's, and for near variants; names that are Stability's already stay.
 
     MindONE calls both text encoders by the same names. Without ``variant`` the width decides: 768 is SD 1.x's.
     """
@@ -155,7 +157,7 @@ def from_mindone(tensors: Tensors, variant: str | None = None) -> Tensors:
     tensors = _renamed(tensors, STABILITY_MINDONE.left)
     if table is not None and variant == "clip":
         tensors = _split(_renamed(tensors, OPENCLIP_CLIP.right))
-    return _renamed(tensors, lambda name: _SHORT_CLIP.sub(_CLIP, name))
+    return _renamed(tensors, lambda name: _SGM_OPENCLIP.sub("cond_stage_model.", _SHORT_CLIP.sub(_CLIP, name)))
 
 
 def to_mindone(tensors: Tensors) -> Tensors:

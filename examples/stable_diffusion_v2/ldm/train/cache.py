@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.checkpoint import release
+from ldm.checkpoint import release, sha256
 from ldm.errors import UserError
 from ldm.pictures import make_folder
 
@@ -41,14 +41,10 @@ def settings_key(tensors: dict[str, np.ndarray], **settings) -> str:
 @lru_cache(maxsize=1 << 20)
 def file_key(path: str) -> bytes:
     """The key of a picture: sha256 of its file."""
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return sha256(path)
     except OSError as error:
         raise UserError(f"cannot read the picture '{path}': {error.strerror}") from None
-    return digest.digest()
 
 
 def text_key(text: str) -> bytes:
