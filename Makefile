@@ -1,10 +1,12 @@
 # make demo: fine-tune the embedded model and show the result.  make test: the tests.  make help: the rest.
 PYTHON ?= python3
 VENV := .venv
-PY := $(CURDIR)/$(VENV)/bin/python
+PY := "$(CURDIR)/$(VENV)/bin/python"
 HERE := examples/stable_diffusion_v2
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 export GLOG_v ?= 3
+RIGHT_PYTHON := import sys; v = sys.version_info[:2]; (3, 9) <= v <= (3, 12) or \
+	sys.exit("error: MindSpore 2.8.0 wants Python 3.9 to 3.12, this is %d.%d: make PYTHON=python3.11 ..." % v)
 
 .PHONY: help setup demo test parity lint format bench clean
 
@@ -17,7 +19,7 @@ help:
 	@echo "make lint    ruff;  make format: rewrite the files as ruff wants them"
 
 $(VENV)/run: $(HERE)/requirements.txt
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip --version >/dev/null 2>&1 || { $(PYTHON) -c '$(RIGHT_PYTHON)' && $(PYTHON) -m venv --clear $(VENV); }
 	$(PIP) -r $(HERE)/requirements.txt
 	touch $@
 

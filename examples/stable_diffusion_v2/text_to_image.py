@@ -11,8 +11,10 @@ from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
 
 import argparse
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -115,17 +117,24 @@ def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(prompt, negative prompt) of each line that has a prompt.
 
     Of two files with as many lines, blank ones included, a line belongs to the same line of the other, and a blank one
-    is no negative prompt. Otherwise the lines that are not blank count, and a single one is for all.
+    is no negative prompt. Otherwise, or where that would leave out a negative prompt, the lines that are not blank
+    count, and a single one is for all.
     """
     lines = read_lines(args.data_path) if args.data_path else [args.prompt]
     negatives = read_lines(args.negative_data_path) if args.negative_data_path else [args.negative_prompt] * len(lines)
-    if len(negatives) != len(lines):
-        lines, negatives = ([line for line in some if line] for some in (lines, negatives))
+    prompts = [line for line in lines if line] or lines
+    if len(negatives) == len(lines) and not any(n for line, n in zip(lines, negatives) if not line and args.data_path):
+        pairs = [(line, n) for line, n in zip(lines, negatives) if line or not args.data_path]
+        without = sum(not n for _, n in pairs)
+        if args.negative_data_path and without:
+            log.info("%d of %d prompts have a blank line for a negative prompt, which is none", without, len(pairs))
+    else:
+        negatives = [line for line in negatives if line]
         if len(negatives) == 1:
-            negatives *= len(lines)
-        if len(negatives) != len(lines):
-            raise UserError(f"{len(negatives)} negative prompts for {len(lines)} prompts: give one for each, or one")
-    pairs = [pair for pair in zip(lines, negatives) if pair[0] or not args.data_path]
+            negatives *= len(prompts)
+        if len(negatives) != len(prompts):
+            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for each, or one")
+        pairs = list(zip(prompts, negatives))
     for text in (text for pair in pairs for text in pair):
         try:
             text.encode()
@@ -189,6 +198,20 @@ def file_facts(args: argparse.Namespace, checkpoint: str) -> dict[str, str]:
     return {**facts, "pretrained_model_sha256": content_key(rest)} if rest else facts
 
 
+def in_background(function: Callable, *args) -> Future:
+    """What it returns or raises, from a thread that the end of the process does not wait for."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*args))
+        except Exception as error:  # to be raised where the result is wanted
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future
+
+
 def picture_facts(picture: Picture, args: argparse.Namespace, run: dict) -> dict:
     """All that a picture's file tells."""
     number = 0 if args.fixed_code else picture.number
@@ -230,15 +253,18 @@ def main() -> None:
         path = args.ckpt_path or find_checkpoint(args.version, args.download, config.prediction_type)
         samples = make_folder(Path(args.output_path) / "samples")
     ranks.check_shared(samples)
-    facts, files = run_facts(args, config, path), ThreadPoolExecutor(1).submit(file_facts, args, path)
+    facts = run_facts(args, config, path)
     settings = Settings(sampler, args.sampling_steps, facts["scale"], height, width, args.seed)
     if args.resume:
-        pictures = missing(pictures, samples, args, {**facts, **files.result()})
+        if next_number(samples):
+            facts.update(file_facts(args, path))
+        pictures = missing(pictures, samples, args, facts)
         if not pictures:
             log.info("all pictures are in %s", samples)
             return
     device = runtime.start(args.device_target, args.mode, ranks)
     tensors = read_model(path, args.pretrained_model_path, config)
+    files = None if args.skip_save or "checkpoint_sha256" in facts else in_background(file_facts, args, path)
     model = StableDiffusion(config)
     model.load(tensors, path)
     runtime.set_compute_dtype(model, facts["dtype"])
@@ -269,7 +295,7 @@ def main() -> None:
         if not args.skip_grid:
             drawn.update((p.number, image) for p, image in zip(batch, images) if p.number in shown)
         if not args.skip_save:
-            facts.update(files.result())
+            facts.update(files.result() if files else {})
             for picture, image in zip(batch, images):
                 save_drawn(image, samples / f"{first + picture.number:05}.png", picture_facts(picture, args, facts))
     bar.close()

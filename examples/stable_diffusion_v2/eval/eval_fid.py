@@ -88,7 +88,8 @@ def find_side(path: str) -> Side:
     if path.endswith(".npz"):
         return read_statistics(path)
     if path.endswith(".csv"):
-        found = [Path(sample.path) for sample in read_captions(Path(path).parent, Path(path).name)]
+        paths = [sample.path for sample in read_captions(Path(path).parent, Path(path).name)]
+        found = [Path(path) for path in dict.fromkeys(paths)]  # several captions may share a picture
     else:
         found = pictures.find_pictures(path)
     if len(found) < 2:

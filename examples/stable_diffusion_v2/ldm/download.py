@@ -29,13 +29,15 @@ def download(url: str, path: Path) -> None:
     beginning of the file's sha256, and a difference is warned of: whose digits they are is not documented.
 
     Raises:
-        UserError: the server cannot be reached or does not have the file, the disk is full, the connection breaks off.
+        UserError: the server cannot be reached or does not have the file, the disk is full, the connection breaks off,
+            a web page came instead.
     """
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         have = partial.stat().st_size if partial.exists() else 0
         _fetch(url, partial, have)
+        _refuse_page(url, partial)
         os.replace(partial, path)
     except urllib.error.HTTPError as error:
         raise UserError(
@@ -76,6 +78,15 @@ def _fetch(url: str, partial: Path, have: int) -> None:
     size = partial.stat().st_size
     if total is not None and size != total:
         raise ConnectionError(f"the connection broke off after {size} of {total} bytes")
+
+
+def _refuse_page(url: str, partial: Path) -> None:
+    """UserError where a login or a proxy has answered with a page of its own."""
+    with open(partial, "rb") as file:
+        head = file.read(512).lstrip().lower()
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        partial.unlink()
+        raise UserError(f"{url} answered with a web page: log in to the network, or get the file by hand")
 
 
 def _compare_digits(path: Path) -> None:

@@ -8,6 +8,7 @@ entry is a class: its arguments are constants of the network, its call is the op
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import os
@@ -215,18 +216,19 @@ def native_library() -> str | None:
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     model = "".join(line for line in cpu.splitlines() if line.startswith(("flags", "Features", "model name")))
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, COMPILE_FLAGS, model)).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-kernels"
-    library = cache / f"kernels_cpu-{key}.so"
-    if library.exists():
-        return str(library)
+    cache = "the user's cache folder"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch) / library.name
-            subprocess.run([compiler, *COMPILE_FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
-            os.replace(made, library)
-    except OSError as error:
-        return _no_native(f"{cache}: {error.strerror}")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-kernels"
+        library = cache / f"kernels_cpu-{key}.so"
+        if not library.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                made, flags = Path(scratch) / library.name, [*COMPILE_FLAGS, str(SOURCE)]
+                subprocess.run([compiler, *flags, "-o", str(made)], check=True, capture_output=True)
+                os.replace(made, library)
+        ctypes.CDLL(str(library))  # or MindSpore would fail later, in the middle of a graph
+    except (OSError, RuntimeError) as error:  # no room, no right, no home, a disk from which nothing may be run
+        return _no_native(f"{cache}: {getattr(error, 'strerror', None) or error}")
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         return _no_native(lines[0] if lines else f"{compiler} failed")

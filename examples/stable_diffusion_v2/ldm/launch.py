@@ -92,6 +92,8 @@ def this_host(hosts: dict[str, int]) -> int:
 
 def check_script(name: str, words: list[str]) -> None:
     """The script's own options, and whether its data can be read: one line here instead of one per rank."""
+    if not Path(name).is_file() or Path(name).is_absolute():
+        raise UserError(f"there is no {name} here: name a script by its path from {Path.cwd()}")
     script = importlib.import_module(".".join(Path(name).with_suffix("").parts))
     args = read_options(script.build_parser(), words)
     for option in ("data_path", "real_dir", "gen_dir", "image_path"):
@@ -165,13 +167,28 @@ def settle(args: argparse.Namespace) -> tuple[dict[str, int], int, dict[str, str
         raise UserError(f"{own} ranks are to run on this host, which shows {visible_devices()} NPUs")
     if args.launcher == "mpirun" and here:
         raise UserError(f"mpirun starts all hosts of {args.hosts} from the first, {master}")
+    if args.launcher == "msrun" and len(set(hosts.values())) > 1:
+        raise UserError(f"msrun wants as many slots on every host of {args.hosts}: use --launcher mpirun")
+    try:
+        address = socket.gethostbyname(master)
+    except OSError as error:
+        raise UserError(f"{args.hosts}: the first host, {master}, is not known here: {error.strerror}") from None
+    if len(hosts) > 1 and address.startswith("127."):
+        raise UserError(
+            f"{master} is {address} here, where no other host can reach it: give its address in {args.hosts}"
+        )
     env = without_launcher()
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # msrun starts "python"
     if not shutil.which(args.launcher, path=env["PATH"]):
         advice = {"mpirun": "install OpenMPI or use --launcher msrun", "msrun": "install MindSpore, which brings it"}
         raise UserError(f"{args.launcher} is not on the PATH: {advice[args.launcher]}")
+    python = shutil.which("python", path=env["PATH"])
+    if args.launcher == "msrun" and not (python and os.path.samefile(python, sys.executable)):
+        raise UserError(
+            f"msrun starts 'python', which is {python} and not {sys.executable}: put that first on the PATH"
+        )
     env.pop("RANK_TABLE_FILE", None)  # deprecated since MindSpore 2.4, and a forgotten one wins over the launcher
-    env.update(MS_SCHED_HOST=socket.gethostbyname(master), MS_SCHED_PORT=str(args.port))
+    env.update(MS_SCHED_HOST=address, MS_SCHED_PORT=str(args.port))
     env[HUB] = f"{env['MS_SCHED_HOST']}:{args.port + 1}"
     if args.device == "CPU":
         env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // own)))

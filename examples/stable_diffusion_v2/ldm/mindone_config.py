@@ -25,7 +25,7 @@ _KEYS = {
     "model": _Keys(
         used=("params", "prediction_type"),
         only={"target": "ldm.models.diffusion.ddpm.LatentDiffusion"},
-        ignored=("base_learning_rate",),
+        ignored=("base_learning_rate", "name", "version", "pretrained_ckpt"),
     ),
     "model.params": _Keys(
         used=("linear_start", "linear_end", "timesteps", "beta_schedule", "image_size", "scale_factor")
@@ -91,6 +91,8 @@ def from_mindone(model: dict) -> dict:
     vae = _part(params, "first_stage_config")
     vae.update(_entries(vae.pop("ddconfig", None), "model.params.first_stage_config.params.ddconfig"))
     unet = _unet(_part(params, "unet_config"))
+    text = _part(params, "cond_stage_config")
+    has_tokenizer = "tokenizer_name" in params["cond_stage_config"].get("params", {})
     return {
         "prediction_type": _prediction_type(model, params),
         "image_size": _image_size(params.get("image_size", 64), vae.get("ch_mult")),
@@ -103,7 +105,7 @@ def from_mindone(model: dict) -> dict:
         },
         "unet": unet,
         "vae": vae,
-        "text": _text(_part(params, "cond_stage_config"), unet.get("context_dim")),
+        "text": _text(text, unet.get("context_dim"), has_tokenizer),
     }
 
 
@@ -157,9 +159,14 @@ def _unet(unet: dict) -> dict:
     return {"use_linear_in_transformer": False, **given, "use_checkpoint": recompute}
 
 
-def _text(text: dict, context_dim: Any) -> dict:
+def _text(text: dict, context_dim: Any, has_tokenizer: bool) -> dict:
     """Older files leave the encoder's sizes out; what the UNet expects then tells SD 1.x from 2.x, ours by default."""
     sd1 = text.get("width", context_dim) == 768
+    if sd1 and not has_tokenizer:
+        log.warning(
+            "the model file names no tokenizer: CLIP's is used, not the Chinese one that MindONE takes then; "
+            "give tokenizer_name: BpeTokenizer if that is right"
+        )
     quick_gelu = text.pop("use_quick_gelu", sd1)
     sizes = {"width": 768, "layers": 12, "heads": 12} if sd1 else {}
     return {"variant": "clip" if quick_gelu else "openclip", **sizes, **text}

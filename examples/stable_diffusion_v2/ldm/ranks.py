@@ -338,7 +338,7 @@ class Hub:
                 message = json.loads(line)
             except ValueError:
                 message = {}
-            if peer.hello or (isinstance(message, dict) and "rank" in message):
+            if peer.hello or (isinstance(message, dict) and {"rank", "size"} <= message.keys()):
                 self._handle(peer, message)
             else:  # a stranger, such as a scan of ports
                 return self._drop(peer)

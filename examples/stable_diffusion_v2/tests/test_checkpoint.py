@@ -447,7 +447,7 @@ def test_a_file_that_says_nothing_says_nothing(tmp_path, kind):
         (["v_pred", "ztsnr"], {}, {"prediction_type": "v", "schedule": '{"zero_terminal_snr": true}'}),
         ([], {"modelspec.prediction_type": "epsilon"}, {"prediction_type": "eps"}),
         ([], {"modelspec.predict_key": "v"}, {"prediction_type": "v"}),
-        ([], {"modelspec.predict_key": "epsilon"}, {"prediction_type": "eps"}),
+        ([], {"modelspec.predict_key": "epsilon"}, {}),
         ([], {"prediction_type": "v_prediction", "modelspec.prediction_type": "v"}, {"prediction_type": "v"}),
         ([], {"modelspec.resolution": "512x768", "x": ""}, {"resolution": "512x768"}),
     ],

@@ -258,11 +258,12 @@ def test_mindone_file_without_a_section(section):
     assert section in message(from_dict, data, "x")
 
 
-def test_mindone_text_encoder_that_says_nothing_of_its_size():
+def test_mindone_text_encoder_that_says_nothing_of_its_size(caplog):
     sd2, sd1 = (load_model_config(CONFIGS / f"{name}.yaml") for name in ("v2-inference", "v1-inference"))
     for name, model in (("mindone_v2.yaml", sd2), ("mindone_v1.yaml", sd1)):
         head, target, _ = (FIXTURES / name).read_text().partition("FrozenCLIPEmbedder")
         assert from_yaml(f"{head}{target}\n      params: {{use_fp16: True}}", "x") == model
+    assert [message.count("names no tokenizer") for message in caplog.messages] == [1]  # as SD 1.x in Chinese does
 
 
 def test_mindone_schedules_heads_and_recompute():

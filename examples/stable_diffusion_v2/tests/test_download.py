@@ -101,6 +101,13 @@ def test_nothing_is_fetched_without_being_asked(server, tmp_path, monkeypatch):
     assert (tmp_path / "models/model.ckpt").read_bytes() == CONTENT
 
 
+def test_a_login_page_is_no_checkpoint(server, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "CONTENT", b"\n<!DOCTYPE html><title>log in</title>")
+    with pytest.raises(UserError, match="answered with a web page"):
+        download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_published_file_is_not_read_as_another_type(monkeypatch):
     """SD 2.0's file says nothing of its type, and the v config would take its eps for v."""
     monkeypatch.setitem(versions.VERSIONS, "2.0", versions.Version("configs/v2-inference.yaml", "not-there.ckpt", 9.0))

@@ -377,7 +377,7 @@ def test_equal_folders_have_no_distance(command, two):
 
 def test_a_caption_file_says_which_pictures(command, two, tmp_path):
     real, gen = two
-    (real / "img_txt.csv").write_text("dir,text\naxx.png,one\na.png,two\n")
+    (real / "img_txt.csv").write_text("dir,text\naxx.png,one\na.png,two\naxx.png,three\n")
     (tmp_path / "part").mkdir()
     for name in ("a.png", "axx.png"):
         (tmp_path / "part" / name).write_bytes((real / name).read_bytes())

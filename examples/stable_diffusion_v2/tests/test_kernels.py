@@ -1,5 +1,7 @@
 """The CPU's kernels against the plain definitions: values and every gradient."""
 
+from pathlib import Path
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -108,3 +110,16 @@ def test_half_precision_comes_out_as_float32_and_its_gradient_as_half(rng, nativ
     wanted = ops.grad(Weighted(operator, Tensor(np.ones(y.shape, np.float32))))(x.astype(ms.float32))
     assert y.dtype == ms.float32 and given.dtype == ms.float16
     np.testing.assert_allclose(given.asnumpy(), wanted.asnumpy(), atol=1e-2)
+
+
+def test_without_a_place_for_the_library_the_plain_kernels_run(monkeypatch, tmp_path, capsys):
+    """A cache folder that is a file, and a library that cannot be loaded."""
+    find = kernels.native_library.__wrapped__
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert find() is None and "plain ones are several times slower" in capsys.readouterr().err
+    damaged = tmp_path / "ldm-kernels" / Path(kernels.native_library()).name
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"no library")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert find() is None and "plain ones are several times slower" in capsys.readouterr().err

@@ -282,6 +282,38 @@ def test_launches_that_cannot_work(monkeypatch, capsys, words, line):
     assert line in str(caught.value) + capsys.readouterr().err
 
 
+def test_scripts_and_hosts_that_cannot_be_launched(monkeypatch, tmp_path):
+    def complaint(*words):
+        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, words)])
+        with pytest.raises(UserError) as caught:
+            main()
+        return str(caught.value)
+
+    monkeypatch.chdir(ROOT)
+    for script in ("nowhere.py", ROOT / "text_to_image.py"):
+        assert f"there is no {script} here" in complaint(script)
+    hosts = tmp_path / "hosts"
+    words = ["text_to_image.py", "--hosts", hosts]
+    hosts.write_text("127.0.0.1 slots=2\n192.0.2.1 slots=1\n")
+    assert "msrun wants as many slots on every host" in complaint(*words)
+    hosts.write_text("127.0.0.1 slots=2\n192.0.2.1 slots=2\n")
+    assert "127.0.0.1 is 127.0.0.1 here, where no other host can reach it" in complaint(*words)
+    hosts.write_text("nowhere.invalid slots=2\n127.0.0.1 slots=2\n")
+    assert "nowhere.invalid, is not known here" in complaint(*words)
+
+
+def test_msrun_would_start_another_python(monkeypatch, tmp_path):
+    """It starts whatever is called python, and this one is called otherwise."""
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "msrun").symlink_to(tmp_path / "python")
+    (tmp_path / "python3.99").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3.99"))
+    monkeypatch.setattr(sys, "argv", ["launch.py", "text_to_image.py"])
+    with pytest.raises(UserError, match="msrun starts 'python', which is .*: put that first on the PATH"):
+        main()
+
+
 # ---- the scripts on two ranks ----
 
 with_mpirun = pytest.mark.skipif(not shutil.which("mpirun"), reason="mpirun is not installed: apt install openmpi-bin")

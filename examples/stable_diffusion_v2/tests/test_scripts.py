@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.pipeline import describe
 from ldm.randomness import generator
+from ldm.ranks import Ranks
 from ldm.train.log import read_log
 
 ROOT = Path(__file__).parents[1]
@@ -402,6 +404,8 @@ def test_a_run_cut_short_goes_on_and_mixes_no_settings(place, tmp_path, monkeypa
         ("a\n\nb\n", "x\ny\n", [("a", "x"), ("b", "y")]),
         ("a\nb\n", "x\n", [("a", "x"), ("b", "x")]),
         ("a\nb\n", "x\n\n\n", [("a", "x"), ("b", "x")]),
+        ("a\nb\n", "x\n\n", [("a", "x"), ("b", "")]),
+        ("a\n\nb\n", "x\ny\n\n", [("a", "x"), ("b", "y")]),
         ("a\n", None, [("a", "none")]),
     ],
 )
@@ -413,6 +417,13 @@ def test_negative_prompts_go_with_their_lines(tmp_path, prompts, negatives, expe
         words += ["--negative_data_path", str(tmp_path / "negatives.txt")]
     planned = text_to_image.plan(text_to_image.build_parser().parse_args([*words, "--n_samples", "1"]))
     assert [(picture.prompt, picture.negative_prompt) for picture in planned] == expected
+
+
+def test_no_prompt_may_have_a_negative_one(tmp_path):
+    (tmp_path / "negatives.txt").write_text("x\n\n")
+    words = ["--prompt", "", "--negative_data_path", str(tmp_path / "negatives.txt"), "--n_iter", "1"]
+    (picture, *_) = text_to_image.plan(text_to_image.build_parser().parse_args(words))
+    assert picture[:2] == ("", "x")
 
 
 def test_a_grid_replaces_no_other(place, tmp_path, monkeypatch):
@@ -621,6 +632,8 @@ def test_a_run_with_other_settings_is_not_resumed(monkeypatch, capsys, place, tr
     state = trained / "ckpt/rank_0/train_resume.safetensors"
     line = refused_training(monkeypatch, capsys, place, tmp_path, "--resume", state, "--train_batch_size", 4)
     assert "samples_per_step was 3 and is now 4" in line
+    words = training(place, tmp_path, "--data_path", "nowhere", "--resume", state, "--seed", 1)
+    assert "seed was 3407" in refusal(monkeypatch, capsys, train_text_to_image, words)  # before the data is read
 
 
 @pytest.mark.parametrize(
@@ -668,7 +681,11 @@ def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, 
     for resume in (False, state):
         words = training(place, tmp_path, "--train_steps", 21, "--resume", resume)
         assert "holds a run" in refusal(monkeypatch, capsys, train_text_to_image, words)
-    assert len(list(tmp_path.glob("ckpt/rank_0/*"))) == 3
+    earlier = tmp_path / "ckpt/rank_0/earlier.safetensors"
+    shutil.copy(state, earlier)
+    line = refusal(monkeypatch, capsys, train_text_to_image, training(place, tmp_path, "--resume", earlier))
+    assert "to go back to" in line and earlier.read_bytes() == state.read_bytes()
+    assert len(list(tmp_path.glob("ckpt/rank_0/*"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -683,7 +700,7 @@ def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, 
         (["--data_path", "/dev/null"], ["/dev/null is empty"]),
         (["--data_path", "no.txt"], ["cannot read the prompt file no.txt"]),
         (["--prompt", "caf\udce9"], ["the prompt 'caf\\udce9' is not UTF-8"]),
-        (["--ckpt_path", "no.ckpt", "--resume"], ["cannot read no.ckpt", "No such file"]),
+        (["--ckpt_path", "no.ckpt", "--resume"], ["no.ckpt does not exist"]),
         (["--ckpt_path", "no.ckpt"], ["no.ckpt does not exist"]),
         (["--ckpt_path", "{place}/cut.safetensors"], ["cut.safetensors", "truncated"]),
         (["--config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
@@ -742,3 +759,19 @@ def test_a_large_unet_is_trained_block_by_block(place, tmp_path):
         losses.append([float(line.split("\t")[2]) for line in log])
     assert len(losses[0]) == 3
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_caches_are_filled_on_the_devices_of_their_ranks(monkeypatch):
+    """Under mpirun nothing else tells a process that is started for it which one it is."""
+    seen = []
+
+    def start(command, env):
+        seen.append((command[-2:], env.get("DEVICE_ID"), env.get("OMPI_COMM_WORLD_RANK")))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "11")
+    monkeypatch.delenv("DEVICE_ID", raising=False)
+    monkeypatch.setattr(train_text_to_image.subprocess, "run", start)
+    for ranks in (Ranks(11, 16, 3), Ranks()):
+        train_text_to_image.fill_elsewhere(ranks)
+    assert seen == [(["--cache_share", "11/16"], "3", None), (["--cache_share", "0/1"], None, None)]

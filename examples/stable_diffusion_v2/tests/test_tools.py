@@ -1,6 +1,7 @@
 """The tools: a level added to a UNet, the offline measure, what the comparison of types trains on and writes."""
 
 import csv
+import subprocess
 import sys
 from pathlib import Path
 
@@ -113,6 +114,15 @@ def test_offline_features_tell_pictures_of_one_set_from_another(tmp_path):
     assert offline.OpenNsfw()([Image.new("RGB", (64, 64), "red")]).shape == (1, 1024)
 
 
+def test_a_picture_with_several_captions_counts_once(tmp_path):
+    """For the KID; each caption still looks for its own picture."""
+    for name in "ab":
+        Image.new("RGB", (8, 8), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
+    (tmp_path / "img_txt.csv").write_text("dir,text\na.png,one\nb.png,two\na.png,three\n")
+    shown, places = offline.pictures(tmp_path)
+    assert [picture.getpixel((0, 0))[0] for picture in shown] == [255, 0] and places == [0, 1, 0]
+
+
 def test_too_few_pictures_are_refused(tmp_path):
     with pytest.raises(UserError, match="no picture in"):
         offline.pictures(tmp_path)
@@ -170,3 +180,10 @@ def test_the_small_model_of_the_benchmark_is_the_large_one_but_for_its_widths():
     assert full == load_model_config("configs/v2-vpred-inference.yaml")
     assert small.text.layers == full.text.layers
     assert (small.unet.model_channels, small.vae.ch, small.text.width) == (64, 32, 192)
+
+
+def test_a_checkpoint_is_not_converted_to_pytorchs_own_files(tmp_path):
+    command = [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), str(ROOT / "models/tiny-vpred.safetensors")]
+    done = subprocess.run([*command, str(tmp_path / "x.pt")], capture_output=True, text=True)
+    assert done.returncode == 1 and "read, not written" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

@@ -498,6 +498,15 @@ def test_other_settings_are_refused_by_name(saved):
     refuses(path, make(), {"batch": 8}, "betas", "prediction_type")
 
 
+def test_states_from_before_a_setting_was_kept_are_resumed(saved, tmp_path):
+    train_step, path = saved
+    now = {**SETTINGS, "data": "1", "frozen": "2"}
+    assert load_state(path, make(), now) == {"step": 2}
+    save_state(tmp_path / "new.safetensors", train_step, {"step": 2}, now)
+    assert load_state(tmp_path / "new.safetensors", make(), now) == {"step": 2}
+    refuses(tmp_path / "new.safetensors", make(), {**now, "data": "3"}, "data was '1' and is now '3'")
+
+
 def test_states_of_other_networks_and_optimizers_are_refused(saved):
     _, path = saved
     other = Net(width=7)

@@ -3,9 +3,9 @@
     python tools/convert_checkpoint.py SOURCE DESTINATION [--dtype float16] [--version 2.1-v]
 
 SOURCE is MindSpore's .ckpt, PyTorch's .ckpt or .pt, .safetensors, or a diffusers folder. DESTINATION says the format:
-NAME.ckpt is MindSpore's with MindONE's names, NAME.safetensors has Stability's, any other name becomes a diffusers
-folder. What the source says of itself (prediction type, schedule, resolution) goes along; where it says nothing,
---version or --config says it. Tensors are converted one by one: memory stays at about the source's size.
+NAME.ckpt is MindSpore's with MindONE's names, NAME.safetensors has Stability's, any other name (but .pt, .pth, .bin)
+becomes a diffusers folder. What the source says of itself (prediction type, schedule, resolution) goes along; where it
+says nothing, --version or --config says it. Tensors are converted one by one: memory stays at about the source's size.
 """
 
 from __future__ import annotations

@@ -61,9 +61,10 @@ def main() -> None:
     prompts.write_text("".join(f"{sample.text}\n" for sample in chosen), encoding="utf-8")
 
     before = draw("models/tiny-vpred.safetensors", prompts, output / "before")
-    shutil.rmtree(output / "train", ignore_errors=True)  # an earlier demo
+    if (output / "train/ckpt/rank_0").is_dir():  # an earlier demo's
+        shutil.rmtree(output / "train")
     run("train_text_to_image.py", "--train_config", CONFIG, "--output_path", str(output / "train"), *train_options)
-    newest = max((output / "train/ckpt/rank_0").glob("sd-*.safetensors"), key=lambda path: path.stat().st_mtime)
+    newest = max((output / "train/ckpt/rank_0").glob("sd-*"), key=lambda path: path.stat().st_mtime)
     after = draw(str(newest), prompts, output / "after")
 
     real = np.stack([load_image(sample.path, before.shape[1]) for sample in chosen])

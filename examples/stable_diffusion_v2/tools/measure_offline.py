@@ -44,7 +44,7 @@ from ldm.versions import VERSIONS  # noqa: E402
 SIDE = 224
 BGR_MEAN = np.array([104, 117, 123], np.float32)  # what the network's training subtracted
 POOLED = b"/ReduceMean_output_0"
-SUBSETS, SUBSET_SIZE = 100, 100
+SUBSETS = 100
 
 
 class OpenNsfw:
@@ -99,22 +99,25 @@ def draw(real: str, ckpt: str, output: Path, options: list[str], each: int = 1, 
     return folder / "samples"
 
 
-def pictures(folder: Path) -> list[Image.Image]:
+def pictures(folder: Path) -> tuple[list[Image.Image], list[int]]:
+    """The pictures of a folder, each once, and which of them belongs to each caption or file, in order."""
     with_captions = (folder / "img_txt.csv").exists()
     paths = [sample.path for sample in read_captions(folder)] if with_captions else find_pictures(folder)
-    if len(paths) < 2:
+    once = {path: place for place, path in enumerate(dict.fromkeys(paths))}
+    if len(once) < 2:
         raise UserError(f"{folder} has only one picture; KID needs two at least")
-    return [Image.fromarray(decode(path)) for path in paths]
+    return [Image.fromarray(decode(path)) for path in once], [once[path] for path in paths]
 
 
 def measure(gen: Path, real: Path, each: int = 1, limit: int | None = None) -> dict[str, float]:
     """KID x 1000 with its deviation; where there are `each` pictures per caption of `real`, retrieval too."""
     features = OpenNsfw()
-    a, b = features(pictures(gen)), features(pictures(real))
-    value, error = kid_with_error(a, b, SUBSETS, SUBSET_SIZE)
+    (drawn, _), (known, places) = pictures(gen), pictures(real)
+    a, b = features(drawn), features(known)
+    value, error = kid_with_error(a, b, SUBSETS, max(2, min(len(a), len(b)) // 2))
     row = {"pictures": len(a), "kid_x1000": round(1000 * value, 1), "subset_std": round(1000 * error, 1)}
-    if len(a) == each * min(limit or len(b), len(b)):
-        row.update({f"top{k}": round(retrieval(a, b, k, each), 3) for k in (1, 5)})
+    if len(a) == each * min(limit or len(places), len(places)):
+        row.update({f"top{k}": round(retrieval(a, b[places], k, each), 3) for k in (1, 5)})
     return row
 
 
@@ -155,6 +158,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="the first captions only")
     parser.add_argument("--output_path", type=Path, default=Path("output/measure"), help="drawn pictures go there")
     args, options = parser.parse_known_args()
+    if args.gen_path and options:
+        raise UserError(f"with --gen_path nothing is drawn, and {options[0]} has no meaning")
     if args.reconstruct and (options or not args.ckpt_path):
         raise UserError(f"--reconstruct takes --ckpt_path and --config, not {options[0] if options else '--gen_path'}")
     require_at_least(1, args, "n_samples", "limit")

@@ -164,7 +164,8 @@ def _stated(tensors: Tensors, strings: Strings) -> Strings:
     meta = {key: text for key, text in strings.items() if text and key not in derived and key != "format"}
 
     words = [strings.get("prediction_type"), strings.get(_MODELSPEC + "prediction_type")]
-    words.append(strings.get(_MODELSPEC + "predict_key"))  # ComfyUI's
+    if strings.get(_MODELSPEC + "predict_key") == _MARKED_TYPE:  # ComfyUI's; its "epsilon" is what it says in doubt
+        words.append(_MARKED_TYPE)
     words += [_MARKED_TYPE] if _V_MARK in tensors else []
     said = {FOREIGN_TYPE_NAMES.get(word, word) for word in words if word}
     if len(said) > 1:
@@ -183,7 +184,7 @@ def _stated(tensors: Tensors, strings: Strings) -> Strings:
 
 
 def _marks(meta: Strings) -> Tensors:
-    """The empty tensors by which ComfyUI, A1111 and Forge know a v model and a zero-terminal-SNR schedule."""
+    """The empty tensors that stand for a v model and a zero-terminal-SNR schedule."""
     if meta.get("prediction_type") != _MARKED_TYPE:
         return {}
     marks = [_V_MARK]

@@ -46,8 +46,11 @@ def resume_path(resume: str | bool, folder: str | Path) -> Path | None:
 def refuse_used_folder(folder: Path, resume_from: Path | None) -> None:
     """UserError where a run would replace the state of another one."""
     state = folder / RESUME_NAME
-    if state.exists() and not (resume_from and resume_from.samefile(state)):
-        raise UserError(f"{folder} holds a run: go on with it by --resume True, or choose another --output_path")
+    if not state.exists() or (resume_from and resume_from.samefile(state)):
+        return
+    if resume_from and resume_from.parent.samefile(folder):
+        raise UserError(f"{state} is of another time: to go back to {resume_from}, move it there and use --resume True")
+    raise UserError(f"{folder} holds a run: go on with it by --resume True, or choose another --output_path")
 
 
 def state_bytes(train_step: TrainStep) -> int:
