@@ -25,7 +25,7 @@ VERSIONS = {
     "2.0-v": Version("configs/v2-vpred-inference.yaml", "sd_v2_768_v-e12e3a9b.ckpt", 9.0),
     "2.1": Version("configs/v2-inference.yaml", "sd_v2-1_base-7c8d09ce.ckpt", 9.0),
     "2.1-v": Version("configs/v2-vpred-inference.yaml", "sd_v2-1_768_v-061732d1.ckpt", 9.0),
-    "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors", 2.0, "ddpm"),
+    "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors", 1.5, "ddpm"),
 }
 
 
