@@ -121,20 +121,20 @@ def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
     count, and a single one is for all.
     """
     lines = read_lines(args.data_path) if args.data_path else [args.prompt]
-    negatives = read_lines(args.negative_data_path) if args.negative_data_path else [args.negative_prompt] * len(lines)
     prompts = [line for line in lines if line] or lines
-    if len(negatives) == len(lines) and not any(n for line, n in zip(lines, negatives) if not line and args.data_path):
+    negatives = read_lines(args.negative_data_path) if args.negative_data_path else []
+    given = [line for line in negatives if line]
+    if not given:
+        pairs = [(prompt, args.negative_prompt) for prompt in prompts]
+    elif len(negatives) == len(lines) and all(line or not n for line, n in zip(lines, negatives) if args.data_path):
         pairs = [(line, n) for line, n in zip(lines, negatives) if line or not args.data_path]
         without = sum(not n for _, n in pairs)
-        if args.negative_data_path and without:
+        if without:
             log.info("%d of %d prompts have a blank line for a negative prompt, which is none", without, len(pairs))
+    elif len(given) in (1, len(prompts)):
+        pairs = list(zip(prompts, given * (len(prompts) // len(given))))
     else:
-        negatives = [line for line in negatives if line]
-        if len(negatives) == 1:
-            negatives *= len(prompts)
-        if len(negatives) != len(prompts):
-            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for each, or one")
-        pairs = list(zip(prompts, negatives))
+        raise UserError(f"{len(given)} negative prompts for {len(prompts)} prompts: give one for each, or one")
     for text in (text for pair in pairs for text in pair):
         try:
             text.encode()

@@ -407,6 +407,7 @@ def test_a_run_cut_short_goes_on_and_mixes_no_settings(place, tmp_path, monkeypa
         ("a\nb\n", "x\n\n", [("a", "x"), ("b", "")]),
         ("a\n\nb\n", "x\ny\n\n", [("a", "x"), ("b", "y")]),
         ("a\n", None, [("a", "none")]),
+        ("a\n\nb\n", None, [("a", "none"), ("b", "none")]),
     ],
 )
 def test_negative_prompts_go_with_their_lines(tmp_path, prompts, negatives, expected):
