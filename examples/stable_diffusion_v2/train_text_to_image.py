@@ -173,11 +173,10 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     require_at_least(1, args, "train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval")
     require_at_least(0, args, "train_steps", "ckpt_max_keep", "validation_interval")
     check_config(config, args.image_size)
-    build_schedule(config.schedule).timesteps(args.validation_steps)
+    schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
+    schedule.timesteps(args.validation_steps)
     timestep_bias(args, config)
-    loss_weight(
-        args.loss_weighting, build_schedule(config.schedule), get_prediction(config.prediction_type), args.snr_gamma
-    )
+    loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
     learning_rate(args, args.train_steps or 1)
     LossScale(args.init_loss_scale, args.scale_window)
     TrainStep.check(args.max_grad_norm if args.clip_grad else None)

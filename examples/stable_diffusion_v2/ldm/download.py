@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ldm.checkpoint import sha256
 from ldm.errors import UserError
 
 CHUNK = 1 << 20
@@ -92,9 +92,6 @@ def _refuse_page(url: str, partial: Path) -> None:
 def _compare_digits(path: Path) -> None:
     digits = re.search(r"-([0-9a-f]{8})\.\w+$", path.name)
     if digits:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-        if not digest.hexdigest().startswith(digits[1]):
-            log.warning("%s: its sha256 is %s, its name says %s", path, digest.hexdigest(), digits[1])
+        found = sha256(path).hex()
+        if not found.startswith(digits[1]):
+            log.warning("%s: its sha256 is %s, its name says %s", path, found, digits[1])

@@ -112,12 +112,12 @@ def pictures(folder: Path) -> tuple[list[Image.Image], list[int]]:
 def measure(gen: Path, real: Path, each: int = 1, limit: int | None = None) -> dict[str, float]:
     """KID x 1000 with its deviation; where there are `each` pictures per caption of `real`, retrieval too."""
     features = OpenNsfw()
-    (drawn, _), (known, places) = pictures(gen), pictures(real)
+    (drawn, order), (known, places) = pictures(gen), pictures(real)
     a, b = features(drawn), features(known)
     value, error = kid_with_error(a, b, SUBSETS, max(2, min(len(a), len(b)) // 2))
     row = {"pictures": len(a), "kid_x1000": round(1000 * value, 1), "subset_std": round(1000 * error, 1)}
-    if len(a) == each * min(limit or len(places), len(places)):
-        row.update({f"top{k}": round(retrieval(a, b[places], k, each), 3) for k in (1, 5)})
+    if len(order) == each * min(limit or len(places), len(places)):
+        row.update({f"top{k}": round(retrieval(a[order], b[places], k, each), 3) for k in (1, 5)})
     return row
 
 

@@ -126,7 +126,7 @@ def _described(folder: Path, strings: Strings) -> Strings:
     scale = _json(vae).get("scaling_factor") if vae.is_file() else None
     if isinstance(scale, float):
         told["scale_factor"] = repr(scale)
-    if (folder / "unet/config.json").is_file() and (folder / "vae/config.json").is_file():
+    if (folder / "unet/config.json").is_file() and vae.is_file():
         side, levels = (_json(folder / f"{part}/config.json").get(key) for part, key in _SIZES)
         if isinstance(side, int) and isinstance(levels, list) and levels:
             told["resolution"] = "x".join([str(side * 2 ** (len(levels) - 1))] * 2)

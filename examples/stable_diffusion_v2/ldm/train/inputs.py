@@ -124,7 +124,7 @@ class FrozenOutputs:
                 if needed > free:
                     raise UserError(
                         f"the cache {rows.folder} needs {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f}: "
-                        f"{OTHERWISE}"
+                        + OTHERWISE
                     )
 
 
