@@ -27,9 +27,9 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from eval import inception, metrics, pictures  # noqa: E402
-from ldm.checkpoint.formats import replacing  # noqa: E402
 from ldm.data.captions import read_captions  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files import replacing  # noqa: E402
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool  # noqa: E402
 from ldm.pictures import make_folder  # noqa: E402
 from ldm.randomness import generator  # noqa: E402

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ldm.checkpoint import sha256
 from ldm.errors import UserError
+from ldm.files import sha256
 
 CHUNK = 1 << 20
 TIMEOUT = 60  # seconds without a byte

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from ldm.checkpoint.formats import replacing
 from ldm.errors import UserError
+from ldm.files import replacing
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Callable
 
 from ldm.errors import UserError
+from ldm.files import escaped
 from ldm.ranks import Ranks, follow_hub, follow_parent, place, scheduler_address, without_launcher
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings on a CPU are harmless and many
@@ -34,6 +35,7 @@ gc.freeze()  # what is there stays: MindSpore looks for garbage whenever it comp
 DEVICES = ("Ascend", "GPU", "CPU")
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 HERE = Path(__file__).parents[1]
+LONGEST_LINE = 2000  # characters of an error message
 SLOW_ON_CPU = (2, 9)  # from this version on, CPU convolutions wider than 1×1 run some 300 times slower than in 2.8
 
 log = logging.getLogger(__name__)
@@ -191,9 +193,10 @@ def run(main: Callable[[], None], communicates: bool = False) -> None:
             sys.stdout.flush()
             os._exit(0)  # all is done; MindSpore's network threads sometimes crash while the process is taken down
     except UserError as error:
+        line = escaped(error, LONGEST_LINE)  # one line, whatever a file has put into it
         if _ranks.connection:
-            _ranks.fail(str(error))
-        sys.exit(f"error: {error}")
+            _ranks.fail(line)
+        sys.exit(f"error: {line}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

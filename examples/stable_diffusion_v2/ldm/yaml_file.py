@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from ldm.checkpoint.formats import replacing
 from ldm.errors import UserError
+from ldm.files import replacing
 
 SCRIPTS = Path(__file__).resolve().parents[1]  # the folder the commands are run from
 

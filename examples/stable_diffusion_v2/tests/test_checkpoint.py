@@ -737,16 +737,6 @@ def test_full_disk_leaves_the_old_file(tmp_path, kind):
     assert [file.name for file in tmp_path.iterdir()] == ["sd-1.ckpt"]
 
 
-def test_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "t"
-    path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), formats.replacing(path) as file:
-        file.write(b"new")
-        raise KeyboardInterrupt
-    assert path.read_bytes() == b"old"
-    assert [file.name for file in tmp_path.iterdir()] == ["t"]
-
-
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "folder").mkdir()

@@ -28,10 +28,10 @@ import numpy as np
 
 from ldm.checkpoint import diffusers_folder, formats, names
 from ldm.checkpoint.arrays import release
-from ldm.checkpoint.formats import sha256
 from ldm.errors import UserError
+from ldm.files import sha256
 
-__all__ = ["FORMATS", "Checkpoint", "content_key", "load", "match", "release", "save", "sha256"]
+__all__ = ["FORMATS", "Checkpoint", "content_key", "load", "match", "release", "save"]
 
 FORMATS = (*formats.FORMATS, "diffusers")  # that are written
 

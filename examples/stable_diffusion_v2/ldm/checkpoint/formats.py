@@ -9,17 +9,14 @@ number is used, writing to an array never reaches the file. bfloat16, which NumP
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from ldm.checkpoint import mindspore_file, pytorch_file, safetensors_file
 from ldm.checkpoint.arrays import FileError, Strings, Tensors, release, widened
 from ldm.errors import UserError
+from ldm.files import replacing
 
 _KINDS = {"mindspore": mindspore_file, "safetensors": safetensors_file, "pytorch": pytorch_file}
 FORMATS = ("mindspore", "safetensors")  # that are written
@@ -72,39 +69,6 @@ def write(path: str | Path, tensors: Tensors, strings: Strings, kind: str, dtype
     with replacing(path) as file:
         for chunk in _KINDS[kind].chunks(tensors, strings, dtype):
             file.write(chunk)
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of ``path`` only when the block has ended without an error.
-
-    It is written beside it as ``<name>.partial``, forced to the disk, then renamed: a reader sees the old file or the
-    new one, and a full disk costs neither. Raises UserError instead of OSError.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        state = "the previous file is intact" if os.path.exists(path) else "nothing is left behind"
-        advice = "make room there or write to another folder"
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {state}; {advice}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def sha256(path: str | Path) -> bytes:
-    """Of the file's content; OSError where it cannot be read."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.digest()
 
 
 def _printable(text: str) -> str:

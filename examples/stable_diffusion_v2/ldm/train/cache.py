@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.checkpoint import release, sha256
+from ldm.checkpoint import release
 from ldm.errors import UserError
+from ldm.files import sha256
 from ldm.pictures import make_folder
 
 KEY_BYTES = 32

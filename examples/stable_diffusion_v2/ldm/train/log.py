@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.checkpoint.formats import replacing
 from ldm.errors import UserError
+from ldm.files import replacing
 from ldm.pictures import save_png
 
 log = logging.getLogger(__name__)
