@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import add_unet_level  # noqa: E402
 import benchmark_sampling as sampling  # noqa: E402
 import compare_prediction_types as compare  # noqa: E402
+import demo  # noqa: E402
 import measure_offline as offline  # noqa: E402
 
 from ldm import checkpoint  # noqa: E402
@@ -24,6 +25,25 @@ from ldm.data.images import to_float  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.models.layers import initialize  # noqa: E402
 from ldm.models.stable_diffusion import UNET, VAE, StableDiffusion  # noqa: E402
+
+
+def test_the_demo_trains_beside_what_is_there(tmp_path, monkeypatch):
+    for name in ("train/ckpt/rank_0", "train-2"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "train/ckpt/rank_0/sd-9.ckpt").write_text("somebody's")
+    assert demo.unused(tmp_path / "train") == tmp_path / "train-3"
+    monkeypatch.setattr(demo, "draw", lambda *words: np.zeros((len(demo.SHOWN), 64, 64, 3), np.uint8))
+
+    def run(script, *words):
+        assert words[words.index("--output_path") + 1] == str(tmp_path / "train-3")
+        (tmp_path / "train-3/ckpt/rank_0").mkdir(parents=True)
+        (tmp_path / "train-3/ckpt/rank_0/sd-1.ckpt").touch()
+
+    monkeypatch.setattr(demo, "run", run)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output_path", str(tmp_path)])
+    demo.main()
+    assert (tmp_path / "train/ckpt/rank_0/sd-9.ckpt").read_text() == "somebody's"
+    assert (tmp_path / "before_after.png").exists()
 
 
 @pytest.mark.parametrize("blocks, levels, attention", [(1, 3, (4,)), (2, 2, (2,))])

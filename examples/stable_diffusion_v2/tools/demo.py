@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,12 @@ def draw(checkpoint: str, prompts: Path, output: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted((output / "samples").glob("*.png"))[first:]])
 
 
+def unused(folder: Path) -> Path:
+    """The folder, or the first with a number behind its name that is not there: what is there stays."""
+    names = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in count(1))
+    return next(path for path in names if not path.exists())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_path", default="output/demo")
@@ -61,10 +67,9 @@ def main() -> None:
     prompts.write_text("".join(f"{sample.text}\n" for sample in chosen), encoding="utf-8")
 
     before = draw("models/tiny-vpred.safetensors", prompts, output / "before")
-    if (output / "train/ckpt/rank_0").is_dir():  # an earlier demo's
-        shutil.rmtree(output / "train")
-    run("train_text_to_image.py", "--train_config", CONFIG, "--output_path", str(output / "train"), *train_options)
-    newest = max((output / "train/ckpt/rank_0").glob("sd-*"), key=lambda path: path.stat().st_mtime)
+    trained = unused(output / "train")
+    run("train_text_to_image.py", "--train_config", CONFIG, "--output_path", str(trained), *train_options)
+    newest = max((trained / "ckpt/rank_0").glob("sd-*"), key=lambda path: path.stat().st_mtime)
     after = draw(str(newest), prompts, output / "after")
 
     real = np.stack([load_image(sample.path, before.shape[1]) for sample in chosen])
