@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import content_key
 from ldm.config import ModelConfig, load_model_config
+from ldm.data.prompts import paired, read_lines
 from ldm.diffusion.samplers import SAMPLERS, get_sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
@@ -102,39 +103,16 @@ class Picture(NamedTuple):
     number: int
 
 
-def read_lines(path: str) -> list[str]:
-    """The file's lines, blank ones too; UserError where all are blank."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not any(lines):
-        raise UserError(f"the prompt file {path} is empty: write one prompt per line")
-    return lines
-
-
 def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(prompt, negative prompt) of each line that has a prompt.
-
-    Of two files with as many lines, blank ones included, a line belongs to the same line of the other, and a blank one
-    is no negative prompt. Otherwise, or where that would leave out a negative prompt, the lines that are not blank
-    count, and a single one is for all.
-    """
+    """(prompt, negative prompt) of everything that is to be drawn."""
     lines = read_lines(args.data_path) if args.data_path else [args.prompt]
-    prompts = [line for line in lines if line] or lines
-    negatives = read_lines(args.negative_data_path) if args.negative_data_path else []
-    given = [line for line in negatives if line]
-    if not given:
-        pairs = [(prompt, args.negative_prompt) for prompt in prompts]
-    elif len(negatives) == len(lines) and all(line or not n for line, n in zip(lines, negatives) if args.data_path):
-        pairs = [(line, n) for line, n in zip(lines, negatives) if line or not args.data_path]
-        without = sum(not n for _, n in pairs)
-        if without:
-            log.info("%d of %d prompts have a blank line for a negative prompt, which is none", without, len(pairs))
-    elif len(given) in (1, len(prompts)):
-        pairs = list(zip(prompts, given * (len(prompts) // len(given))))
+    if args.negative_data_path:
+        pairs = paired(lines, read_lines(args.negative_data_path))
     else:
-        raise UserError(f"{len(given)} negative prompts for {len(prompts)} prompts: give one for each, or one")
+        pairs = [(line, args.negative_prompt) for line in lines if line or not args.data_path]
+    without = sum(not negative for _, negative in pairs)
+    if without and args.negative_data_path:
+        log.info("%d of %d prompts have a blank line for a negative prompt, which is none", without, len(pairs))
     for text in (text for pair in pairs for text in pair):
         try:
             text.encode()

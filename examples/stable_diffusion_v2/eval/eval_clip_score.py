@@ -28,6 +28,7 @@ from eval.clip import ACTIVATIONS, CLIP, config_of, preprocess  # noqa: E402
 from eval.clip_weights import find, read, stated_activation  # noqa: E402
 from eval.pictures import ahead, decode, find_pictures  # noqa: E402
 from ldm.data.images import BadImageError, check_image  # noqa: E402
+from ldm.data.prompts import read_lines  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import replacing  # noqa: E402
 from ldm.options import Parser, read_options, require_at_least, str2bool  # noqa: E402
@@ -104,15 +105,8 @@ def _by_number(path: Path) -> list:
 
 def read_prompts(prompt: str) -> list[str]:
     """One text, or the lines of a file that are not blank; UserError where it is unreadable or empty."""
-    if not os.path.isfile(prompt) and not prompt.endswith(".txt"):
-        lines = [prompt.strip()]
-    else:
-        try:
-            lines = [line.strip() for line in Path(prompt).read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot read the prompt file {prompt}: {reason}") from None
-    lines = [line for line in lines if line]
+    is_file = os.path.isfile(prompt) or prompt.endswith(".txt")
+    lines = [line for line in (read_lines(prompt) if is_file else [prompt.strip()]) if line]
     if not lines:
         raise UserError(f"no prompt in {prompt!r}: give a text, or a file with one prompt per line")
     return lines

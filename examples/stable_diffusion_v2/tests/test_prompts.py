@@ -1,0 +1,63 @@
+"""Prompt files: where their lines end, and which negative prompt goes with which prompt."""
+
+import pytest
+
+from ldm.data.prompts import paired, read_lines
+from ldm.errors import UserError
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_at_line_ends_alone(tmp_path, end):
+    prompts = ["a fox\u2028in snow", "", "a\x0cb\x0bc\x1cd\x85e", "last"]
+    for last in ("", end):
+        (tmp_path / "prompts.txt").write_bytes((end.join(prompts) + last).encode("utf-8-sig"))
+        assert read_lines(tmp_path / "prompts.txt") == prompts
+
+
+def test_blank_lines_at_the_end_count_as_lines(tmp_path):
+    (tmp_path / "prompts.txt").write_text(" a \n\n\n")
+    assert read_lines(tmp_path / "prompts.txt") == ["a", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: write one prompt per line"),
+        (b" \n\n", "is empty"),
+        ("a\nb".encode("utf-16"), "is UTF-16, not UTF-8 text: save it as UTF-8"),
+        ("a\nb".encode("utf-16-be"), "holds a NUL in line 1"),
+        (
+            "one\ncaf\xe9".encode("cp1252"),
+            "line 2 holds the byte 0xe9, as files of Windows do .cp1252.; save it as UTF-8",
+        ),
+    ],
+)
+def test_files_that_are_no_prompts(tmp_path, content, message):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"the prompt file .*prompts.txt .*{message}"):
+        read_lines(tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("lines", "negatives", "pairs"),
+    [
+        (["a", "b", "c"], ["x", "", ""], [("a", "x"), ("b", ""), ("c", "")]),
+        (["a", "", "b"], ["x", "", "y"], [("a", "x"), ("b", "y")]),
+        (["a", "", "b"], ["x", "y"], [("a", "x"), ("b", "y")]),
+        (["a", "", "b"], ["x", "y", ""], [("a", "x"), ("b", "y")]),
+        (["a", "b"], ["", "x", ""], [("a", "x"), ("b", "x")]),
+        (["", "a"], ["x", ""], [("a", "x")]),
+        ([""], ["x"], [("", "x")]),
+        ([""], ["", "x"], [("", "x")]),
+    ],
+)
+def test_pairs(lines, negatives, pairs):
+    assert paired(lines, negatives) == pairs
+
+
+@pytest.mark.parametrize(
+    ("lines", "negatives"), [(["a", "b", "c"], ["x", "y"]), ([""], ["x", "y"]), (["a"], ["x", "y"])]
+)
+def test_numbers_that_do_not_match(lines, negatives):
+    with pytest.raises(UserError, match=f"2 negative prompts for {len(lines)} prompts"):
+        paired(lines, negatives)
