@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from ldm.data.images import BadImageError, opened
 from ldm.errors import UserError
 from ldm.files import replacing
 
@@ -75,10 +76,10 @@ def save_drawn(picture: np.ndarray, path: Path, facts: dict) -> None:
 def read_facts(path: Path) -> dict:
     """How a picture says it was made; empty where it does not say. UserError where it is no picture."""
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             return _facts(picture.info.get(ENTRY))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} is damaged, or no picture: {error}; remove it") from None
+    except BadImageError as error:
+        raise UserError(f"{path} is damaged, or no picture ({error}); remove it") from None
 
 
 def read_record(path: Path) -> dict[str, dict]:
@@ -100,7 +101,7 @@ def read_record(path: Path) -> dict[str, dict]:
 def _facts(text: str | None) -> dict:
     try:
         facts = json.loads(text or "")
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or brackets within brackets without end
         return {}
     return facts if isinstance(facts, dict) else {}
 

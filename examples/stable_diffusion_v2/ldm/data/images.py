@@ -1,28 +1,58 @@
-"""Picture files as arrays: 8-bit RGB, upright, on white, the short side scaled to the size of training.
+"""Picture files as arrays: 8-bit sRGB, upright, on white, the short side scaled to the size of training.
 
-Whatever a file holds (palette, transparency, 16 bits, CMYK, a camera's orientation mark) becomes plain RGB here, and
-whatever cannot be read raises; no stand-in picture is ever made up.
+Whatever a file holds (palette, transparency, 16 bits, CMYK, colour profile, a camera's orientation mark) becomes plain
+sRGB here, and whatever cannot be read raises; no stand-in picture is ever made up.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Condition
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from ldm.data.colour import to_srgb
 from ldm.errors import UserError
+from ldm.files import quoted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, for which Pillow starts another program
 LONGEST = 8  # of a picture with longer sides than 8 : 1 only the middle is kept, or scaling could exhaust the memory
+DECODER = 2  # one more with each change of what a file's pixels become, so that no cache mixes two
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+PIXELS_AT_ONCE = 1 << 27  # of all pictures that threads decode at one time; a larger one is decoded alone
+PNG_WORDS = 16 << 20  # bytes of a packed text or profile in a PNG; Pillow refuses pictures with more than 1 MiB of it
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PNG_WORDS)
 
 
 class BadImageError(UserError):
     """A picture file that cannot be used; the message names it and says why."""
+
+
+class Room:
+    """Room for so many pixels, shared by threads: `take` waits until there is enough, or nothing else is held."""
+
+    def __init__(self, pixels: int):
+        self.pixels, self.taken, self.changed = pixels, 0, Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.taken or self.taken + pixels <= self.pixels)
+            self.taken += pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= pixels
+                self.changed.notify_all()
+
+
+_room = Room(PIXELS_AT_ONCE)
 
 
 def load_image(path: str, size: int) -> np.ndarray:
@@ -34,14 +64,15 @@ def load_image(path: str, size: int) -> np.ndarray:
     Raises:
         BadImageError: the file is missing, truncated, of another format or too large to be decoded safely.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction, still twice the size
-        return np.asarray(_scale(_upright_rgb(image), size))
+        with _room.take(image.width * image.height):
+            return np.asarray(_scale(_upright_rgb(image), size))
 
 
 def decode(path: str | Path) -> np.ndarray:
     """A picture in its own size, uint8 [height, width, 3]; BadImageError as `load_image`."""
-    with _opened(path) as image:
+    with opened(path) as image, _room.take(image.width * image.height):
         return np.asarray(_upright_rgb(image))
 
 
@@ -54,9 +85,10 @@ def check_image(path: str) -> tuple[int, int]:
     Raises:
         BadImageError: as `load_image`. Damage in the middle of a file is for `load_image` to find.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if not _has_end(path, image.format):
-            image.load()
+            with _room.take(image.width * image.height):
+                image.load()
         return image.size
 
 
@@ -74,13 +106,15 @@ def to_float(pictures: list[np.ndarray]) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """The file, open; whatever goes wrong with it is a BadImageError that names it."""
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """A picture's file, its header read; whatever goes wrong with it is a BadImageError that names it."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, a device may never end
+            raise ValueError("not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             yield image
     except Exception as error:  # Pillow's readers raise all sorts of exceptions on a broken file
-        raise BadImageError(f"cannot read the picture '{path}': {_reason(error)}") from error
+        raise BadImageError(f"cannot read the picture {quoted(path, 200)}: {_reason(error)}") from error
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -92,9 +126,10 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        return _from_16_bits(image)
+        image = _from_16_bits(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range, save it with 8 or 16 bits")
+    image = to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -106,7 +141,9 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("pixels of more than 16 bits, save it with 8 or 16 bits")
-    return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}  # a level of 16 bits
+    return grey
 
 
 def _scale(image: Image.Image, size: int) -> Image.Image:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm.config import ModelConfig
 from ldm.data.batches import Batch, Batches
 from ldm.data.dataset import CaptionedImages
-from ldm.data.images import crop, to_float
+from ldm.data.images import DECODER, crop, to_float
 from ldm.diffusion.timestep_bias import timesteps_at
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import TEXT, VAE, StableDiffusion
@@ -50,7 +50,8 @@ class FrozenOutputs:
         side, self.latents, self.features = image_size // config.vae.factor, None, None
         if latents:
             shape = (2, config.vae.embed_dim, side, side)  # mean and standard deviation
-            self.latents = rows("latents", VAE, shape, size=image_size, scale=config.scale_factor, dtype=dtype)
+            facts = {"size": image_size, "scale": config.scale_factor, "dtype": dtype, "decoder": DECODER}
+            self.latents = rows("latents", VAE, shape, **facts)
         if text:
             shape = (config.text.context_length, config.text.width)
             self.features = rows(
