@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import struct
 import subprocess
 import sys
+import threading
+import zlib
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from ldm.data.batches import Augment, Batches, epoch_order
 from ldm.data.captions import read_captions
+from ldm.data.colour import CURVE, PRIMARIES, rgb_profile, to_srgb
 from ldm.data.dataset import CaptionedImages
-from ldm.data.images import LONGEST, BadImageError, check_image, crop, load_image, to_float
+from ldm.data.images import LONGEST, BadImageError, Room, check_image, crop, decode, load_image, to_float
 from ldm.errors import UserError
+from ldm.pictures import ENTRY, read_facts
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = ROOT / "datasets" / "emoji"
@@ -74,7 +80,7 @@ def test_missing_folder_and_missing_csv(tmp_path):
     assert "'/no/such/folder' does not exist" in refusal("/no/such/folder")
     assert "no img_txt.csv" in refusal(tmp_path)
     (tmp_path / "captions.csv").write_text("dir,text\n")
-    assert "captions.csv: rename" in refusal(tmp_path)
+    assert "captions.csv' has no rows" in refusal(tmp_path)
     assert "is not a folder" in refusal(tmp_path / "captions.csv")
 
 
@@ -82,7 +88,19 @@ def test_missing_folder_and_missing_csv(tmp_path):
     ("content", "message"),
     [
         ("", "lacks the column dir and text: it has none"),
-        ("file,text\na.png,x\n", "lacks the column dir: it has file,text"),
+        ("file,text\na.png,x\n", "lacks the column dir: it has file,text; rename 'file' to dir"),
+        ("Dir,Text\na.png,x\n", "it has Dir,Text; rename 'Dir' to dir; rename 'Text' to text"),
+        ("dir;text\na.png;x\n", "has its columns separated by semicolons, 'dir;text': save it with commas"),
+        ("dir\ttext\na.png\tx\n", "separated by tabs"),
+        ("sep=;\ndir;text\na.png;x\n", "begins with the line 'sep=;': delete that line"),
+        ('"sep=,"\ndir,text\na.png,x\n', "begins with the line 'sep=,': delete that line"),
+        ("dir,text\na.png,x\n\0.png,x\n", "holds a NUL in line 3"),
+        ("dir,text\nA.PNG,x\n", "line 2: 'A.PNG' is not a file in the data folder: did you mean 'a.png'?"),
+        ("dir,text\na,x\n", "did you mean 'a.png'?"),
+        ("dir,text\nsub\\b.png,x\n", "'sub\\\\b.png' is not a file in the data folder: did you mean 'sub/b.png'?"),
+        ("dir,text\nC:\\pictures\\b.png,x\n", "did you mean 'sub/b.png'?"),
+        ("dir,text\nmu\u0308ll.png,x\n", "did you mean 'm\xfcll.png'?"),
+        ('dir,text\n"a\nb.png",x\n', "line 2: 'a\\nb.png' is not a file"),
         ("dir,text\n", "no rows"),
         (
             "dir,text\na.png,x\nmissing.png,x\ngone.png,x\n",
@@ -92,7 +110,7 @@ def test_missing_folder_and_missing_csv(tmp_path):
         ("dir,text\n,x\n", "line 2: ''"),
         ("dir,text\nsub,x\n", "line 2: 'sub' is not a file"),
         ("dir,text\n../outside.png,x\n", "line 2: '../outside.png' lies outside"),
-        ("dir,text\nlink.png,x\n", "line 2: 'link.png' lies outside"),
+        ("dir,text\nlink.png,x\n", "line 2: 'link.png' lies outside the data folder, for it is a link to '"),
         ("dir,text\nlinked/outside.png,x\n", "line 2: 'linked/outside.png' lies outside"),
         ("dir,text\n/etc/passwd,x\n", "line 2: '/etc/passwd' lies outside"),
         ("dir,text\na.png,a fox, sitting\n", "line 2 has 3 fields for 2 columns: put a caption with a comma"),
@@ -102,7 +120,8 @@ def test_missing_folder_and_missing_csv(tmp_path):
 def test_broken_csv_is_refused(tmp_path, content, message):
     data = tmp_path / "data"
     (data / "sub").mkdir(parents=True)
-    noise_image(0).save(data / "a.png")
+    for name in ("a.png", "sub/b.png", "m\xfcll.png"):
+        noise_image(0).save(data / name)
     noise_image(0).save(tmp_path / "outside.png")
     (data / "link.png").symlink_to(tmp_path / "outside.png")
     (data / "linked").symlink_to(tmp_path)
@@ -112,7 +131,36 @@ def test_broken_csv_is_refused(tmp_path, content, message):
 
 def test_csv_in_another_encoding_is_refused(folder):
     write_csv(folder, "dir,text\n0.png,café\n", "latin-1")
-    assert "not UTF-8" in refusal(folder)
+    assert "not UTF-8 text: line 2 holds the byte 0xe9" in refusal(folder)
+    write_csv(folder, "dir,text\n0.png,café\n", "utf-16")
+    assert "is UTF-16, not UTF-8 text: save it as UTF-8" in refusal(folder)
+    write_csv(folder, "dir,text\n0.png,café\n", "utf-16-le")
+    assert "holds a NUL in line 1, so it is UTF-16 or no text" in refusal(folder)
+
+
+def test_the_empty_rows_and_columns_of_spreadsheets_are_passed_over(folder):
+    write_csv(folder, "dir,text,,\r\n0.png,one,,,\r\n,,,\r\n , \r\n1.png,two\r\n,,,\r\n")
+    assert [sample.text for sample in read_captions(folder)] == ["one", "two"]
+
+
+def test_all_caption_files_of_a_folder_are_read(folder, caplog):
+    caplog.set_level("INFO", "ldm.data.captions")
+    read_captions(folder)
+    assert not caplog.records
+    (folder / "more.csv").write_text("text,dir\nmore,3.png\n")
+    (folder / "metadata.csv").write_bytes("file_name,text\n0.png,caf\xe9\n".encode("latin-1"))
+    (folder / "._img_txt.csv").write_bytes(b"\0\5\x16\7")
+    assert [sample.text for sample in read_captions(folder)][4:] == ["caption 4", "more"]
+    (line,) = caplog.messages
+    assert "img_txt.csv (5 rows), more.csv (1 rows); not read, for lack of the columns dir,text: metadata.csv" in line
+    assert len(read_captions(folder, "img_txt.csv")) == 5
+    (folder / "more.csv").write_text("dir,text\ngone.png,x\n")
+    assert "more.csv' line 2: 'gone.png' is not a file" in refusal(folder)
+    (folder / "img_txt.csv").write_text("file_name,text\n0.png,x\n")
+    assert "img_txt.csv' lacks the column dir" in refusal(folder)
+    (folder / "img_txt.csv").unlink()
+    (folder / "more.csv").unlink()
+    assert "metadata.csv is not UTF-8" in refusal(folder)
 
 
 # --- pictures ---
@@ -164,6 +212,174 @@ def test_pixels_without_a_known_range_are_refused(tmp_path):
     for name, values in (("f", np.ones((8, 8), np.float32)), ("i", np.full((8, 8), 70000, np.int32))):
         with pytest.raises(BadImageError, match="8 or 16 bits"):
             load_image(save(Image.fromarray(values), tmp_path / f"{name}.tif"), 8)
+
+
+P3 = (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)
+
+
+def in_srgb(pixels: np.ndarray, primaries: tuple, gamma: float | None = None) -> np.ndarray:
+    """The definition: 8-bit colours of other primaries (white D65) and curve as sRGB, not rounded."""
+    x = pixels / 255
+    linear = x ** (1 / gamma) if gamma else np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    spaces = []
+    for place in (PRIMARIES, primaries):
+        white, *colours = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in zip(place[::2], place[1::2]))
+        spaces.append(np.stack(colours, 1) * np.linalg.solve(np.stack(colours, 1), white))
+    x = np.clip(linear @ (np.linalg.inv(spaces[0]) @ spaces[1]).T, 0, 1)
+    return 255 * np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
+
+
+def png_chunks(**values: tuple[int, ...]) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    for name, numbers in values.items():
+        info.add(name.encode(), struct.pack(f">{len(numbers)}I", *numbers))
+    return info
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_a_colour_profile_is_applied_and_the_evaluation_sees_the_same(tmp_path, suffix):
+    image = noise_image(0)
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = save(image, tmp_path / f"a.{suffix}", icc_profile=rgb_profile(CURVE, P3), **options)
+    expected = in_srgb(np.asarray(image), P3)
+    assert np.abs(expected - np.asarray(image)).max() > 20
+    assert np.abs(load_image(path, 16) - expected).max() < 1.1
+    np.testing.assert_array_equal(decode(path), load_image(path, 16))
+
+
+def test_a_colour_profile_leaves_transparency_and_palettes_as_they_are(tmp_path):
+    profile = rgb_profile(CURVE, P3)
+    alpha = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    image = noise_image(0)
+    image.putalpha(alpha)
+    expected = in_srgb(np.asarray(image)[..., :3], P3)
+    share = np.asarray(alpha)[..., None] / 255
+    picture = load_image(save(image, tmp_path / "a.png", icc_profile=profile), 16)
+    assert np.abs(picture - (expected * share + 255 * (1 - share))).max() < 2
+    palette = noise_image(0).quantize(16)
+    picture = load_image(save(palette, tmp_path / "b.png", icc_profile=profile), 16)
+    assert np.abs(picture - in_srgb(np.asarray(palette.convert("RGB")), P3)).max() < 1.1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16"])
+def test_grey_pixels_take_a_curve_from_a_grey_or_an_rgb_profile(tmp_path, mode):
+    profile = rgb_profile((1.8,), PRIMARIES)
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    values = np.where(values > 99, 255, 0).astype(np.uint8) if mode == "1" else values
+    image = Image.fromarray(values.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(values).convert(mode)
+    expected = in_srgb(np.stack([values] * 3, -1), PRIMARIES, 1 / 1.8)
+    assert mode == "1" or np.abs(expected - values[..., None]).max() > 15
+    grey = profile[:16] + b"GRAY" + profile[20:].replace(b"rTRC", b"kTRC")
+    for kind, tolerance in ((profile, 1.1), (grey, 2.1)):
+        picture = load_image(save(image, tmp_path / "a.png", icc_profile=kind), 16)
+        assert np.abs(picture - expected).max() < tolerance
+
+
+def test_pngs_without_a_profile_may_state_gamma_and_primaries(tmp_path):
+    image, primaries = noise_image(0), tuple(round(100000 * x) for x in P3)
+    for chunks, expected in (
+        ({"gAMA": (100000,)}, in_srgb(np.asarray(image), PRIMARIES, 1.0)),
+        ({"gAMA": (55556,), "cHRM": primaries}, in_srgb(np.asarray(image), P3, 1 / 1.8)),
+        ({"gAMA": (45455,), "cHRM": primaries}, in_srgb(np.asarray(image), P3)),
+    ):
+        picture = load_image(save(image, tmp_path / "a.png", pnginfo=png_chunks(**chunks)), 16)
+        assert np.abs(picture - expected).max() < 1.1
+
+
+def test_pictures_in_srgb_keep_their_bits(tmp_path):
+    image = noise_image(0)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    standard = tuple(round(100000 * x) for x in PRIMARIES)
+    for options in (
+        {"icc_profile": srgb},
+        {"icc_profile": rgb_profile(CURVE, PRIMARIES)},
+        {"icc_profile": b"damaged" * 100},
+        {"icc_profile": rgb_profile(CURVE, P3)[:200]},
+        {"icc_profile": rgb_profile(CURVE, P3).replace(b"RGB ", b"CMYK", 1)},  # of other pixels than these
+        {"icc_profile": rgb_profile(CURVE, P3).replace(b"RGB ", b"GRAY", 1)},
+        {"pnginfo": png_chunks(gAMA=(45455,), cHRM=standard)},
+        {"pnginfo": png_chunks(gAMA=(45455,))},
+        {"pnginfo": png_chunks(gAMA=(0,))},
+        {"pnginfo": png_chunks(gAMA=(100000,), cHRM=(0,) * 8)},
+        {"pnginfo": png_chunks(gAMA=(100000,), cHRM=(31270, 32900) * 4)},
+        {"pnginfo": png_chunks(gAMA=(100000,), cHRM=(2**32 - 1, 1) * 4)},
+    ):
+        picture = load_image(save(image, tmp_path / "a.png", **options), 16)
+        np.testing.assert_array_equal(picture, image, str(options))
+    assert to_srgb(image) is image
+
+
+def test_a_cmyk_profile_is_for_cmyk_pixels_alone(tmp_path):
+    profile = rgb_profile(CURVE, P3)
+    image = noise_image(0).convert("CMYK")
+    plain = load_image(save(image, tmp_path / "a.tif"), 16)
+    np.testing.assert_array_equal(load_image(save(image, tmp_path / "b.tif", icc_profile=profile), 16), plain)
+
+
+def test_much_text_and_a_large_profile_are_no_reason_to_refuse_a_picture(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "{}" * (1 << 20), zip=True)
+    text.add_itxt("workflow", "{}" * (1 << 20), zip=True)
+    profile = rgb_profile(CURVE, P3) + bytes(4 << 20)
+    image = noise_image(0)
+    path = save(image, tmp_path / "a.png", pnginfo=text, icc_profile=profile)
+    assert check_image(path) == (16, 16)
+    assert np.abs(load_image(path, 16) - in_srgb(np.asarray(image), P3)).max() < 1.1
+    assert read_facts(Path(path)) == {}
+
+
+def test_a_packed_text_beyond_all_measure_is_refused(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(32 << 20)))
+    with pytest.raises(BadImageError, match="a.png': "):
+        check_image(save(noise_image(0), tmp_path / "a.png", pnginfo=text))
+
+
+@pytest.mark.parametrize("words", ["[" * 100_000, '{"a":' * 100_000, "null", "1" * 5000, "[]"])
+def test_text_in_a_picture_that_is_not_ours_is_no_fact(tmp_path, words):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(ENTRY, words)
+    assert read_facts(Path(save(noise_image(0), tmp_path / "a.png", pnginfo=info))) == {}
+
+
+def test_what_is_no_regular_file_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for read in (check_image, decode, lambda path: load_image(path, 16)):
+        with pytest.raises(BadImageError, match="not a regular file"):
+            read(str(tmp_path / "a.png"))
+    with pytest.raises(UserError, match="not a regular file.*remove it"):
+        read_facts(tmp_path / "a.png")
+    with pytest.raises(BadImageError, match="not a regular file"):
+        decode("/dev/zero")
+
+
+def test_threads_wait_for_room_and_a_larger_picture_has_it_alone():
+    room, held, most, together = Room(10), [], [], []
+
+    def work(pixels: int) -> None:
+        with room.take(pixels):
+            held.append(pixels)
+            most.append(sum(held))
+            together.append(len(held))
+            entered.wait(0.05)
+            held.remove(pixels)
+
+    entered = threading.Event()
+    threads = [threading.Thread(target=work, args=(pixels,)) for pixels in (4, 6, 4, 25, 6, 4, 25, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(most) == 8 and room.taken == 0
+    assert max(together) > 1
+    assert all(total <= 10 or (total == 25 and count == 1) for total, count in zip(most, together))
+
+
+def test_room_is_given_back_after_an_error():
+    room = Room(10)
+    with pytest.raises(ValueError), room.take(8):
+        raise ValueError
+    assert room.taken == 0
 
 
 def test_camera_orientation_is_applied(tmp_path):
