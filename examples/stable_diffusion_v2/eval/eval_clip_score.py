@@ -26,7 +26,7 @@ from tqdm import tqdm  # noqa: E402
 
 from eval.clip import ACTIVATIONS, CLIP, config_of, preprocess  # noqa: E402
 from eval.clip_weights import find, read, stated_activation  # noqa: E402
-from eval.pictures import ahead, decode, find_pictures  # noqa: E402
+from eval.pictures import ahead, decode, find_pictures, find_record  # noqa: E402
 from ldm.data.images import BadImageError, check_image  # noqa: E402
 from ldm.data.prompts import read_lines  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
@@ -152,8 +152,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("directional similarity needs --prompt, what the new pictures shall show")
     if args.prompt is None and args.reference_path is None:
         path = Path(args.image_path)
-        record = (path if path.is_dir() else path.parent) / RECORD
-        if not record.is_file():
+        record = find_record(path if path.is_dir() else path.parent)
+        if not record:
             raise UserError("nothing to compare with: give --prompt (CLIP score) or --reference_path (CLIP-I)")
         args.prompt = str(record)
     if args.output and not os.access(Path(args.output).parent, os.W_OK):

@@ -1,13 +1,15 @@
 """Pictures of a folder for the evaluation networks: found, decoded, resized, in threads ahead of the network.
 
 Pictures are decoded as the training data are (ldm.data.images): upright, on white, 16 bits scaled to 8, of an animation
-the first frame. Of pictures with 8-bit pixels, no transparency and no orientation mark, which are nearly all, that is
-what pytorch-fid and clean-fid see.
+the first frame, in sRGB. Of pictures with 8-bit pixels, no transparency, no orientation mark and no colour profile but
+sRGB's, which are nearly all, that is what pytorch-fid and clean-fid see.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +21,10 @@ from PIL import Image
 
 from ldm.data.images import BadImageError, decode
 from ldm.errors import UserError
+from ldm.pictures import RECORD, read_facts, read_record
 
+log = logging.getLogger(__name__)
+BESIDE = re.compile(r"grid-\d{5,}\.png|loss_curve\.png")  # what runs leave that is no picture to measure
 SIDE = 299  # pixels; what the Inception network takes
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -27,10 +32,51 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 def find_pictures(folder: str | Path) -> list[Path]:
     """The picture files of a folder and the folders in it, by their suffix, in order; hidden ones are passed over.
 
-    Raises UserError where there is no such folder, or no picture in it.
+    Where text_to_image.py has left its record in the folder or in its samples/, only what it drew counts, not the grids
+    and curves beside.
+
+    Raises UserError where there is no such folder, or no picture in it, or pictures of a run that are none to measure.
     """
-    if not os.path.isdir(folder):
+    folder = Path(folder)
+    if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
+    record = find_record(folder)
+    found = _walk(record.parent if record else folder)
+    if record:
+        found = _drawn(found, record)
+    elif beside := [path for path in found if path.parent == folder and BESIDE.fullmatch(path.name)]:
+        better = next((folder / name for name in ("samples", "validation") if (folder / name).is_dir()), None)
+        advice = f"give {better}" if better else "give a folder without it"
+        raise UserError(f"{folder} is the folder of a run, and its {beside[0].name} would count as a picture: {advice}")
+    return found
+
+
+def find_record(folder: Path) -> Path | None:
+    """The record that text_to_image.py has left in a folder, or in the samples/ of a run's folder."""
+    return next((path for path in (folder / RECORD, folder / "samples" / RECORD) if path.is_file()), None)
+
+
+def _drawn(found: list[Path], record: Path) -> list[Path]:
+    """Of the pictures those that the record names, or that say themselves how they were drawn.
+
+    All of them where that is none: the file is not a record of ours.
+    """
+    named = {record.parent / name for name in read_record(record)}
+    drawn = {path for path in found if path in named or _says_how(path)}
+    others = [path for path in found if path not in drawn]
+    if drawn and others:
+        log.warning("%d pictures that %s does not name are left out, the first: %s", len(others), record, others[0])
+    return sorted(drawn) or found
+
+
+def _says_how(path: Path) -> bool:
+    try:
+        return bool(read_facts(path))
+    except UserError:
+        return True  # a damaged picture is for the one who decodes it to report
+
+
+def _walk(folder: Path) -> list[Path]:
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -368,6 +368,13 @@ def test_a_folder_with_its_record_needs_no_prompts(monkeypatch, tmp_path, place,
         save_drawn(np.full((8, 8, 3), 80 * i, np.uint8), tmp_path / f"{i}.png", {"prompt": prompt + "\u2028\nline"})
     result = run(monkeypatch, place, "--image_path", tmp_path, model=model)
     assert [pair["prompt"] for pair in result["pairs"]] == [f"{prompt}\u2028\nline" for prompt in PROMPTS]
+    whole = SimpleNamespace(image_path=str(tmp_path / "run"), prompt=None, source_prompt=None, source_path=None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").symlink_to(tmp_path)
+    vars(whole).update(reference_path=None, batch_size=1, output=None)
+    eval_clip_score.check_options(whole)
+    assert eval_clip_score.plan(whole)["prompts"] == [pair["prompt"] for pair in result["pairs"]]
+    (tmp_path / "run" / "samples").unlink()
     assert result["clip_score"]["pictures"] == 3
     record = tmp_path / "prompts.jsonl"
     record.write_bytes(record.read_bytes()[:-20])  # as a full disk leaves it

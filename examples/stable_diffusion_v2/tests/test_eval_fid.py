@@ -22,6 +22,7 @@ from eval import eval_fid, inception, metrics, pictures  # noqa: E402
 from ldm.checkpoint import formats  # noqa: E402
 from ldm.data.images import BadImageError  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.pictures import save_drawn, save_png  # noqa: E402
 
 WIDTH, CLASSES = 16, 7
 
@@ -137,6 +138,46 @@ def test_precision_and_recall_of_equal_sets_are_one():
 
 
 # ---- pictures ----
+
+
+def test_of_a_runs_folder_what_it_drew_is_taken(tmp_path, caplog):
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for i in range(3):
+        save_drawn(np.zeros((8, 8, 3), np.uint8), samples / f"{i:05}.png", {"prompt": "a"})
+    for name in ("grid-00000.png", "samples/sheet.png", "validation/000010.png"):
+        save(tmp_path / name)
+    (samples / "cut.png").write_bytes(b"")  # for the one who decodes it to report
+    drawn = [samples / name for name in ("00000.png", "00001.png", "00002.png", "cut.png")]
+    for folder in (tmp_path, samples):
+        caplog.clear()
+        assert pictures.find_pictures(folder) == drawn
+        (line,) = caplog.messages
+        assert line.startswith("1 pictures that") and line.endswith("the first: " + str(samples / "sheet.png"))
+    record = samples / "prompts.jsonl"
+    record.write_text(record.read_text().splitlines()[0])  # the others say themselves how they were drawn
+    assert pictures.find_pictures(tmp_path) == drawn
+    (samples / "cut.png").unlink()
+    for path in drawn[:3]:
+        save_png(np.zeros((8, 8, 3), np.uint8), path)
+    record.write_text('{"of": "another program"}')
+    assert pictures.find_pictures(samples) == [*drawn[:3], samples / "sheet.png"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "name", "advice"),
+    [
+        (["samples"], "grid-00000.png", "give .*/samples"),
+        (["validation"], "loss_curve.png", "give .*/validation"),
+        ([], "grid-00012.png", "give a folder without it"),
+    ],
+)
+def test_a_runs_folder_without_a_record_is_refused(tmp_path, folders, name, advice):
+    for folder in folders:
+        save(tmp_path / folder / "00000.png")
+    save(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} would count as a picture: {advice}$"):
+        pictures.find_pictures(tmp_path)
 
 
 def test_every_kind_of_picture_is_decoded(tmp_path):
