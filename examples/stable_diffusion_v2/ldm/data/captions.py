@@ -50,11 +50,10 @@ def read_captions(data_path: str | Path, csv_name: str | None = None) -> list[Sa
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"data folder '{folder}' {problem}: give the folder that holds {csv_name or NAME}")
-    if csv_name:
-        return _read_file(folder / csv_name)
-    files = sorted(path for path in folder.glob("*.csv") if path.is_file() and not path.name.startswith("."))
+    found = [folder / csv_name] if csv_name else folder.glob("*.csv")
+    files = sorted(path for path in found if path.is_file() and (csv_name or not path.name.startswith(".")))
     if not files:
-        raise UserError(f"no {NAME} in data folder '{folder}'; it needs the columns {','.join(COLUMNS)}")
+        raise UserError(f"no {csv_name or NAME} in data folder '{folder}'; it needs the columns {','.join(COLUMNS)}")
     chosen = [path for path in files if path.name == NAME or _has_columns(path)] or files[:1]
     read = {path.name: _read_file(path) for path in chosen}
     if len(files) > 1:
