@@ -155,7 +155,7 @@ class SlicedAttention(nn.Cell):
         self.attend, self.slice_by_slice = Attention(), SliceBySlice()
 
     def construct(self, q, k, v, mask=None):
-        if mask is not None or slices(q.shape, k.shape) == 1:
+        if mask is not None or len(slices(q.shape, k.shape)) == 1:
             return self.attend(q, k, v, mask)
         return self.slice_by_slice(q, k, v)
 
@@ -169,12 +169,13 @@ class SliceBySlice(nn.Cell):
     def __init__(self):
         super().__init__()
         self.attend, self.wait, self.join, self.softmax = Attention(), ops.Depend(), ops.Concat(2), ops.Softmax(-1)
-        self.matmul = ops.BatchMatMul()
+        self.matmul, self.cut = ops.BatchMatMul(), ops.Slice()
         self.matmul_a, self.matmul_b = ops.BatchMatMul(transpose_a=True), ops.BatchMatMul(transpose_b=True)
 
     def construct(self, q, k, v):
         out = ()
-        for part in ops.Split(2, slices(q.shape, k.shape))(q):
+        for first, rows in slices(q.shape, k.shape):
+            part = self.rows(q, first, rows)
             if out:
                 part = self.wait(part, out[-1])
             out += (self.attend(part, k, v),)
@@ -182,13 +183,13 @@ class SliceBySlice(nn.Cell):
 
     def bprop(self, q, k, v, out, dout):
         """dS = P (dout vᵀ - D) with D = the row sums of dout out, which goes into the product as one more column."""
-        split, join = ops.Split(2, slices(q.shape, k.shape)), ops.Concat(-1)
-        k32, v32, dout32 = cast(k, ms.float32), cast(v, ms.float32), cast(dout, ms.float32)
+        join, q32, k32 = ops.Concat(-1), cast(q, ms.float32), cast(k, ms.float32)
+        v32, dout32 = cast(v, ms.float32), cast(dout, ms.float32)
         minus_d = multiply(dout32, cast(out, ms.float32)).sum(-1, keepdims=True) * -1.0
-        douts, wide = split(join((dout32, minus_d))), join((v32, ops.ones_like(v32[..., :1])))
+        douts, wide = join((dout32, minus_d)), join((v32, ops.ones_like(v32[..., :1])))
         dq, dk, dv = (), 0.0, 0.0
-        for n, part in enumerate(split(cast(q, ms.float32))):
-            dpart = douts[n]
+        for first, rows in slices(q.shape, k.shape):
+            part, dpart = self.rows(q32, first, rows), self.rows(douts, first, rows)
             if dq:
                 part, dpart = self.wait(part, dk), self.wait(dpart, dk)
             p = self.softmax(self.matmul_b(part, k32))
@@ -198,13 +199,22 @@ class SliceBySlice(nn.Cell):
             dk = self.wait(self.matmul_a(ds, part), (dq, dv)) + dk
         return cast(self.join(dq), q.dtype), cast(dk, k.dtype), cast(dv, v.dtype)
 
+    def rows(self, x, first, count):
+        """x[:, :, first : first + count]."""
+        return self.cut(x, (0, 0, first, 0), (x.shape[0], x.shape[1], count, x.shape[3]))
+
 
 @constexpr
-def slices(q: tuple[int, ...], k: tuple[int, ...]) -> int:
-    """In how many equal parts to cut the queries, by the shapes of q and k, for a part's scores to fit SCORE_BYTES."""
+def slices(q: tuple[int, ...], k: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(first, number) of the queries of each part, by the shapes of q and k, so that its scores fit SCORE_BYTES.
+
+    The parts are equal where less than twice as many as are needed can be, or the last one is smaller.
+    """
     rows, row_bytes = q[2], 4 * q[0] * q[1] * k[2]
     fewest = min(rows, MOST_SLICES, -(-rows * row_bytes // SCORE_BYTES))
-    return next(count for count in range(fewest, rows + 1) if rows % count == 0)
+    count = next((count for count in range(fewest, 2 * fewest) if rows % count == 0), fewest)
+    size = -(-rows // count)
+    return tuple((first, min(size, rows - first)) for first in range(0, rows, size))
 
 
 @cache

@@ -85,10 +85,25 @@ def test_upsample(rng):
     compare(kernels.NativeUpsample2(), kernels.Upsample2(), rng.standard_normal((2, 3, 5, 7)))
 
 
-def test_attention_in_slices(rng, monkeypatch):
-    q, k, v = (rng.standard_normal((2, 3, n, 16)) for n in (50, 20, 20))
-    monkeypatch.setattr(kernels, "SCORE_BYTES", 4 * 2 * 3 * 20 * 7)  # 7 rows at a time: 8 slices, the last one of 1
+@pytest.mark.parametrize(("rows", "sizes"), [(50, [5] * 10), (53, [7] * 7 + [4])])
+def test_attention_in_slices(rng, monkeypatch, rows, sizes):
+    q, k, v = (rng.standard_normal((2, 3, n, 16)) for n in (rows, 20, 20))
+    monkeypatch.setattr(kernels, "SCORE_BYTES", 4 * 2 * 3 * 20 * 7)  # 7 rows at a time
+    assert [size for _, size in kernels.slices(q.shape, k.shape)] == sizes
     compare(kernels.SlicedAttention(), kernels.Attention(), q, k, v)
+
+
+def test_every_query_is_in_one_slice_and_slices_are_few():
+    for rows in (1, 7, 64, 77, 257, 577, 1031, 4096, 9216, 12288):
+        for heads in (1, 16, 512):
+            q = (2, heads, rows, 64)
+            parts = kernels.slices(q, q)
+            assert [first for first, _ in parts] == [sum(size for _, size in parts[:n]) for n in range(len(parts))]
+            assert sum(size for _, size in parts) == rows and min(size for _, size in parts) > 0
+            fewest = min(rows, kernels.MOST_SLICES, -(-8 * heads * rows * rows // kernels.SCORE_BYTES))
+            assert len(parts) < 2 * fewest
+            if rows % 64 == 0:
+                assert len({size for _, size in parts}) == 1
 
 
 def test_nan_passes_through_the_norm(rng):
