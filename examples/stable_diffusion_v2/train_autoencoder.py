@@ -314,7 +314,7 @@ def main() -> None:
         args.max_grad_norm,
     )
     check_room(run, 2 * (state_bytes(train_step) + task.untrained_bytes), run / RESUME_NAME, run / task.exported)
-    settings = {**run_settings(args, config), "pictures": len(data), "data": data.digest(), **task.settings_facts()}
+    settings = {**run_settings(args, config), **data.facts(), **task.settings_facts()}
     first = load_state(resume_from, train_step, settings)["step"] if resume_from else 0
     save_yaml(vars(args), run / "args.yaml")
 

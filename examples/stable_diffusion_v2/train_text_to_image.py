@@ -30,6 +30,7 @@ from tqdm import tqdm
 from ldm import checkpoint
 from ldm.config import ModelConfig, load_model_config, save_model_config
 from ldm.data.batches import Augment, Batches
+from ldm.data.captions import caption_warnings
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
@@ -46,6 +47,7 @@ from ldm.options import Parser, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
 from ldm.ranks import Ranks, follow_parent, without_launcher
+from ldm.text.tokenizer import Tokenizer
 from ldm.train.blockwise import BlockwiseGradients
 from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
@@ -406,12 +408,15 @@ def main() -> None:
     in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # then pictures are read once at most
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)
     log.info(data.summary())
+    if ranks.is_main and "cache_share" not in args:
+        for line in caption_warnings(data.samples, Tokenizer(config.text.vocab_size, config.text.context_length)):
+            log.warning(line)
 
     model, caches = prepare(args, config, ckpt, data, dtype, ranks)
     if args.cache_only:
         return
     train_step = build_train_step(args, config, model, dtype, ranks)
-    settings.update(pictures=len(data), data=data.digest(), frozen=frozen_key(args, ckpt, train_step))
+    settings.update(data.facts(), frozen=frozen_key(args, ckpt, train_step))
     ranks.agree("settings and data", settings)
     output = Output(args, config, model, train_step, frozen_tensors(args, ckpt), settings)
     first = output.resume(resume_from)

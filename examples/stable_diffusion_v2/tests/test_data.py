@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,12 +19,13 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from ldm.data.batches import Augment, Batches, epoch_order
-from ldm.data.captions import read_captions
+from ldm.data.captions import Sample, caption_warnings, read_captions
 from ldm.data.colour import CURVE, PRIMARIES, rgb_profile, to_srgb
 from ldm.data.dataset import CaptionedImages
-from ldm.data.images import LONGEST, BadImageError, Room, check_image, crop, decode, load_image, to_float
+from ldm.data.images import LONGEST, BadImageError, Room, check_image, crop, decode, fingerprint, load_image, to_float
 from ldm.errors import UserError
 from ldm.pictures import ENTRY, read_facts
+from ldm.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = ROOT / "datasets" / "emoji"
@@ -161,6 +163,16 @@ def test_all_caption_files_of_a_folder_are_read(folder, caplog):
     (folder / "img_txt.csv").unlink()
     (folder / "more.csv").unlink()
     assert "metadata.csv is not UTF-8" in refusal(folder)
+
+
+def test_captions_that_are_cut_or_all_empty_are_told_once():
+    tokenizer = Tokenizer(context_length=10)  # room for 8
+    texts = ["a", "a b c d e f g h", "", "a b c d e f g h i", "a b c d e\nf g h i", "ab" * 5, "a b c d e f g h i"]
+    samples = [Sample("a.png", text) for text in texts]
+    (line,) = caption_warnings(samples, tokenizer)
+    assert line == "3 of 7 captions have more than 8 tokens; the rest is not seen: 'a b c d e f g h i'"
+    assert caption_warnings(samples[:3], tokenizer) == []
+    assert "all captions are empty" in caption_warnings([Sample("a.png", ""), Sample("b.png", " ")], tokenizer)[0]
 
 
 # --- pictures ---
@@ -507,6 +519,24 @@ def test_small_pictures_are_left_out_and_counted(folder):
     assert [sample.text for sample in dataset.samples] == ["caption 1", "caption 2", "caption 3", "caption 4"]
     assert "1 smaller than image_filter_size" in dataset.summary()
     assert "5 are smaller than image_filter_size 99" in refusal(folder, image_filter_size=99)
+
+
+def test_a_changed_picture_changes_the_facts_and_a_copied_one_does_not(folder, tmp_path_factory):
+    facts = CaptionedImages(folder, 16).facts()
+    copy = tmp_path_factory.mktemp("elsewhere") / "data"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)
+    assert CaptionedImages(copy, 16).facts() == facts and facts["pictures"] == 5
+    for suffix, options in (("png", {}), ("jpg", {"quality": 90}), ("webp", {"lossless": True})):
+        picture = noise_image(9, 300, 200).resize((1200, 800))
+        before = fingerprint(save(picture, copy / f"a.{suffix}", **options))
+        picture.putpixel((700, 90), tuple(255 - value for value in picture.getpixel((700, 90))))
+        assert fingerprint(save(picture, copy / f"b.{suffix}", **options)) != before
+    noise_image(99, 16, 20).save(copy / "0.png")
+    changed = CaptionedImages(copy, 16).facts()
+    assert [key for key in facts if changed[key] != facts[key]] == ["picture_contents"]
+    (copy / "0.png").unlink()
+    with pytest.raises(BadImageError, match="0.png': No such file"):
+        fingerprint(str(copy / "0.png"))
 
 
 def test_nothing_readable_and_unknown_policy(folder):

@@ -595,12 +595,15 @@ def test_data_that_cannot_be_trained_on(monkeypatch, capsys, place, tmp_path, br
 
 
 def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_path):
+    table = broken / "img_txt.csv"
+    table.write_text(table.read_text().replace("drawing", "drawing " * 100))
     picture = next(iter(broken.glob("*.png")))
     picture.write_bytes(picture.read_bytes()[:200])
     more = ["--data_path", broken, "--on_bad_image", "skip", "--train_steps", 1, "--ckpt_dtype", "float16"]
     with caplog.at_level("INFO"):
         call(monkeypatch, train_text_to_image, training(place, tmp_path / "out", *more))
     assert "11 captioned pictures" in caplog.text and "1 unreadable skipped" in caplog.text
+    assert caplog.text.count("11 of 11 captions have more than 75 tokens") == 1
     saved = tensors(tmp_path / "out/ckpt/rank_0/sd-1.ckpt")
     assert {array.dtype for array in saved.values()} == {np.dtype(np.float16)}
 
@@ -663,9 +666,14 @@ def test_a_run_goes_on_with_its_own_data_and_weights_alone(monkeypatch, capsys, 
     again = training(place, tmp_path / "out", *words, "--train_steps", 2, "--resume", True)
 
     table = (broken / "img_txt.csv").read_text()
+    picture = next(broken.glob("*.png"))
+    original = picture.read_bytes()
     (broken / "img_txt.csv").write_text(table.replace("drawing", "picture"))
-    assert "other settings: data was" in refusal(monkeypatch, capsys, train_text_to_image, again)
+    Image.open(picture).rotate(90).save(picture)
+    line = refusal(monkeypatch, capsys, train_text_to_image, again)
+    assert "other settings: data was" in line and ", picture_contents was" in line
     (broken / "img_txt.csv").write_text(table)
+    picture.write_bytes(original)
     ckpt = checkpoint.load(place / "base.safetensors")
     name = "model.diffusion_model.out.2.bias"
     assert name in ckpt.tensors

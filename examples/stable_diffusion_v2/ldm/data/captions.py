@@ -16,6 +16,7 @@ from pathlib import Path
 from ldm.data.utf8 import read_text
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
+from ldm.text.tokenizer import Tokenizer
 
 COLUMNS = ("dir", "text")
 NAME = "img_txt.csv"  # what a folder's caption file is called; others may lie beside it
@@ -68,6 +69,21 @@ def read_prompts(data_path: str | Path, limit: int | None = None) -> list[Sample
     if empty:
         raise UserError(f"{len(empty)} pictures in '{data_path}' have no caption to draw from, the first: {empty[0]}")
     return samples
+
+
+def caption_warnings(samples: list[Sample], tokenizer: Tokenizer) -> list[str]:
+    """What is to be said of captions before training: how many are cut, and that all are empty."""
+    texts = {sample.text for sample in samples}
+    if not any(text.strip() for text in texts):
+        return ["all captions are empty: the model will learn to draw without a prompt, and prompts will not steer it"]
+    room = tokenizer.context_length - 2  # beside start and end token; a token is a byte at least
+    large = (text for text in texts if len(text.encode("utf-8", "replace")) > room)
+    long = {text for text in large if len(tokenizer.tokens(text)) > room}
+    cut = [sample for sample in samples if sample.text in long]
+    if not cut:
+        return []
+    example = quoted(" ".join(cut[0].text.split()))
+    return [f"{len(cut):,} of {len(samples):,} captions have more than {room} tokens; the rest is not seen: {example}"]
 
 
 def _account(read: dict[str, list[Sample]], others: list[str], most: int = 8) -> str:

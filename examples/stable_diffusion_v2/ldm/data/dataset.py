@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.data.captions import read_captions
-from ldm.data.images import LONGEST, BadImageError, check_image, load_image
+from ldm.data.images import LONGEST, BadImageError, check_image, fingerprint, load_image
 from ldm.errors import UserError
 
 ON_BAD_IMAGE = ("error", "skip")
@@ -110,10 +110,20 @@ class CaptionedImages:
             left_out.append(f"{len(self.bad)} unreadable skipped, the first is '{next(iter(self.bad))}'")
         return "; ".join([f"{len(self):,} captioned pictures", *left_out])
 
+    def facts(self) -> dict[str, object]:
+        """What a resumed run must find again: so many pictures, their names and captions, and what their files hold."""
+        return {"pictures": len(self), "data": self.digest(), "picture_contents": self._contents()}
+
     def digest(self) -> str:
         """Stands for the pictures' file names and the captions, in their order."""
         lines = "".join(f"{Path(sample.path).name}\t{sample.text}\n" for sample in self.samples)
         return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def _contents(self) -> str:
+        paths = list(dict.fromkeys(sample.path for sample in self.samples))
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            parts = b"".join(pool.map(fingerprint, paths))
+        return hashlib.sha256(parts).hexdigest()[:16]
 
     def _picture(self, path: str) -> np.ndarray:
         if path in self.bad:

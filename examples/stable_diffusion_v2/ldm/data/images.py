@@ -6,6 +6,7 @@ sRGB here, and whatever cannot be read raises; no stand-in picture is ever made 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, for w
 LONGEST = 8  # of a picture with longer sides than 8 : 1 only the middle is kept, or scaling could exhaust the memory
 DECODER = 2  # one more with each change of what a file's pixels become, so that no cache mixes two
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+BLOCK = 4096  # bytes; see `fingerprint`
 PIXELS_AT_ONCE = 1 << 27  # of all pictures that threads decode at one time; a larger one is decoded alone
 PNG_WORDS = 16 << 20  # bytes of a packed text or profile in a PNG; Pillow refuses pictures with more than 1 MiB of it
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PNG_WORDS)
@@ -90,6 +92,23 @@ def check_image(path: str) -> tuple[int, int]:
             with _room.take(image.width * image.height):
                 image.load()
         return image.size
+
+
+def fingerprint(path: str) -> bytes:
+    """Stands for a file's content and costs three reads: its length, and a block from its beginning, middle and end.
+
+    The end of a packed picture (PNG's checksum, JPEG's last bits) changes with any of its pixels.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            parts = [length.to_bytes(8, "big")]
+            for start in (0, length // 2, length - BLOCK):
+                file.seek(max(0, start))
+                parts.append(file.read(BLOCK))
+    except OSError as error:
+        raise BadImageError(f"cannot read the picture {quoted(path, 200)}: {error.strerror}") from error
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def crop(picture: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
