@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
+from ldm.data import images
 from ldm.data.batches import Augment, Batches, epoch_order
 from ldm.data.captions import Sample, caption_warnings, read_captions
 from ldm.data.colour import CURVE, PRIMARIES, rgb_profile, to_srgb
@@ -385,6 +386,26 @@ def test_threads_wait_for_room_and_a_larger_picture_has_it_alone():
     assert len(most) == 8 and room.taken == 0
     assert max(together) > 1
     assert all(total <= 10 or (total == 25 and count == 1) for total, count in zip(most, together))
+
+
+def test_whatever_decodes_a_picture_takes_room_for_it(tmp_path, monkeypatch):
+    taken = []
+
+    class Counting(Room):
+        def take(self, pixels):
+            taken.append(pixels)
+            return super().take(pixels)
+
+    monkeypatch.setattr(images, "_room", Counting(10))
+    png, bmp = (save(noise_image(0, 20, 30), tmp_path / name) for name in ("a.png", "a.bmp"))
+    jpg = save(noise_image(0, 800, 800), tmp_path / "a.jpg")
+    check_image(png)
+    assert taken == []
+    for read in (check_image, decode, lambda path: load_image(path, 16)):
+        read(bmp)
+    load_image(jpg, 16)  # which is decoded at a fraction
+    assert taken == [600, 600, 600, 100 * 100]
+    assert images._room.taken == 0
 
 
 def test_room_is_given_back_after_an_error():

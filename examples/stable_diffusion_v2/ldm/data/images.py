@@ -27,8 +27,10 @@ DECODER = 2  # one more with each change of what a file's pixels become, so that
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 BLOCK = 4096  # bytes; see `fingerprint`
 PIXELS_AT_ONCE = 1 << 27  # of all pictures that threads decode at one time; a larger one is decoded alone
+MEMORY_BLOCK = 64 << 20  # bytes by which Pillow takes memory; blocks below 32 MiB would stay with their thread
 PNG_WORDS = 16 << 20  # bytes of a packed text or profile in a PNG; Pillow refuses pictures with more than 1 MiB of it
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PNG_WORDS)
+Image.core.set_block_size(MEMORY_BLOCK)
 
 
 class BadImageError(UserError):
