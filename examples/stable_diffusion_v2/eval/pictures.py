@@ -21,6 +21,7 @@ from PIL import Image
 
 from ldm.data.images import BadImageError, decode
 from ldm.errors import UserError
+from ldm.files import escaped
 from ldm.pictures import RECORD, read_facts, read_record
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def _drawn(found: list[Path], record: Path) -> list[Path]:
     drawn = {path for path in found if path in named or _says_how(path)}
     others = [path for path in found if path not in drawn]
     if drawn and others:
-        log.warning("%d pictures that %s does not name are left out, the first: %s", len(others), record, others[0])
+        first = escaped(others[0], 200)
+        log.warning("%d pictures that %s does not name are left out, the first: %s", len(others), record, first)
     return sorted(drawn) or found
 
 

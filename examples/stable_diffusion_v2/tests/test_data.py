@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -322,11 +322,39 @@ def test_pictures_in_srgb_keep_their_bits(tmp_path):
     assert to_srgb(image) is image
 
 
-def test_a_cmyk_profile_is_for_cmyk_pixels_alone(tmp_path):
-    profile = rgb_profile(CURVE, P3)
+def cmyk_profile() -> bytes:
+    """Of a printer whose black alone is even in lightness, and whose colours all are black."""
+    table = [(255 if not (c or m or y or k) else 0, 128, 128) for c, m, y, k in product((0, 1), repeat=4)]
+    even = bytes(range(256))
+    lut = b"mft1" + struct.pack(">4x4B9i", 4, 3, 2, 0, *(65536 * (i % 4 == 0) for i in range(9)))
+    lut += 4 * even + bytes(sum(table, ())) + 3 * even
+    tags = struct.pack(">I4sII", 1, b"A2B0", 144, len(lut)) + lut
+    head = struct.pack(">I4xI4s4s4s12x4s28x", 128 + len(tags), 0x02400000, b"prtr", b"CMYK", b"Lab ", b"acsp")
+    return (head + rgb_profile(CURVE, P3)[68:80]).ljust(128, b"\0") + tags
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg"])
+def test_cmyk_pixels_take_the_colours_of_their_profile(tmp_path, suffix):
+    black = np.zeros((16, 16, 4), np.uint8)
+    black[..., 3] = np.arange(0, 256, 16)
+    image = Image.fromarray(black, "CMYK")
+    options = {"quality": 100} if suffix == "jpg" else {}
+    picture = load_image(save(image, tmp_path / f"a.{suffix}", icc_profile=cmyk_profile(), **options), 16)
+    lightness = 100 - black[..., 3] / 2.55
+    y = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3)
+    expected = 255 * np.where(y <= 0.0031308, 12.92 * y, 1.055 * y ** (1 / 2.4) - 0.055)
+    assert np.abs(expected - (255 - black[..., 3])).max() > 8
+    assert np.abs(picture - expected[..., None]).max() < 3
+
+
+def test_a_profile_of_other_pixels_is_passed_over(tmp_path):
     image = noise_image(0).convert("CMYK")
     plain = load_image(save(image, tmp_path / "a.tif"), 16)
-    np.testing.assert_array_equal(load_image(save(image, tmp_path / "b.tif", icc_profile=profile), 16), plain)
+    np.testing.assert_array_equal(
+        load_image(save(image, tmp_path / "b.tif", icc_profile=rgb_profile(CURVE, P3)), 16), plain
+    )
+    path = save(noise_image(0), tmp_path / "c.png", icc_profile=cmyk_profile())
+    np.testing.assert_array_equal(load_image(path, 16), noise_image(0))
 
 
 def test_much_text_and_a_large_profile_are_no_reason_to_refuse_a_picture(tmp_path):

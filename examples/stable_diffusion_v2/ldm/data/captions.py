@@ -67,7 +67,8 @@ def read_prompts(data_path: str | Path, limit: int | None = None) -> list[Sample
     samples = [Sample(sample.path, " ".join(sample.text.split())) for sample in read_captions(data_path)[:limit]]
     empty = [sample.path for sample in samples if not sample.text]
     if empty:
-        raise UserError(f"{len(empty)} pictures in '{data_path}' have no caption to draw from, the first: {empty[0]}")
+        first = quoted(empty[0], 200)
+        raise UserError(f"{len(empty)} pictures in '{data_path}' have no caption to draw from, the first: {first}")
     return samples
 
 

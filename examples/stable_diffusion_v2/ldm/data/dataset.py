@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ldm.data.captions import read_captions
 from ldm.data.images import LONGEST, BadImageError, check_image, fingerprint, load_image
 from ldm.errors import UserError
+from ldm.files import quoted
 
 ON_BAD_IMAGE = ("error", "skip")
 CACHE_BYTES = 2 << 30
@@ -107,7 +108,7 @@ class CaptionedImages:
         """One line: how many captioned pictures there are and how many were left out for what."""
         left_out = [f"{self.small} smaller than image_filter_size left out"] if self.small else []
         if self.bad:
-            left_out.append(f"{len(self.bad)} unreadable skipped, the first is '{next(iter(self.bad))}'")
+            left_out.append(f"{len(self.bad)} unreadable skipped, the first is {quoted(next(iter(self.bad)), 200)}")
         return "; ".join([f"{len(self):,} captioned pictures", *left_out])
 
     def facts(self) -> dict[str, object]:
