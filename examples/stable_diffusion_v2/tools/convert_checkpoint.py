@@ -24,6 +24,7 @@ from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when 
 from ldm import checkpoint  # noqa: E402
 from ldm.config import load_model_config  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files import escaped  # noqa: E402
 from ldm.pipeline import describe, read_checkpoint  # noqa: E402
 from ldm.versions import VERSIONS  # noqa: E402
 
@@ -50,6 +51,16 @@ def main() -> None:
         ckpt, meta = read_checkpoint(args.source, config, widen=False), describe(config)
     else:
         ckpt = checkpoint.load(args.source, widen=False)
+    checkpoint.check_names(ckpt, args.source)
+    bad = checkpoint.not_finite(ckpt.tensors)
+    if bad:
+        log.warning(
+            "%s holds NaN or infinity in %d of its %d tensors, the first is %s; they are converted as they are",
+            args.source,
+            len(bad),
+            len(ckpt.tensors),
+            escaped(bad[0]),
+        )
     checkpoint.save(args.destination, ckpt.tensors, {**meta, **ckpt.meta}, kind, args.dtype)
     said = ckpt.meta.get("prediction_type") or meta.get("prediction_type")
     log.info(
