@@ -200,7 +200,7 @@ def from_mindone(tensors: Tensors, variant: str | None = None) -> Tensors:
 _SLOT = re.compile(r"(swap|ema|adam_m|adam_v|grad_accumulated_|zeros_)\.(.+)")
 _COUNTER = re.compile(
     "grad_accumulate_step_|scale_sense|current_iterator_step|last_overflow_iterator_step|updates|cur_step"
-    "|epoch_num|global_step|learning_rate|loss_scale"
+    "|epoch_num|global_step|learning_rate|loss_scale|lora_rank"
 )
 _LORA = re.compile(r"(.+)\.lora_(down|up)\.weight")
 
