@@ -28,7 +28,8 @@ from mindspore import nn
 from tqdm import tqdm
 
 from ldm import checkpoint
-from ldm.config import ModelConfig, load_model_config, save_model_config
+from ldm.checkpoint.diffusers_config import check_model
+from ldm.config import ModelConfig, load_model_config, save_model_config, to_dict
 from ldm.data.batches import Augment, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.diffusion.loss import DiffusionLoss
@@ -184,6 +185,8 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     Ema.check(args.ema_decay)
     check_numbers(tuple(args.betas), weight_decay=args.weight_decay)
     Augment(args.random_crop, args.flip, args.caption_dropout)
+    if args.ckpt_format == "diffusers":
+        check_model(to_dict(config)["model"])
     if args.trainable_modules and args.unet_initialize_random:
         raise UserError("trainable_modules leaves the other weights as they are; not with unet_initialize_random")
     if not args.pretrained_model_path:

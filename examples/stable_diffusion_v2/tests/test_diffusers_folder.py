@@ -244,6 +244,7 @@ FOREIGN = [
     (configs.UNET, "freq_shift", 1),
     (configs.UNET, "center_input_sample", True),
     (configs.UNET, "only_cross_attention", [True, False, False, False]),
+    (configs.UNET, "only_cross_attention", [[True]]),
     (configs.UNET, "norm_num_groups", 16),
     (configs.UNET, "norm_eps", 1e-6),
     (configs.UNET, "mid_block_scale_factor", 2),
@@ -330,6 +331,15 @@ def test_models_that_diffusers_cannot_hold_are_not_written(tmp_path, tiny, old, 
     assert old in tiny.meta["model_config"]
     meta = {**tiny.meta, "model_config": tiny.meta["model_config"].replace(f" {old}", f" {new}")}
     with pytest.raises(UserError, match=f"diffusers has no network like this one: {said}"):
+        checkpoint.save(tmp_path / "p", tiny.tensors, meta, "diffusers")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_of_other_weights_is_not_written(tmp_path, tiny):
+    meta = {**tiny.meta, "model_config": tiny.meta["model_config"].replace("width: 128", "width: 256")}
+    with pytest.raises(
+        UserError, match="another model than the weights: model.text.width is 256, the weights have 128"
+    ):
         checkpoint.save(tmp_path / "p", tiny.tensors, meta, "diffusers")
     assert not list(tmp_path.iterdir())
 

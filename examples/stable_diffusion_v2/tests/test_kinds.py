@@ -8,6 +8,7 @@ import pytest
 
 from ldm import checkpoint
 from ldm.checkpoint import formats, kinds, names
+from ldm.config import load_model_config, to_dict
 from ldm.errors import UserError
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
@@ -154,6 +155,17 @@ def test_numbers_that_are_none_are_named():
     tensors["c"][1] = np.nan
     halves = np.array([0x3F80, 0x7F80], np.uint16).view([("bfloat16", "<u2")])  # 1, infinity
     assert checkpoint.not_finite({**tensors, "e": halves}) == ["c", "e"]
+
+
+def test_a_config_of_another_model_is_noticed(tiny):
+    own, sd2 = (to_dict(load_model_config(f"configs/{name}.yaml"))["model"] for name in ("tiny-vpred", "v2-inference"))
+    assert kinds.contradiction(tiny.tensors, own) is None
+    assert kinds.contradiction(model("sd2_parameters"), sd2) is None
+    sd1 = model("sd1_parameters_stability")
+    assert kinds.contradiction(sd1, sd2) == "model.unet.context_dim is 1024, the weights have 768"
+    for section, key, *_ in kinds._SIZES:
+        other = {**own, section: {**own[section], key: 5}}
+        assert kinds.contradiction(tiny.tensors, other).startswith(f"model.{section}.{key} is 5, the weights have")
 
 
 # ---- autoencoders alone ----

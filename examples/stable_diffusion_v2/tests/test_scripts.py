@@ -53,10 +53,11 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """A folder with model.yaml, eps.yaml, wide.yaml, base.safetensors (random weights) and data/."""
+    """A folder with model.yaml, eps.yaml, wide.yaml, no_diffusers.yaml, base.safetensors (random weights) and data/."""
     folder = tmp_path_factory.mktemp("scripts")
     save_model_config(replace(CONFIG, prediction_type="eps"), folder / "eps.yaml")
     save_model_config(replace(CONFIG, unet=replace(CONFIG.unet, model_channels=64)), folder / "wide.yaml")
+    save_model_config(replace(CONFIG, vae=replace(CONFIG.vae, ch_mult=(2, 2))), folder / "no_diffusers.yaml")
     fill_place(folder, CONFIG)
     return folder
 
@@ -613,6 +614,7 @@ def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_pa
         (["--model_config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
         (["--model_config", "configs/tiny-vpred.yaml"], ["latents scaled by 0.18215"]),
         (["--model_config", "{place}/wide.yaml"], ["does not fit this model", "wrong shape", "time_embed"]),
+        (["--ckpt_format", "diffusers", "--model_config", "{place}/no_diffusers.yaml"], ["ch_mult begins with 2"]),
         (["--scheduler", "cosin"], ["cosin", "cosine"]),
         (["--optim", "lion"], ["lion", "adamw"]),
         (["--start_learing_rate", 1], ["--start_learing_rate", "--start_learning_rate"]),

@@ -206,7 +206,11 @@ def test_what_is_no_model_is_not_converted(monkeypatch, tmp_path):
         for destination in ("x.ckpt", "x.safetensors", "x"):
             with pytest.raises(UserError, match=said):
                 convert(monkeypatch, tmp_path / source, tmp_path / destination)
-    assert {path.name for path in tmp_path.iterdir()} == {"lora", "odd"}
+    small = {name: array for name, array in tiny.tensors.items() if name.startswith(UNET)}
+    formats.write(tmp_path / "unet", small, {}, "safetensors")
+    with pytest.raises(UserError, match="unet is of another model than the config: model.unet.model_channels is 320"):
+        convert(monkeypatch, tmp_path / "unet", tmp_path / "x.ckpt", "--version", "2.0")
+    assert {path.name for path in tmp_path.iterdir()} == {"lora", "odd", "unet"}
 
 
 def test_a_folder_of_others_is_converted_with_its_config_and_nan_is_said(monkeypatch, tmp_path, caplog):

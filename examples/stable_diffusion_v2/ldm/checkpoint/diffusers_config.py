@@ -98,7 +98,7 @@ class Table:
 def _is_one_of(value: Any, allowed: tuple) -> bool:
     """Whether a value, or each of a list, is one of these; a number is not a truth value."""
     if isinstance(value, list):
-        return all(_is_one_of(each, allowed) for each in value if not isinstance(each, list)) and value != []
+        return value != [] and all(not isinstance(each, list) and _is_one_of(each, allowed) for each in value)
     return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed)
 
 

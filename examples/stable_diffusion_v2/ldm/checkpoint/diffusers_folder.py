@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from ldm.checkpoint import diffusers_config as configs
-from ldm.checkpoint import formats, names
+from ldm.checkpoint import formats, kinds, names
 from ldm.checkpoint.arrays import Strings, Tensors
 from ldm.checkpoint.diffusers_config import INDEX, Table
 from ldm.errors import UserError
@@ -221,6 +221,9 @@ def write(folder: str | Path, tensors: Tensors, meta: Strings, dtype: str | None
         )
     model = yaml.safe_load(meta["model_config"])["model"]
     configs.check_model(model)
+    wrong = kinds.contradiction(tensors, model)
+    if wrong:
+        raise UserError(f"the config is of another model than the weights: {wrong}")
     parts = names.to_diffusers(tensors, model["text"]["layers"])
     partial, old = (folder.with_name(f"{folder.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed

@@ -157,3 +157,29 @@ def _part(tensors: Tensors) -> Kind | None:
 def _shape(tensors: Tensors, *names: str) -> tuple[int, ...]:
     """Of the first of these that is there."""
     return next((np.shape(tensors[name]) for name in names if name in tensors), ())
+
+
+# Sizes in a model's config that a shape shows: section, key, where (the first name that is there), which dimension.
+_TOKENS = TEXT + "model.token_embedding.weight", TEXT + "transformer.text_model.embeddings.token_embedding.weight"
+_POSITIONS = TEXT + "model.positional_embedding", TEXT + "transformer.text_model.embeddings.position_embedding.weight"
+_SIZES = (
+    ("unet", "model_channels", (UNET + "input_blocks.0.0.weight",), 0),
+    ("unet", "in_channels", (UNET + "input_blocks.0.0.weight",), 1),
+    ("unet", "out_channels", (UNET + "out.2.weight",), 0),
+    ("unet", "context_dim", (UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight",), 1),
+    ("vae", "ch", (VAE + "encoder.conv_in.weight",), 0),
+    ("vae", "z_channels", (VAE + "post_quant_conv.weight",), 0),
+    ("vae", "embed_dim", (VAE + "post_quant_conv.weight",), 1),
+    ("text", "vocab_size", _TOKENS, 0),
+    ("text", "width", _TOKENS, 1),
+    ("text", "context_length", _POSITIONS, 0),
+)
+
+
+def contradiction(tensors: Tensors, model: dict) -> str | None:
+    """The first size in a model's config, as plain data, that the shapes contradict, in words; None where none does."""
+    for section, key, names, axis in _SIZES:
+        said, shape = model.get(section, {}).get(key), _shape(tensors, *names)
+        if said is not None and len(shape) > axis and shape[axis] != said:
+            return f"model.{section}.{key} is {said}, the weights have {shape[axis]}"
+    return None
