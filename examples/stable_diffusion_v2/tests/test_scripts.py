@@ -24,6 +24,7 @@ from PIL import Image
 
 from eval import results_table
 from ldm import checkpoint, runtime
+from ldm.checkpoint import names
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, load_model_config, save_model_config
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
@@ -629,6 +630,26 @@ def test_training_that_cannot_work(monkeypatch, capsys, place, tmp_path, more, w
     more = [str(word).replace("{place}", str(place)) for word in more]
     line = refused_training(monkeypatch, capsys, place, tmp_path, *more)
     assert all(word in line for word in words), line
+
+
+def test_training_starts_from_the_weights_and_the_autoencoder_that_were_asked_for(place, tmp_path):
+    """MindONE's state: the weights themselves, not their average. The autoencoder: the other file's."""
+    base, prefix = checkpoint.load(place / "base.safetensors"), "first_stage_model."
+    theirs = names.to_mindone(base.tensors)
+    slots = {f"{slot}{name}": array for name, array in theirs.items() for slot in ("swap.", "adam_m.")}
+    averages = {name: array + 1 for name, array in theirs.items()}
+    checkpoint.formats.write(tmp_path / "state.ckpt", {**averages, **slots}, {}, "mindspore")
+    vae = {name[len(prefix) :]: array + 2 for name, array in base.tensors.items() if name.startswith(prefix)}
+    checkpoint.formats.write(tmp_path / "vae", vae, {}, "safetensors")
+    more = ["--pretrained_model_path", tmp_path / "state.ckpt", "--vae_path", tmp_path / "vae"]
+    words = training(place, tmp_path, *map(str, more))
+    args = train_text_to_image.read_options(train_text_to_image.build_parser(), words)
+    ckpt = train_text_to_image.read_start(args, CONFIG)
+    assert ckpt.tensors.keys() == base.tensors.keys()
+    for name, array in base.tensors.items():
+        assert np.array_equal(ckpt.tensors[name], array + 2 if name.startswith(prefix) else array), name
+    frozen = train_text_to_image.frozen_tensors(args, ckpt)
+    assert np.array_equal(frozen[f"{prefix}quant_conv.bias"], base.tensors[f"{prefix}quant_conv.bias"] + 2)
 
 
 def test_a_run_with_other_settings_is_not_resumed(monkeypatch, capsys, place, trained, tmp_path):

@@ -245,7 +245,8 @@ def match(
     faults = [("missing", missing, ", "), ("unexpected", unexpected, ", "), ("wrong shape", wrong, "; ")]
     if missing or unexpected or wrong:
         kind = _kind_of_misfit(tensors, missing, wrong)
-        begin, advice = (f" is {kind.name} and", kind.advice) if kind else ("", "is it of another model config?")
+        begin = f" is {kind.name} and" if kind else ""
+        advice = kind.advice if kind and kind.serves else "is it of another model config?"
         told = [f"{what} {len(which)} (first: {_listed(which, sep)})" for what, which, sep in faults if which]
         raise UserError(f"{path}{begin} does not fit this model: {', '.join(told)}; {advice}")
     return {name: tensors[name] for name in wanted}

@@ -212,14 +212,14 @@ def variant(text_encoder: Table) -> str:
 def model_config(unet: Table, vae: Table, text_encoder: Table, scheduler: Table) -> dict:
     """The whole model's config, the "model" section of a model file."""
     spacing = scheduler.get("timestep_spacing", "a word")
-    told = schedule(scheduler)
+    told, scale = schedule(scheduler), scale_factor(vae)
     if told.get("zero_terminal_snr"):
         spacing = "trailing"  # nothing else reaches the last step
     size = image_size(unet, vae)
     return {
         "prediction_type": prediction_type(scheduler),
         **({"image_size": size} if size else {}),
-        "scale_factor": scale_factor(vae) or 0.18215,
+        "scale_factor": 0.18215 if scale is None else scale,
         "schedule": {**told, **({"spacing": spacing} if spacing in ("leading", "trailing", "linspace") else {})},
         "unet": _unet_config(unet),
         "vae": _vae_config(vae),

@@ -34,60 +34,70 @@ RUN = Kind("a run's resume state", "give the checkpoint sd-N beside it; to go on
 TEXTUAL_INVERSION = Kind(
     "a textual inversion (a word's embedding, no model)", "embeddings of words are not read here: give a model"
 )
-QUANTISED = Kind("a quantised model", "give its file in float32, float16 or bfloat16")
+_CONTROLNET = Kind("a ControlNet", "ControlNets are not read here: give the model that it belongs to")
+_UNCLIP = Kind("an unCLIP model (variations of pictures)", _OTHER)
+_IMAGE_ADAPTER = "image adapters are not read here: give the model that it belongs to"
 
 # The first pattern that is found in any name decides.
 _BY_NAME = tuple(
-    (re.compile(pattern), Kind(name, advice))
-    for pattern, name, advice in (
-        (r"\.(absmax|quant_map|qweight|qzeros|scale_weight|weight_scale)$|scaled_fp8$|\.quant_state\.", *QUANTISED[:2]),
-        (r"lora_controlnet|^lllite_", "a ControlNet adapter", "ControlNets are not read here: give a model"),
-        (r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_\w+|boft_\w+)$", "a LyCORIS adapter (LoHa, LoKr or OFT)", _MERGE),
-        (r"^lora_\w+\.(lora_(down|up|mid)\.weight|alpha)$", "a LoRA (kohya's names)", _MERGE),
-        (r"^base_model\.model\..+\.lora_\w+", "a LoRA (PEFT's names)", _MERGE),
-        (r"^(model\.diffusion|cond_stage|conditioner\b).+\.lora_(down|up|A|B)\.", "a LoRA (MindONE's names)", _MERGE),
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        (
+            r"\.(absmax|quant_map|qweight|qzeros|scale_weight|weight_scale)$|scaled_fp8$|\.quant_state\.",
+            Kind("a quantised model", "give its file in float32, float16 or bfloat16"),
+        ),
+        (r"lora_controlnet|^lllite_", _CONTROLNET),
+        (
+            r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_\w+|boft_\w+)$",
+            Kind("a LyCORIS adapter (LoHa, LoKr or OFT)", _MERGE),
+        ),
+        (r"^lora_\w+\.(lora_(down|up|mid)\.weight|alpha)$", Kind("a LoRA (kohya's names)", _MERGE)),
+        (r"^base_model\.model\..+\.lora_\w+", Kind("a LoRA (PEFT's names)", _MERGE)),
+        (
+            r"^(model\.diffusion_model|cond_stage_model|conditioner)\..+\.lora_(down|up|A|B)\.",
+            Kind("a LoRA (MindONE's names)", _MERGE),
+        ),
         (
             r"\.lora_[AB]\.|\.lora\.(down|up)\.|_lora\.(down|up)\.|lora_linear_layer",
-            "a LoRA (diffusers' names)",
-            _MERGE,
+            Kind("a LoRA (diffusers' names)", _MERGE),
         ),
-        (r"(^|[._])lora[._]", "a LoRA", _MERGE),
-        (r"^string_to_param\b|^emb_params$|^clip_[gl]$", *TEXTUAL_INVERSION[:2]),
-        (
-            r"^control_model\.|(^|\.)(controlnet|controlnet_\w+|input_hint_block|zero_convs)\.",
-            "a ControlNet",
-            "ControlNets are not read here: give the model that it belongs to",
-        ),
+        (r"(^|[._])lora[._]", Kind("a LoRA", _MERGE)),
+        (r"^string_to_param\b|^emb_params$|^clip_[gl]$", TEXTUAL_INVERSION),
+        (r"^control_model\.|(^|\.)(controlnet|controlnet_\w+|input_hint_block|zero_convs)\.", _CONTROLNET),
         (
             r"^(image_proj|image_proj_model|ip_adapter|ip-adapter)\.|\.to_[kv]_ip\.",
-            "an IP adapter",
-            "image adapters are not read here: give the model that it belongs to",
+            Kind("an IP adapter", _IMAGE_ADAPTER),
         ),
+        (r"^(adapter\.)?body\.\d+\.(in_conv|block[12]|resnets|skep|conv1)\b", Kind("a T2I adapter", _IMAGE_ADAPTER)),
         (
-            r"^(adapter\.)?body\.\d+\.(in_conv|block[12]|resnets|skep|conv1)\b",
-            "a T2I adapter",
-            "image adapters are not read here: give the model that it belongs to",
+            r"motion_modules?\.",
+            Kind("a motion module (AnimateDiff)", "moving pictures are not drawn here: give a model"),
         ),
-        (r"motion_modules?\.", "a motion module (AnimateDiff)", "moving pictures are not drawn here: give a model"),
-        (r"^(model\.)?conv_first\.|\.rdb1\.conv1\.|\.RDB1\.conv1\.", "a picture upscaler", "give a model"),
-        (r"^conditioner\.embedders\.1\.", "Stable Diffusion XL", _OTHER),
-        (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d", "a model of Flux' kind", _OTHER),
-        (r"(^|\.)joint_blocks\.\d|(^|\.)context_embedder\.", "a model of Stable Diffusion 3's kind", _OTHER),
-        (r"^(model\.diffusion_model\.|model\.)?(transformer_)?blocks\.\d", "a diffusion transformer", _OTHER),
-        (r"^(taesd_)?(en|de)coder\.layers\.\d+\.(conv\.)?(\d|weight)", "a tiny autoencoder (TAESD)", _WHOLE),
-        (r"^(shared|encoder\.embed_tokens)\.weight$|^encoder\.block\.\d", "a T5 text encoder", _WHOLE),
-        (r"^embedder\.model\.visual\.", "an unCLIP model (variations of pictures)", _OTHER),
-        (r"^(module\.)?(visual|vision_model|image_encoder)\.", "a CLIP model", _CLIP_USE),
+        (r"^(model\.)?conv_first\.|\.(rdb|RDB)1\.conv1\.", Kind("a picture upscaler", _OTHER)),
+        (r"^conditioner\.embedders\.1\.", Kind("Stable Diffusion XL", _OTHER)),
+        (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d", Kind("a model of Flux' kind", _OTHER)),
+        (r"(^|\.)(joint_blocks\.\d|context_embedder\.)", Kind("a model of Stable Diffusion 3's kind", _OTHER)),
+        (
+            r"^(model\.diffusion_model\.|model\.)?(transformer_)?blocks\.\d",
+            Kind("a diffusion transformer", _OTHER),
+        ),
+        (r"^(taesd_)?(en|de)coder\.layers\.\d+\.(conv\.)?(\d|weight)", Kind("a tiny autoencoder (TAESD)", _WHOLE)),
+        (r"^(shared|encoder\.embed_tokens)\.weight$|^encoder\.block\.\d", Kind("a T5 text encoder", _WHOLE)),
+        (r"^embedder\.model\.visual\.", _UNCLIP),
+        (r"^(module\.)?(visual|vision_model|image_encoder)\.", Kind("a CLIP model", _CLIP_USE)),
         (
             r"^(text_model\.)?(embeddings\.token_embedding|encoder\.layers\.0\.self_attn|text_projection)\b"
             r"|^(model\.)?(token_embedding|transformer\.resblocks\.0)\.",
-            "a text encoder alone",
-            _WHOLE,
+            Kind("a text encoder alone", _WHOLE),
         ),
     )
 )
 
-_BY_LABEL_WIDTH = {2816: "Stable Diffusion XL", 2560: "the refiner of Stable Diffusion XL"}  # of what is added to t
+# By the width of what is added to the time embedding.
+_BY_LABEL_WIDTH = {
+    2816: Kind("Stable Diffusion XL", _OTHER),
+    2560: Kind("the refiner of Stable Diffusion XL", _OTHER),
+}
 _BY_INPUT = {  # channels that go into the UNet where four come out
     9: "an inpainting model",
     5: "a depth-to-image model",
@@ -136,7 +146,7 @@ def _by_shape(tensors: Tensors) -> Kind | None:
     """Relatives of Stable Diffusion whose UNet has other inputs."""
     label = _shape(tensors, UNET + "label_emb.0.0.weight", UNET + "add_embedding.linear_1.weight")
     if label:
-        return Kind(_BY_LABEL_WIDTH.get(label[-1], "an unCLIP model (variations of pictures)"), _OTHER)
+        return _BY_LABEL_WIDTH.get(label[-1], _UNCLIP)
     into, out = _shape(tensors, UNET + "input_blocks.0.0.weight"), _shape(tensors, UNET + "out.2.weight")
     if len(into) == 4 and out[:1] == (4,) and into[1] in _BY_INPUT:
         return Kind(f"{_BY_INPUT[into[1]]} ({into[1]} channels go into its UNet)", _OTHER)
