@@ -28,7 +28,8 @@ from mindspore import nn
 from tqdm import tqdm
 
 from ldm import checkpoint
-from ldm.config import ModelConfig, load_model_config, save_model_config
+from ldm.checkpoint.diffusers_config import check_model
+from ldm.config import ModelConfig, load_model_config, save_model_config, to_dict
 from ldm.data.batches import Augment, Batches
 from ldm.data.captions import caption_warnings
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
@@ -94,6 +95,7 @@ def build_parser() -> Parser:
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
     add("--model_config", help="the model's YAML file, as for sampling (default: the version's, or SD 2.x with v)")
     add("--pretrained_model_path", default="", help="the checkpoint to start from (default: the version's)")
+    add("--vae_path", help="an autoencoder's own file or folder, in the place of the checkpoint's")
     add("--unet_initialize_random", type=str2bool, default=False, help="random weights for the UNet")
     add("--text_encoder_initialize_random", type=str2bool, default=False, help="random weights for the text encoder")
     add("--data_path", default="dataset", help="a folder with pictures and img_txt.csv (columns dir,text)")
@@ -194,6 +196,8 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     Ema.check(args.ema_decay)
     check_numbers(tuple(args.betas), weight_decay=args.weight_decay)
     Augment(args.random_crop, args.flip, args.caption_dropout)
+    if args.ckpt_format == "diffusers":
+        check_model(to_dict(config)["model"])
     if args.trainable_modules and args.unet_initialize_random:
         raise UserError("trainable_modules leaves the other weights as they are; not with unet_initialize_random")
     if not args.pretrained_model_path:
@@ -230,6 +234,14 @@ def open_caches(args: argparse.Namespace, config: ModelConfig, tensors: dict, dt
 
 def caches_latents(args: argparse.Namespace) -> bool:
     return args.cache_latents and not (args.random_crop or args.flip)
+
+
+def read_start(args: argparse.Namespace, config: ModelConfig) -> checkpoint.Checkpoint:
+    """The checkpoint to start from, with the autoencoder that was asked for."""
+    ckpt = read_checkpoint(args.pretrained_model_path, config, not args.unet_initialize_random, raw=True)
+    if not args.vae_path:
+        return ckpt
+    return replace(ckpt, tensors=checkpoint.with_vae(ckpt.tensors, args.vae_path, config.scale_factor))
 
 
 def frozen_tensors(args: argparse.Namespace, ckpt: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
@@ -420,7 +432,7 @@ def main() -> None:
     ranks.check_shared(folder)
     device = runtime.start(args.device_target, args.mode, ranks)
     runtime.connect_devices(ranks, device)
-    ckpt = read_checkpoint(args.pretrained_model_path, config, check_type=not args.unet_initialize_random)
+    ckpt = read_start(args, config)
     trained_unet(args, ckpt.tensors)  # before the caches are filled
     in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # then pictures are read once at most
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)

@@ -29,17 +29,17 @@ log = logging.getLogger(__name__)
 
 
 def read_checkpoint(
-    path: str, config: ModelConfig, check_type: bool = True, widen: bool = True
+    path: str, config: ModelConfig, check_type: bool = True, widen: bool = True, raw: bool = False
 ) -> checkpoint.Checkpoint:
     """The checkpoint of a model config; without `check_type` its UNet is not wanted and may be of any type, and so may
     a file that has none.
 
-    `widen` is that of `checkpoint.load`.
+    `widen` and `raw` are those of `checkpoint.load`.
 
     Raises:
         UserError: it cannot be read, or was trained with another prediction type, schedule or latent scale.
     """
-    ckpt = checkpoint.load(path, widen)
+    ckpt = checkpoint.load(path, widen, raw)
     scale = float(ckpt.meta.get("scale_factor", config.scale_factor))
     if abs(scale / config.scale_factor - 1) > 1e-4:
         raise UserError(f"{path} has latents scaled by {scale}, the config's scale_factor is {config.scale_factor}")

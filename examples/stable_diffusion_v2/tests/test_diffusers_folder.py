@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ldm import checkpoint
+from ldm.checkpoint import diffusers_config as configs
 from ldm.checkpoint import diffusers_folder, formats
-from ldm.config import load_model_config
+from ldm.config import from_dict, from_yaml, load_model_config, to_dict
 from ldm.errors import UserError
 from ldm.pipeline import read_checkpoint
 
@@ -179,3 +181,220 @@ def test_writing_takes_no_other_place_and_leaves_nothing_half(tmp_path, tiny, fo
     with pytest.raises(UserError, match="No space"):
         checkpoint.save(tmp_path / "new", tiny.tensors, tiny.meta, "diffusers")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "pipeline"]
+
+
+# ---- what the JSON files say ----
+
+
+def change(folder, part, **values):
+    """Other values in a part's config."""
+    path = folder / part
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def strip(folder):
+    """The folder as diffusers itself would have written it: nothing of ours in the UNet's file."""
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    formats.write(path, formats.read(path)[0], {"format": "pt"}, "safetensors")
+
+
+def described(folder):
+    return from_yaml(checkpoint.load(folder).meta["model_config"], str(folder))
+
+
+@pytest.mark.parametrize("name", ["tiny-vpred", "v1-inference", "v2-inference", "v2-vpred-inference"])
+def test_a_config_survives_diffusers_files(tmp_path, name):
+    config = load_model_config(f"configs/{name}.yaml")
+    for path, text in configs.files(to_dict(config)["model"]).items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    tables = [configs.Table(tmp_path / path) for path in (configs.UNET, configs.VAE, configs.TEXT, configs.SCHEDULER)]
+    for check, table in zip((configs.check_unet, configs.check_vae, configs.check_text_encoder), tables):
+        check(table)
+    read = from_dict({"model": configs.model_config(*tables)}, name)
+    assert read == replace(config, unet=replace(config.unet, use_checkpoint=False))
+
+
+def test_a_folder_by_others_has_the_whole_config(folder):
+    strip(folder)
+    assert described(folder) == load_model_config("configs/tiny-vpred.yaml")
+
+
+def test_other_heads_are_another_config(folder):
+    """What the JSON files say counts, not our own text beside them. Levels 2 and 3 attend, 128 wide."""
+    change(folder, configs.TEXT, num_attention_heads=8)
+    for heads, each in (([1, 1, 4, 4], (None, 32)), ([5, 5, 2, 2], (None, 64)), (4, (4, None))):
+        change(folder, configs.UNET, attention_head_dim=heads)
+        read = described(folder)
+        assert (read.unet.num_heads, read.unet.num_head_channels) == each
+    assert read.text.heads == 8
+    assert read.vae == load_model_config("configs/tiny-vpred.yaml").vae
+
+
+def test_as_many_heads_at_each_width(tmp_path):
+    model = to_dict(load_model_config("configs/v1-inference.yaml"))["model"]
+    table = json.loads(configs.files(model)[configs.UNET])
+    (tmp_path / "config.json").write_text(json.dumps({**table, "attention_head_dim": [8, 8, 8, 8]}))
+    assert configs._unet_config(configs.Table(tmp_path / "config.json"))["num_heads"] == 8
+
+
+FOREIGN = [
+    (configs.UNET, "act_fn", "gelu"),
+    (configs.UNET, "flip_sin_to_cos", False),
+    (configs.UNET, "freq_shift", 1),
+    (configs.UNET, "center_input_sample", True),
+    (configs.UNET, "only_cross_attention", [True, False, False, False]),
+    (configs.UNET, "only_cross_attention", [[True]]),
+    (configs.UNET, "norm_num_groups", 16),
+    (configs.UNET, "norm_eps", 1e-6),
+    (configs.UNET, "mid_block_scale_factor", 2),
+    (configs.UNET, "mid_block_type", "UNetMidBlock2D"),
+    (configs.UNET, "downsample_padding", 0),
+    (configs.UNET, "addition_embed_type", "text_time"),
+    (configs.UNET, "class_embed_type", "projection"),
+    (configs.UNET, "resnet_time_scale_shift", "scale_shift"),
+    (configs.UNET, "down_block_types", ["AttnDownBlock2D"] * 4),
+    (configs.UNET, "up_block_types", ["CrossAttnUpBlock2D"] * 4),
+    (configs.UNET, "attention_head_dim", [1, 2, 3, 4]),
+    (configs.UNET, "transformer_layers_per_block", [1, 2, 4, 4]),
+    (configs.UNET, "something_new", 3),
+    (configs.VAE, "act_fn", "relu"),
+    (configs.VAE, "norm_num_groups", 16),
+    (configs.VAE, "mid_block_add_attention", False),
+    (configs.VAE, "use_quant_conv", False),
+    (configs.VAE, "shift_factor", 0.1159),
+    (configs.VAE, "latents_mean", [0.5]),
+    (configs.VAE, "block_out_channels", [32, 48, 64]),
+    (configs.TEXT, "hidden_act", "relu"),
+    (configs.TEXT, "layer_norm_eps", 1e-6),
+    (configs.TEXT, "intermediate_size", 500),
+    (configs.SCHEDULER, "trained_betas", [0.1, 0.2]),
+    (configs.SCHEDULER, "beta_schedule", "sigmoid"),
+]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), FOREIGN)
+def test_choices_that_the_networks_here_lack_are_refused_by_name(folder, part, key, value):
+    change(folder, part, **{key: value})
+    with pytest.raises(UserError, match=rf"{part}: '?{key}\b.* is ") as error:
+        checkpoint.load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        (configs.UNET, "block_out_channels", "wide"),
+        (configs.UNET, "block_out_channels", [64, "\n"]),
+        (configs.UNET, "layers_per_block", [1, 2]),
+        (configs.UNET, "in_channels", 1 << 40),
+        (configs.UNET, "attention_head_dim", "x" * 10_000_000),
+        (configs.UNET, "cross_attention_dim", True),
+        (configs.VAE, "scaling_factor", ["0.18"]),
+        (configs.VAE, "latent_channels", -4),
+        (configs.TEXT, "hidden_act", ["gelu", 3]),
+        (configs.TEXT, "hidden_size", 0),
+        (configs.SCHEDULER, "prediction_type", ["v_prediction"]),
+        (configs.SCHEDULER, "beta_start", "0.1"),
+        (configs.SCHEDULER, "num_train_timesteps", 1e3),
+    ],
+)
+def test_values_of_another_kind_are_one_line(folder, part, key, value):
+    strip(folder)
+    change(folder, part, **{key: value})
+    with pytest.raises(UserError, match=key) as error:
+        checkpoint.load(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_the_text_encoder_is_loaded_in_the_type_of_the_rest(tmp_path, tiny):
+    checkpoint.save(tmp_path / "half", tiny.tensors, tiny.meta, "diffusers", "float16")
+    assert json.loads((tmp_path / "half" / configs.TEXT).read_text())["torch_dtype"] == "float32"
+
+
+def test_linspace_is_not_promised(tmp_path, tiny, caplog):
+    meta = {**tiny.meta, "model_config": tiny.meta["model_config"].replace("spacing: leading", "spacing: linspace")}
+    checkpoint.save(tmp_path / "p", tiny.tensors, meta, "diffusers")
+    assert json.loads((tmp_path / "p" / configs.SCHEDULER).read_text())["timestep_spacing"] == "trailing"
+    assert "cannot sample with spacing 'linspace'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("channel_mult: [1, 1, 2, 2]", "channel_mult: [2, 1, 2, 2]", "model.unet.channel_mult begins with 2"),
+        ("ch_mult: [1, 1, 2]", "ch_mult: [2, 1, 2]", "model.vae.ch_mult begins with 2"),
+        ("z_channels: 9", "z_channels: 12", "model.vae.z_channels 12 is not model.vae.embed_dim 9"),
+    ],
+)
+def test_models_that_diffusers_cannot_hold_are_not_written(tmp_path, tiny, old, new, said):
+    assert old in tiny.meta["model_config"]
+    meta = {**tiny.meta, "model_config": tiny.meta["model_config"].replace(f" {old}", f" {new}")}
+    with pytest.raises(UserError, match=f"diffusers has no network like this one: {said}"):
+        checkpoint.save(tmp_path / "p", tiny.tensors, meta, "diffusers")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_of_other_weights_is_not_written(tmp_path, tiny):
+    meta = {**tiny.meta, "model_config": tiny.meta["model_config"].replace("width: 128", "width: 256")}
+    with pytest.raises(
+        UserError, match="another model than the weights: model.text.width is 256, the weights have 128"
+    ):
+        checkpoint.save(tmp_path / "p", tiny.tensors, meta, "diffusers")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layers", [23, 24, 30])
+def test_the_last_text_block_is_written_where_it_runs(tmp_path, tiny, layers):
+    """SD 2.x's files hold a block 23 that does not run; an encoder of 24 layers needs it."""
+    block, tensors = "cond_stage_model.model.transformer.resblocks.", dict(tiny.tensors)
+    for name in [name for name in tensors if name.startswith(f"{block}3.")]:
+        tensors.update(
+            {name.replace("blocks.3.", f"blocks.{n}."): tensors[name] + n for n in range(4, max(layers, 24))}
+        )
+    meta = {**tiny.meta, "model_config": tiny.meta["model_config"].replace("layers: 4", f"layers: {layers}")}
+    checkpoint.save(tmp_path / "p", tensors, meta, "diffusers")
+    read = checkpoint.load(tmp_path / "p").tensors
+    kept = {name: array for name, array in tensors.items() if layers > 23 or not name.startswith(f"{block}23.")}
+    same(read, kept)
+
+
+# ---- folders that are no whole pipeline ----
+
+
+def test_one_part_of_a_pipeline_is_read(folder, tiny):
+    for part, prefix in (("unet", "model.diffusion_model."), ("vae", "first_stage_model."), ("text_encoder", "cond_")):
+        read = checkpoint.load(folder / part).tensors
+        same(read, {name: array for name, array in tiny.tensors.items() if name.startswith(prefix)})
+    change(folder, configs.UNET, act_fn="gelu")
+    with pytest.raises(UserError, match="config.json: act_fn"):
+        checkpoint.load(folder / "unet")
+    change(folder, configs.UNET, _class_name="SD3Transformer2DModel")
+    with pytest.raises(UserError, match="no part of one: its config.json says 'SD3Transformer2DModel'"):
+        checkpoint.load(folder / "unet")
+
+
+def test_the_average_of_a_trainer_is_drawn_with_and_its_weights_are_trained(folder, tiny, caplog):
+    caplog.set_level("INFO")
+    for other in ("vae", "text_encoder", "scheduler", "tokenizer"):
+        shutil.rmtree(folder / other)
+    (folder / "model_index.json").unlink()
+    shutil.copytree(folder / "unet", folder / "unet_ema")
+    change(folder, "unet_ema/config.json", decay=0.9999, optimization_step=500, use_ema_warmup=True, power=2 / 3)
+    path, name = folder / "unet_ema/diffusion_pytorch_model.safetensors", "model.diffusion_model.out.2.bias"
+    tensors = formats.read(path)[0]
+    formats.write(path, {**tensors, "conv_out.bias": tensors["conv_out.bias"] + 1}, {}, "safetensors")
+    for raw, place in ((False, "unet_ema"), (True, "unet")):
+        read = checkpoint.load(folder, raw=raw).tensors
+        assert np.array_equal(read[name], tiny.tensors[name] + (not raw))
+        assert f"its UNet is read from {place}/" in caplog.messages[-1]
+
+
+def test_other_folders_are_named(folder):
+    (folder / "text_encoder_2").mkdir()
+    change(folder, "model_index.json", _class_name="StableDiffusionXLPipeline")
+    with pytest.raises(UserError, match="is a StableDiffusionXLPipeline, with a text_encoder_2/: choose a pipeline of"):
+        checkpoint.load(folder)
+    (folder / "unet/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="unet holds a LoRA: merge it"):
+        checkpoint.load(folder / "unet")

@@ -24,6 +24,7 @@ from PIL import Image
 
 from eval import results_table
 from ldm import checkpoint, runtime
+from ldm.checkpoint import names
 from ldm.config import (
     ModelConfig,
     ScheduleConfig,
@@ -62,10 +63,11 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """A folder with model.yaml, eps.yaml, wide.yaml, base.safetensors (random weights) and data/."""
+    """A folder with model.yaml, eps.yaml, wide.yaml, no_diffusers.yaml, base.safetensors (random weights) and data/."""
     folder = tmp_path_factory.mktemp("scripts")
     save_model_config(replace(CONFIG, prediction_type="eps"), folder / "eps.yaml")
     save_model_config(replace(CONFIG, unet=replace(CONFIG.unet, model_channels=64)), folder / "wide.yaml")
+    save_model_config(replace(CONFIG, vae=replace(CONFIG.vae, ch_mult=(2, 2))), folder / "no_diffusers.yaml")
     fill_place(folder, CONFIG)
     return folder
 
@@ -625,6 +627,7 @@ def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_pa
         (["--model_config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
         (["--model_config", "configs/tiny-vpred.yaml"], ["latents scaled by 0.18215"]),
         (["--model_config", "{place}/wide.yaml"], ["does not fit this model", "wrong shape", "time_embed"]),
+        (["--ckpt_format", "diffusers", "--model_config", "{place}/no_diffusers.yaml"], ["ch_mult begins with 2"]),
         (["--scheduler", "cosin"], ["cosin", "cosine"]),
         (["--optim", "lion"], ["lion", "adamw"]),
         (["--start_learing_rate", 1], ["--start_learing_rate", "--start_learning_rate"]),
@@ -655,6 +658,26 @@ def test_a_first_sampling_step_that_is_not_trained_is_told(place, tmp_path, capl
         train_text_to_image.check(args, config)
         train_text_to_image.check(args, CONFIG)
         assert [weighting in text and "not trained" in text for text in caplog.messages] == [True] * told
+
+
+def test_training_starts_from_the_weights_and_the_autoencoder_that_were_asked_for(place, tmp_path):
+    """MindONE's state: the weights themselves, not their average. The autoencoder: the other file's."""
+    base, prefix = checkpoint.load(place / "base.safetensors"), "first_stage_model."
+    theirs = names.to_mindone(base.tensors)
+    slots = {f"{slot}{name}": array for name, array in theirs.items() for slot in ("swap.", "adam_m.")}
+    averages = {name: array + 1 for name, array in theirs.items()}
+    checkpoint.formats.write(tmp_path / "state.ckpt", {**averages, **slots}, {}, "mindspore")
+    vae = {name[len(prefix) :]: array + 2 for name, array in base.tensors.items() if name.startswith(prefix)}
+    checkpoint.formats.write(tmp_path / "vae", vae, {}, "safetensors")
+    more = ["--pretrained_model_path", tmp_path / "state.ckpt", "--vae_path", tmp_path / "vae"]
+    words = training(place, tmp_path, *map(str, more))
+    args = train_text_to_image.read_options(train_text_to_image.build_parser(), words)
+    ckpt = train_text_to_image.read_start(args, CONFIG)
+    assert ckpt.tensors.keys() == base.tensors.keys()
+    for name, array in base.tensors.items():
+        assert np.array_equal(ckpt.tensors[name], array + 2 if name.startswith(prefix) else array), name
+    frozen = train_text_to_image.frozen_tensors(args, ckpt)
+    assert np.array_equal(frozen[f"{prefix}quant_conv.bias"], base.tensors[f"{prefix}quant_conv.bias"] + 2)
 
 
 def test_a_run_with_other_settings_is_not_resumed(monkeypatch, capsys, place, trained, tmp_path):

@@ -16,11 +16,13 @@ sys.path.insert(0, str(ROOT / "tools"))
 import add_unet_level  # noqa: E402
 import benchmark_sampling as sampling  # noqa: E402
 import compare_prediction_types as compare  # noqa: E402
+import convert_checkpoint  # noqa: E402
 import demo  # noqa: E402
 import measure_offline as offline  # noqa: E402
 
 from ldm import checkpoint  # noqa: E402
-from ldm.config import ModelConfig, UNetConfig, VAEConfig, load_model_config, save_model_config  # noqa: E402
+from ldm.checkpoint import formats  # noqa: E402
+from ldm.config import ModelConfig, UNetConfig, VAEConfig, from_yaml, load_model_config, save_model_config  # noqa: E402
 from ldm.data.images import to_float  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.models.layers import initialize  # noqa: E402
@@ -207,3 +209,40 @@ def test_a_checkpoint_is_not_converted_to_pytorchs_own_files(tmp_path):
     done = subprocess.run([*command, str(tmp_path / "x.pt")], capture_output=True, text=True)
     assert done.returncode == 1 and "read, not written" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def convert(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, words)])
+    convert_checkpoint.main()
+
+
+def test_what_is_no_model_is_not_converted(monkeypatch, tmp_path):
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    lora = {f"{name}.lora_{way}.weight": np.ones((2, 2), np.float32) for way in ("down", "up")}
+    formats.write(tmp_path / "lora", lora, {}, "safetensors")
+    tiny = checkpoint.load(ROOT / "models/tiny-vpred.safetensors")
+    formats.write(tmp_path / "odd", {**tiny.tensors, "odd": np.ones(1)}, tiny.meta, "safetensors")
+    for source, said in (("lora", r"lora is a LoRA \(kohya's names\)"), ("odd", "odd is no model .*first: odd")):
+        for destination in ("x.ckpt", "x.safetensors", "x"):
+            with pytest.raises(UserError, match=said):
+                convert(monkeypatch, tmp_path / source, tmp_path / destination)
+    small = {name: array for name, array in tiny.tensors.items() if name.startswith(UNET)}
+    formats.write(tmp_path / "unet", small, {}, "safetensors")
+    with pytest.raises(UserError, match="unet is of another model than the config: model.unet.model_channels is 320"):
+        convert(monkeypatch, tmp_path / "unet", tmp_path / "x.ckpt", "--version", "2.0")
+    assert {path.name for path in tmp_path.iterdir()} == {"lora", "odd", "unet"}
+
+
+def test_a_folder_of_others_is_converted_with_its_config_and_nan_is_said(monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    convert(monkeypatch, ROOT / "models/tiny-vpred.safetensors", tmp_path / "folder")
+    assert "NaN" not in caplog.text
+    path = tmp_path / "folder/unet/diffusion_pytorch_model.safetensors"
+    tensors, name = formats.read(path)[0], "model.diffusion_model.out.2.bias"
+    formats.write(path, {**tensors, "conv_out.bias": tensors["conv_out.bias"] * np.nan}, {}, "safetensors")
+    convert(monkeypatch, tmp_path / "folder", tmp_path / "t.ckpt")
+    assert f"NaN or infinity in 1 of its {len(checkpoint.load(tmp_path / 't.ckpt').tensors)} tensors" in caplog.text
+    assert f"the first is {name}" in caplog.text
+    read = checkpoint.load(tmp_path / "t.ckpt")
+    assert from_yaml(read.meta["model_config"], "t") == load_model_config("configs/tiny-vpred.yaml")
+    assert np.isnan(read.tensors[name]).all()

@@ -22,8 +22,10 @@ from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when 
 
 # isort: split
 from ldm import checkpoint  # noqa: E402
-from ldm.config import load_model_config  # noqa: E402
+from ldm.checkpoint import kinds  # noqa: E402
+from ldm.config import load_model_config, to_dict  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files import escaped  # noqa: E402
 from ldm.pipeline import describe, read_checkpoint  # noqa: E402
 from ldm.versions import VERSIONS  # noqa: E402
 
@@ -48,8 +50,21 @@ def main() -> None:
     if args.config or args.version:
         config = load_model_config(args.config or VERSIONS[args.version].config)
         ckpt, meta = read_checkpoint(args.source, config, widen=False), describe(config)
+        wrong = kinds.contradiction(ckpt.tensors, to_dict(config)["model"])
+        if wrong:
+            raise UserError(f"{args.source} is of another model than the config: {wrong}; choose another config")
     else:
         ckpt = checkpoint.load(args.source, widen=False)
+    checkpoint.check_names(ckpt, args.source)
+    bad = checkpoint.not_finite(ckpt.tensors)
+    if bad:
+        log.warning(
+            "%s holds NaN or infinity in %d of its %d tensors, the first is %s; they are converted as they are",
+            args.source,
+            len(bad),
+            len(ckpt.tensors),
+            escaped(bad[0]),
+        )
     checkpoint.save(args.destination, ckpt.tensors, {**meta, **ckpt.meta}, kind, args.dtype)
     said = ckpt.meta.get("prediction_type") or meta.get("prediction_type")
     log.info(

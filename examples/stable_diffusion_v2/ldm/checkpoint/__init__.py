@@ -21,18 +21,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ldm.checkpoint import diffusers_folder, formats, names
-from ldm.checkpoint.arrays import release
+from ldm.checkpoint import diffusers_folder, formats, kinds, names
+from ldm.checkpoint.arrays import release, widened
 from ldm.diffusion.prediction import own_name
 from ldm.errors import UserError
-from ldm.files import sha256
+from ldm.files import escaped, sha256
 
-__all__ = ["FORMATS", "Checkpoint", "content_key", "load", "match", "release", "save"]
+__all__ = [
+    "FORMATS",
+    "Checkpoint",
+    "check_names",
+    "content_key",
+    "load",
+    "load_vae",
+    "match",
+    "not_finite",
+    "release",
+    "save",
+    "with_vae",
+]
+
+log = logging.getLogger(__name__)
 
 FORMATS = (*formats.FORMATS, "diffusers")  # that are written
 
@@ -66,25 +81,101 @@ class Checkpoint:
     format: str
 
 
-def load(path: str | Path, widen: bool = True) -> Checkpoint:
+def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
     """Read a checkpoint of any format, recognised by its content.
 
     The arrays are views of the file wherever they can be: float16 stays float16, bfloat16 becomes float32 (without
     `widen` only when it is saved, which is all that can be done with it then). Names that nobody knows are kept;
-    ``match`` reports them. Raises UserError for a file that cannot be read whole.
+    ``match`` and ``check_names`` report them.
+
+    Where another program keeps weights and their moving average in one place, `raw` takes the weights, to train on;
+    otherwise the average is taken, to draw with. A line says which.
+
+    Raises:
+        UserError: the file cannot be read whole, or is of a kind (``kinds``) that is no part of a model here.
     """
-    if Path(path).is_dir():
-        tensors, meta = diffusers_folder.read(path, widen)
-        return Checkpoint(tensors, meta, "diffusers")
-    tensors, strings, kind = formats.read(path, widen)
     try:
-        variant = strings.pop(_VARIANT, None)
-        meta = _stated(tensors, strings)
-        tensors = {name: array for name, array in tensors.items() if name not in (_V_MARK, _ZERO_SNR_MARK)}
-        tensors = names.from_unet_alone(names.from_mindone(tensors, variant))
+        if Path(path).is_dir():
+            tensors, meta = diffusers_folder.read(path, widen, raw)
+            form = "diffusers"
+        else:
+            tensors, strings, form = formats.read(path, widen)
+            tensors, meta = _named(path, tensors, strings, raw)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} contradicts itself: {error}") from None
-    return Checkpoint(tensors, meta, kind)
+        raise UserError(f"{path} contradicts itself: {escaped(error, 300)}") from None
+    kind = kinds.recognise(tensors, meta)
+    if kind and not kind.serves:
+        raise UserError(f"{path} is {kind.name}: {kind.advice}")
+    return Checkpoint(tensors, meta, form)
+
+
+def _named(path: str | Path, tensors: Tensors, strings: Strings, raw: bool) -> tuple[Tensors, Strings]:
+    """Stability's names, and the table ``meta``, for what is in a file."""
+    variant = strings.pop(_VARIANT, None)
+    meta = _stated(tensors, strings)
+    tensors = {name: array for name, array in tensors.items() if name not in (_V_MARK, _ZERO_SNR_MARK)}
+    tensors, said = names.from_mindone_state(tensors, raw)
+    if said:
+        log.info("%s is a training state of MindONE; what is read are its %s", path, said)
+    return names.from_part_alone(names.from_mindone(tensors, variant)), meta
+
+
+def load_vae(path: str | Path, scale_factor: float) -> Tensors:
+    """The tensors of an autoencoder, by Stability's names: from its own file or folder, or from a whole model's.
+
+    Raises:
+        UserError: it cannot be read, holds no autoencoder, or says that its latents' scale is not `scale_factor`, the
+            one of the model that it is to serve.
+    """
+    ckpt = load(path)
+    tensors = {name: array for name, array in ckpt.tensors.items() if name.startswith(kinds.VAE)}
+    if not tensors:
+        kind = kinds.recognise(ckpt.tensors, ckpt.meta)
+        raise UserError(f"{path} is {kind.name if kind else 'a file'} without an autoencoder, which is wanted here")
+    said = ckpt.meta.get("scale_factor")
+    if said is not None and not _is_about(said, scale_factor):
+        raise UserError(f"{path} scales its latents by {escaped(said)}, the model by {scale_factor}: choose another")
+    return tensors
+
+
+def with_vae(tensors: Tensors, path: str | Path, scale_factor: float) -> Tensors:
+    """A model's tensors with the autoencoder of another file (``load_vae``) in the place of their own.
+
+    UserError where it is of another shape than their own.
+    """
+    vae, others = load_vae(path, scale_factor), {n: a for n, a in tensors.items() if not n.startswith(kinds.VAE)}
+    own = {n: array.shape for n, array in tensors.items() if n not in others and names.is_parameter(n)}
+    return {**others, **(match(vae, own, path, (kinds.VAE,)) if own else vae)}
+
+
+def _is_about(text: str, number: float) -> bool:
+    try:
+        return abs(float(text) / number - 1) <= 1e-4
+    except ValueError:
+        return False
+
+
+def check_names(ckpt: Checkpoint, path: str | Path) -> None:
+    """UserError where a checkpoint holds what no network here has, or nothing of one."""
+    known = [name for name in ckpt.tensors if names.is_parameter(name)]
+    strange = [name for name in ckpt.tensors if not names.is_parameter(name) and not names.is_extra(name)]
+    if strange or not known:
+        first = ", ".join(escaped(name) for name in strange[:3]) or "none"
+        raise UserError(
+            f"{path} is no model of Stable Diffusion 1.x or 2.x: {len(strange)} of its {len(ckpt.tensors)} tensors "
+            f"have names that are not known here (first: {first})"
+        )
+
+
+def not_finite(tensors: Tensors) -> list[str]:
+    """The names of tensors with NaN or infinity in them; reads them all, one at a time."""
+    bad = []
+    for name, array in tensors.items():
+        numbers = widened(array)
+        if numbers.dtype.kind == "f" and not np.isfinite(numbers.sum(dtype=np.float64)):
+            bad.append(name)
+        release(array)
+    return bad
 
 
 def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: str | None = None) -> None:
@@ -145,9 +236,30 @@ def match(
     ]
     faults = [("missing", missing, ", "), ("unexpected", unexpected, ", "), ("wrong shape", wrong, "; ")]
     if missing or unexpected or wrong:
-        told = [f"{what} {len(which)} (first: {sep.join(which[:3])})" for what, which, sep in faults if which]
-        raise UserError(f"{path} does not fit this model: {', '.join(told)}; is it of another model config?")
+        kind = _kind_of_misfit(tensors, missing, wrong)
+        begin = f" is {kind.name} and" if kind else ""
+        advice = kind.advice if kind and kind.serves else "is it of another model config?"
+        told = [f"{what} {len(which)} (first: {_listed(which, sep)})" for what, which, sep in faults if which]
+        raise UserError(f"{path}{begin} does not fit this model: {', '.join(told)}; {advice}")
     return {name: tensors[name] for name in wanted}
+
+
+def _listed(words: list[str], separator: str) -> str:
+    return separator.join(escaped(word, 200) for word in words[:3])
+
+
+def _kind_of_misfit(tensors: Tensors, missing: list[str], wrong: list[str]) -> kinds.Kind | None:
+    """What to call a file that does not fit, where that is the reason.
+
+    It is one for a part of a model where other parts are missing, for a whole model where shapes are wrong.
+    """
+    kind = kinds.recognise(tensors)
+    if not kind or not kind.serves:
+        return kind
+    there = tuple(prefix for prefix in kinds.PARTS if any(name.startswith(prefix) for name in tensors))
+    if len(there) == len(kinds.PARTS):
+        return kind if wrong else None
+    return None if all(name.startswith(there) for name in missing) else kind
 
 
 def _stated(tensors: Tensors, strings: Strings) -> Strings:
@@ -162,7 +274,7 @@ def _stated(tensors: Tensors, strings: Strings) -> Strings:
     said = {own_name(word) for word in words if word}
     if len(said) > 1:
         places = f"prediction_type, modelspec.prediction_type and .predict_key in its metadata, its tensor {_V_MARK}"
-        raise ValueError(f"its prediction type is {' and '.join(sorted(said))}; correct one of {places}")
+        raise ValueError(f"its prediction type is {' and '.join(map(escaped, sorted(said)))}; correct one of {places}")
     if said:
         meta["prediction_type"] = said.pop()
 

@@ -7,48 +7,97 @@ as fp16. Written: .safetensors, and every file that ``StableDiffusionPipeline.fr
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 
 import yaml
 
-from ldm.checkpoint import formats, names
+from ldm.checkpoint import diffusers_config as configs
+from ldm.checkpoint import formats, kinds, names
 from ldm.checkpoint.arrays import Strings, Tensors
+from ldm.checkpoint.diffusers_config import INDEX, Table
 from ldm.errors import UserError
-from ldm.text.tokenizer import END, START, Tokenizer
+from ldm.files import escaped, quoted
 
 PARTS = ("unet", "vae", "text_encoder")
-INDEX = "model_index.json"
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_SCHEDULE = {  # diffusers' key: the field of ScheduleConfig
-    "beta_schedule": "name",
-    "beta_start": "beta_start",
-    "beta_end": "beta_end",
-    "num_train_timesteps": "timesteps",
-    "rescale_betas_zero_snr": "zero_terminal_snr",
-}
-_TYPE_NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-_VERSION = "0.31.0"  # of diffusers, whose keys these are
+_CHECKS = {"unet": configs.check_unet, "vae": configs.check_vae, "text_encoder": configs.check_text_encoder}
+_CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text_encoder"}
+_AVERAGE = "unet_ema"  # where diffusers' trainers keep the moving average
+
+log = logging.getLogger(__name__)
 
 
 # ---- reading ----
 
 
-def read(folder: str | Path, widen: bool = True) -> tuple[Tensors, Strings]:
+def read(folder: str | Path, widen: bool = True, raw: bool = False) -> tuple[Tensors, Strings]:
     """Parameters by Stability's names, and what the folder says of itself; `widen` as in `formats.read`.
 
-    Raises UserError where it is no pipeline, or a file of it is missing or damaged.
+    The folder is a pipeline, one part of it (unet/ alone, for instance), or a checkpoint of diffusers' trainers. Where
+    such a one holds its UNet twice, `raw` takes the weights and otherwise the moving average is taken.
+
+    Raises:
+        UserError: it is none of these, a file of it is missing or damaged, or a network of it is none of ours.
     """
     folder = Path(folder)
-    if not any((folder / part).is_dir() for part in PARTS):
-        raise UserError(f"{folder} is a folder, but no diffusers pipeline: it has none of {'/, '.join(PARTS)}/")
+    places = _places(folder, raw)
+    tables = {part: Table(place / "config.json") for part, place in places.items() if _has_config(place)}
+    for part, table in tables.items():
+        _CHECKS[part](table)
     parts, strings = {}, {}
     for part in PARTS:
-        parts[part], said = _read_part(folder / part, widen) if (folder / part).is_dir() else ({}, {})
+        parts[part], said = _read_part(places[part], widen) if part in places else ({}, {})
         strings.update(said if part == "unet" else {})
-    tensors = names.from_diffusers(*parts.values(), _text_variant(folder / "text_encoder", parts["text_encoder"]))
-    return tensors, {**strings, **_described(folder, strings)}
+    tensors = names.from_diffusers(*parts.values(), _text_variant(tables.get("text_encoder"), parts["text_encoder"]))
+    scheduler = folder / configs.SCHEDULER
+    if scheduler.is_file():
+        tables["scheduler"] = Table(scheduler)
+    return tensors, {**strings, **_described(folder, tables, strings)}
+
+
+def _has_config(place: Path) -> bool:
+    return (place / "config.json").is_file()
+
+
+def _places(folder: Path, raw: bool) -> dict[str, Path]:
+    """The folder of each part."""
+    _refuse_others(folder)
+    places = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+    average = folder / _AVERAGE
+    if average.is_dir() and not (raw and "unet" in places):
+        places["unet"] = average
+    if average.is_dir():
+        log.info("%s is a checkpoint of a trainer; its UNet is read from %s/", folder, places["unet"].name)
+    if places:
+        return places
+    if _has_config(folder):
+        return {_part_alone(folder): folder}
+    raise UserError(f"{folder} is a folder, but no diffusers pipeline: it has none of {'/, '.join(PARTS)}/")
+
+
+def _refuse_others(folder: Path) -> None:
+    """UserError for folders of diffusers that are something else."""
+    if any(folder.glob("adapter_config.json")) or any(folder.glob("pytorch_lora_weights.*")):
+        raise UserError(f"{folder} holds a LoRA: merge it into its base model first and give the merged model")
+    others = [name for name in ("text_encoder_2", "transformer", "prior", "controlnet") if (folder / name).is_dir()]
+    if others:
+        kind = Table(folder / INDEX).get("_class_name", "a word", "") if (folder / INDEX).is_file() else ""
+        named = f"a {escaped(kind)}" if kind else "a pipeline of another kind"
+        raise UserError(f"{folder} is {named}, with a {others[0]}/: choose a pipeline of Stable Diffusion 1.x or 2.x")
+
+
+def _part_alone(folder: Path) -> str:
+    """Which part of a pipeline a folder with config and weights is."""
+    table = Table(folder / "config.json")
+    classes = [table.get("_class_name", "a word", ""), *table.get("architectures", "a list of words", [])]
+    part = next((_CLASSES[name] for name in classes if name in _CLASSES), None)
+    if part is None:
+        said = quoted(next(filter(None, classes), "nothing"))
+        raise UserError(f"{folder} is no diffusers pipeline and no part of one: its config.json says {said}")
+    return part
 
 
 def _read_part(folder: Path, widen: bool) -> tuple[Tensors, Strings]:
@@ -71,16 +120,16 @@ def _weight_files(folder: Path) -> list[Path]:
                     return _shards(index[0])
                 if whole and "-of-" not in whole[0].name:
                     return whole[:1]
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+    there = ", ".join(escaped(path.name) for path in sorted(folder.iterdir())[:5]) or "nothing"
     raise UserError(f"{folder} has no weights ({_STEMS[0]}.safetensors or the like) but {there}")
 
 
 def _shards(index: Path) -> list[Path]:
-    files = _json(index).get("weight_map")
+    files = Table(index).content.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in files.values()):
         raise UserError(f"{index} has no usable weight_map; fetch the file again")
     shards = [index.parent / name for name in sorted(set(files.values()))]
-    missing = [path.name for path in shards if not path.is_file()]
+    missing = [escaped(path.name) for path in shards if not path.is_file()]
     if missing or not shards:
         raise UserError(
             f"{index.parent} lacks {len(missing)} of {len(shards)} shards (first: {missing[:1]}); fetch them"
@@ -88,52 +137,71 @@ def _shards(index: Path) -> list[Path]:
     return shards
 
 
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {path}: it holds no table")
-    return content
-
-
-def _text_variant(folder: Path, tensors: Tensors) -> str:
-    """What TextConfig calls it: SD 1.x's encoder has the quick GELU, and 768 values where nothing says so."""
-    if (folder / "config.json").is_file():
-        return "clip" if _json(folder / "config.json").get("hidden_act", "quick_gelu") == "quick_gelu" else "openclip"
+def _text_variant(table: Table | None, tensors: Tensors) -> str:
+    """What TextConfig calls it; where no config says so, 768 values are SD 1.x's."""
+    if table:
+        return configs.variant(table)
     norm = next((a for name, a in tensors.items() if name.endswith("final_layer_norm.weight")), None)
     return "clip" if norm is not None and norm.shape == (768,) else "openclip"
 
 
-def _described(folder: Path, strings: Strings) -> Strings:
-    """Prediction type and schedule by the scheduler's config, latents' scale and resolution by the networks'."""
+def _described(folder: Path, tables: dict[str, Table], strings: Strings) -> Strings:
+    """Prediction type and schedule by the scheduler's config, latents' scale and resolution by the networks', and the
+    whole model's config where all are there."""
     told = {}
-    scheduler = folder / "scheduler/scheduler_config.json"
-    if scheduler.is_file():
-        config = _json(scheduler)
-        kind = config.get("prediction_type", "epsilon")
-        ours = {theirs: name for name, theirs in _TYPE_NAMES.items()}.get(kind, str(kind))
-        if strings.get("prediction_type", ours) != ours:
-            raise UserError(
-                f"{folder} contradicts itself: its UNet was trained with prediction_type "
-                f"'{strings['prediction_type']}', its scheduler_config.json says '{kind}'; correct one of them"
-            )
-        told["prediction_type"] = ours
-        schedule = {ours: config[theirs] for theirs, ours in _SCHEDULE.items() if theirs in config}
-        told["schedule"] = json.dumps({**json.loads(strings.get("schedule", "{}")), **schedule})
-    vae = folder / "vae/config.json"
-    scale = _json(vae).get("scaling_factor") if vae.is_file() else None
-    if isinstance(scale, float):
+    scheduler, unet, vae = (tables.get(name) for name in ("scheduler", "unet", "vae"))
+    if scheduler:
+        told["prediction_type"] = _prediction_type(folder, scheduler, strings)
+        told["schedule"] = json.dumps({**json.loads(strings.get("schedule", "{}")), **configs.schedule(scheduler)})
+    scale = configs.scale_factor(vae) if vae else None
+    if scale is not None:
         told["scale_factor"] = repr(scale)
-    if (folder / "unet/config.json").is_file() and vae.is_file():
-        side, levels = (_json(folder / f"{part}/config.json").get(key) for part, key in _SIZES)
-        if isinstance(side, int) and isinstance(levels, list) and levels:
-            told["resolution"] = "x".join([str(side * 2 ** (len(levels) - 1))] * 2)
+    size = configs.image_size(unet, vae) if unet and vae else None
+    if size:
+        told["resolution"] = f"{size}x{size}"
+    if all(name in tables for name in (*PARTS, "scheduler")):
+        told["model_config"] = _model_config(tables, strings)
     return told
 
 
-_SIZES = (("unet", "sample_size"), ("vae", "block_out_channels"))
+def _prediction_type(folder: Path, scheduler: Table, strings: Strings) -> str:
+    kind = configs.prediction_type(scheduler)
+    said = strings.get("prediction_type", kind)
+    if said != kind:
+        theirs = quoted(scheduler.get("prediction_type", "a word", "epsilon"))
+        raise UserError(
+            f"{folder} contradicts itself: its UNet was trained with prediction_type {quoted(said)}, its "
+            f"scheduler_config.json says {theirs}; correct one of them"
+        )
+    return kind
+
+
+def _model_config(tables: dict[str, Table], strings: Strings) -> str:
+    """As YAML. What the configs leave open is taken from the text among the UNet's strings, if any."""
+    model = configs.model_config(*(tables[name] for name in (*PARTS, "scheduler")))
+    text = strings.get("model_config")
+    carried = _plain(text)
+    if carried is None:
+        return yaml.safe_dump({"model": model}, sort_keys=False)
+    joined = {**carried, **model}
+    for key, section in model.items():
+        if isinstance(section, dict) and isinstance(carried.get(key), dict):
+            joined[key] = {**carried[key], **section}
+    return text if joined == carried else yaml.safe_dump({"model": joined}, sort_keys=False)
+
+
+def _plain(text: str | None) -> dict | None:
+    """The "model" section of a config that a file carries, None where it is none."""
+    if text is None or len(text) > _LONGEST_CONFIG or "&" in text:
+        return None
+    try:
+        model = yaml.safe_load(text)["model"]
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
+        return None
+    return model if isinstance(model, dict) else None
+
+
+_LONGEST_CONFIG = 100_000  # characters
 
 
 # ---- writing ----
@@ -152,11 +220,15 @@ def write(folder: str | Path, tensors: Tensors, meta: Strings, dtype: str | None
             "a diffusers folder describes its networks, and the checkpoint does not: give the model's config"
         )
     model = yaml.safe_load(meta["model_config"])["model"]
-    parts = names.to_diffusers(tensors)
+    configs.check_model(model)
+    wrong = kinds.contradiction(tensors, model)
+    if wrong:
+        raise UserError(f"the config is of another model than the weights: {wrong}")
+    parts = names.to_diffusers(tensors, model["text"]["layers"])
     partial, old = (folder.with_name(f"{folder.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        for name, content in _files(model).items():
+        for name, content in configs.files(model).items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text(content, encoding="utf-8")
         for part, stem in zip(PARTS, (_STEMS[0], _STEMS[0], _STEMS[1])):
@@ -172,141 +244,3 @@ def write(folder: str | Path, tensors: Tensors, meta: Strings, dtype: str | None
         if old.exists() and not folder.exists():
             os.replace(old, folder)
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _files(model: dict) -> dict[str, str]:
-    """Every file of a pipeline but the weights, from a model config as plain data."""
-    tokenizer, text = _tokenizer(model["text"]), {}
-    text["tokenizer/merges.txt"] = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tokenizer.merges())
-    tables = {
-        INDEX: _index(),
-        "unet/config.json": _unet(model),
-        "vae/config.json": _vae(model),
-        "text_encoder/config.json": _text_encoder(model["text"], tokenizer),
-        "scheduler/scheduler_config.json": _scheduler(model),
-        "tokenizer/vocab.json": tokenizer.vocab(),
-        "tokenizer/tokenizer_config.json": _tokenizer_config(model["text"]),
-        "tokenizer/special_tokens_map.json": _special_tokens(model["text"]),
-    }
-    return {**text, **{name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in tables.items()}}
-
-
-def _tokenizer(text: dict) -> Tokenizer:
-    return Tokenizer(text["vocab_size"], text["context_length"], "zero" if text["variant"] == "openclip" else "end")
-
-
-def _index() -> dict:
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": _VERSION,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-
-
-def _unet(model: dict) -> dict:
-    unet = model["unet"]
-    widths = [mult * unet["model_channels"] for mult in unet["channel_mult"]]
-    attends = [2**level in unet["attention_resolutions"] for level in range(len(widths))]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "_diffusers_version": _VERSION,
-        "act_fn": "silu",
-        # Named for the width of a head, it is their number: https://github.com/huggingface/diffusers/issues/2011
-        "attention_head_dim": unet["num_heads"] or [width // unet["num_head_channels"] for width in widths],
-        "block_out_channels": widths,
-        "center_input_sample": False,
-        "cross_attention_dim": unet["context_dim"],
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "in_channels": unet["in_channels"],
-        "layers_per_block": unet["num_res_blocks"],
-        "mid_block_scale_factor": 1,
-        "norm_eps": 1e-05,
-        "norm_num_groups": 32,
-        "out_channels": unet["out_channels"],
-        "sample_size": model["image_size"] // 2 ** (len(model["vae"]["ch_mult"]) - 1),
-        "transformer_layers_per_block": unet["transformer_depth"],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "upcast_attention": unet["use_linear_in_transformer"],  # SD 2.1's scores exceed float16, says its own config
-        "use_linear_projection": unet["use_linear_in_transformer"],
-    }
-
-
-def _vae(model: dict) -> dict:
-    vae = model["vae"]
-    levels = len(vae["ch_mult"])
-    return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": _VERSION,
-        "act_fn": "silu",
-        "block_out_channels": [mult * vae["ch"] for mult in vae["ch_mult"]],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": vae["in_channels"],
-        "latent_channels": vae["z_channels"],
-        "layers_per_block": vae["num_res_blocks"],
-        "norm_num_groups": 32,
-        "out_channels": vae["out_ch"],
-        "sample_size": model["image_size"],
-        "scaling_factor": model["scale_factor"],
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-
-
-def _text_encoder(text: dict, tokenizer: Tokenizer) -> dict:
-    return {
-        "architectures": ["CLIPTextModel"],
-        "attention_dropout": 0.0,
-        "bos_token_id": tokenizer.start,
-        "eos_token_id": tokenizer.end,
-        "hidden_act": "gelu" if text["variant"] == "openclip" else "quick_gelu",
-        "hidden_size": text["width"],
-        "intermediate_size": text["mlp_ratio"] * text["width"],
-        "layer_norm_eps": 1e-05,
-        "max_position_embeddings": text["context_length"],
-        "model_type": "clip_text_model",
-        "num_attention_heads": text["heads"],
-        "num_hidden_layers": text["layers"],
-        "pad_token_id": tokenizer.pad,
-        "projection_dim": text["width"],
-        "vocab_size": text["vocab_size"],
-    }
-
-
-def _scheduler(model: dict) -> dict:
-    schedule = model["schedule"]
-    return {
-        "_class_name": "DDIMScheduler",
-        "_diffusers_version": _VERSION,
-        **{theirs: schedule[ours] for theirs, ours in _SCHEDULE.items()},
-        "clip_sample": False,
-        "prediction_type": _TYPE_NAMES[model["prediction_type"]],
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "timestep_spacing": schedule["spacing"],
-        "trained_betas": None,
-    }
-
-
-def _special_tokens(text: dict) -> dict:
-    pad = "!" if text["variant"] == "openclip" else END
-    return {"bos_token": START, "eos_token": END, "pad_token": pad, "unk_token": END}
-
-
-def _tokenizer_config(text: dict) -> dict:
-    return {
-        "add_prefix_space": False,
-        "do_lower_case": True,
-        "errors": "replace",
-        "model_max_length": text["context_length"],
-        "tokenizer_class": "CLIPTokenizer",
-        **_special_tokens(text),
-    }

@@ -38,9 +38,45 @@ EXTRAS = re.compile(
 )
 
 
+_SD2_BLOCKS = 24  # in the text encoder of SD 2.x' files; the last one does not run and is one of EXTRAS
+
+
 def is_extra(name: str) -> bool:
     """Whether a parameter is one of the entries that files carry and networks do not have."""
     return EXTRAS.fullmatch(name) is not None
+
+
+_WB = r"\.(weight|bias)"
+_UNET_BLOCK = (
+    r"(in_layers\.[02]|emb_layers\.1|out_layers\.[03]|skip_connection|op|conv|norm|proj_in|proj_out"
+    r"|transformer_blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2)|norm[123]))" + _WB
+)
+_VAE_BLOCK = r"(norm1|conv1|norm2|conv2|nin_shortcut)" + _WB
+# Every name that a network here can have, in Stability's naming.
+_PARAMETER = re.compile(
+    "|".join(
+        (
+            r"model\.diffusion_model\.(time_embed\.[02]|input_blocks\.0\.0|out\.[02])" + _WB,
+            r"model\.diffusion_model\.((in|out)put_blocks\.\d+|middle_block)\.\d\." + _UNET_BLOCK,
+            r"first_stage_model\.((post_)?quant_conv|(en|de)coder\.(conv_in|conv_out|norm_out))" + _WB,
+            r"first_stage_model\.(en|de)coder\.(mid\.block_[12]|(down|up)\.\d+\.block\.\d+)\." + _VAE_BLOCK,
+            r"first_stage_model\.(en|de)coder\.mid\.attn_1\.(norm|q|k|v|proj_out)" + _WB,
+            r"first_stage_model\.(encoder\.down\.\d+\.downsample|decoder\.up\.\d+\.upsample)\.conv" + _WB,
+            r"cond_stage_model\.model\.(token_embedding\.weight|positional_embedding|ln_final\.(weight|bias))",
+            r"cond_stage_model\.model\.transformer\.resblocks\.\d+\.(ln_[12]|mlp\.c_(fc|proj)|attn\.out_proj)" + _WB,
+            r"cond_stage_model\.model\.transformer\.resblocks\.\d+\.attn\.in_proj_(weight|bias)",
+            r"cond_stage_model\.transformer\.text_model\.embeddings\.(token|position)_embedding\.weight",
+            r"cond_stage_model\.transformer\.text_model\.final_layer_norm" + _WB,
+            r"cond_stage_model\.transformer\.text_model\.encoder\.layers\.\d+\."
+            r"(layer_norm[12]|mlp\.fc[12]|self_attn\.([qkv]|out)_proj)" + _WB,
+        )
+    )
+)
+
+
+def is_parameter(name: str) -> bool:
+    """Whether a network here can have a parameter of this name, with some config."""
+    return _PARAMETER.fullmatch(name) is not None
 
 
 class Rules:
@@ -160,6 +196,55 @@ def from_mindone(tensors: Tensors, variant: str | None = None) -> Tensors:
     return _renamed(tensors, lambda name: _SGM_OPENCLIP.sub("cond_stage_model.", _SHORT_CLIP.sub(_CLIP, name)))
 
 
+# Beside the network's parameters in MindONE's train_resume.ckpt: copies of some of them, and what a step counts.
+_SLOT = re.compile(r"(swap|ema|adam_m|adam_v|grad_accumulated_|zeros_)\.(.+)")
+_COUNTER = re.compile(
+    "grad_accumulate_step_|scale_sense|current_iterator_step|last_overflow_iterator_step|updates|cur_step"
+    "|epoch_num|global_step|learning_rate|loss_scale|lora_rank"
+)
+_LORA = re.compile(r"(.+)\.lora_(down|up)\.weight")
+
+
+def from_mindone_state(tensors: Tensors, raw: bool) -> tuple[Tensors, str | None]:
+    """The parameters in a training state of MindONE, by its names, and in words which they are.
+
+    While MindONE keeps a moving average, the plain names hold it and ``swap.`` the weights themselves: `raw` takes
+    these. Layers that a LoRA was put around are called ``<layer>.linear``; the LoRA is added to them with MindONE's
+    default scale, 1, which the file does not tell. Any other file comes back as it is, with None.
+    """
+    slots = {name: found for name in tensors if (found := _SLOT.fullmatch(name))}
+    if not any(found[1] in ("swap", "adam_m") for found in slots.values()):
+        return tensors, None
+    weights = {name: array for name, array in tensors.items() if name not in slots and not _COUNTER.fullmatch(name)}
+    swapped = {found[2]: tensors[name] for name, found in slots.items() if found[1] == "swap"}
+    said = "weights"
+    if swapped:
+        said = "weights themselves, not their moving average" if raw else "weights' moving average (EMA)"
+    weights = {name: swapped.get(name, array) if raw else array for name, array in weights.items()}
+    merged = _without_lora(weights)
+    return merged, said + (", with the LoRA added at scale 1" if len(merged) < len(weights) else "")
+
+
+def _without_lora(tensors: Tensors) -> Tensors:
+    """``<layer>.linear.*`` as ``<layer>.*``, to whose weight W the product up down of the layer's LoRA is added."""
+    pairs: dict[str, Tensors] = {}
+    for name, array in tensors.items():
+        if found := _LORA.fullmatch(name):
+            pairs.setdefault(f"{found[1]}.linear.weight", {})[found[2]] = array
+    merged = {name: array for name, array in tensors.items() if not _LORA.fullmatch(name)}
+    for name, pair in pairs.items():
+        up, down, weight = pair.get("up"), pair.get("down"), merged.get(name)
+        if weight is None or up is None or down is None or _product_shape(up, down) != weight.shape:
+            raise ValueError(f"the LoRA of {name} is not whole or does not fit it")
+        merged[name] = (weight + up.astype(np.float32) @ down.astype(np.float32)).astype(weight.dtype)
+    return _renamed(merged, lambda name: re.sub(r"\.linear\.(weight|bias)$", r".\1", name))
+
+
+def _product_shape(up: np.ndarray, down: np.ndarray) -> tuple[int, ...] | None:
+    fits = up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0]
+    return (up.shape[0], down.shape[1]) if fits else None
+
+
 def to_mindone(tensors: Tensors) -> Tensors:
     """MindONE's names for Stability's."""
     tensors = _renamed(_merged(tensors), OPENCLIP_CLIP.left)
@@ -245,12 +330,15 @@ def from_diffusers(unet: Tensors, vae: Tensors, text_encoder: Tensors, variant: 
     return {**tensors, **text}
 
 
-def to_diffusers(tensors: Tensors) -> dict[str, Tensors]:
+def to_diffusers(tensors: Tensors, text_layers: int = _SD2_BLOCKS - 1) -> dict[str, Tensors]:
     """The opposite of from_diffusers: {"unet": ..., "vae": ..., "text_encoder": ...} in diffusers' newer names.
 
-    Extras are left out; any other parameter that is in none of the three raises UserError.
+    ``text_layers`` is how many blocks of the text encoder run. Extras are left out; any other parameter that is in none
+    of the three raises UserError.
     """
-    tensors = {name: array for name, array in tensors.items() if not is_extra(name)}
+    last = f"{_OPENCLIP}transformer.resblocks.{_SD2_BLOCKS - 1}."  # an extra only where it does not run
+    runs = text_layers >= _SD2_BLOCKS
+    tensors = {n: array for n, array in tensors.items() if (runs and n.startswith(last)) or not is_extra(n)}
     tensors = _split(_renamed(tensors, OPENCLIP_CLIP.right))
     unet, vae, text = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in (_UNET, _VAE, _CLIP))
     lost = [name for name in tensors if not name.startswith((_UNET, _VAE, _CLIP))]
@@ -269,12 +357,25 @@ def to_diffusers(tensors: Tensors) -> dict[str, Tensors]:
     return {"unet": unet, "vae": vae, "text_encoder": {f"text_model.{name}": array for name, array in text.items()}}
 
 
-def from_unet_alone(tensors: Tensors) -> Tensors:
-    """Stability's names for a file of a UNet alone without the part's name before them, Stability's or diffusers'."""
+_VAE_ALONE = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
+
+
+def from_part_alone(tensors: Tensors) -> Tensors:
+    """Stability's names for a file of a UNet or an autoencoder alone, without the part's name before its own.
+
+    Stability's names or diffusers'; any other file as it is.
+    """
     if "input_blocks.0.0.weight" in tensors:
         return {_UNET + name: array for name, array in tensors.items()}
     if "conv_in.weight" in tensors and "down_blocks.0.resnets.0.conv1.weight" in tensors:
         return from_diffusers(tensors, {}, {}, "openclip")
+    if "encoder.conv_in.weight" in tensors and "decoder.conv_in.weight" in tensors:
+        vae = {name: array for name, array in tensors.items() if _VAE_ALONE.match(name)}
+        if "encoder.down_blocks.0.resnets.0.conv1.weight" in vae:
+            named = from_diffusers({}, vae, {}, "openclip")
+        else:
+            named = {_VAE + name: array for name, array in vae.items()}
+        return {**named, **{name: array for name, array in tensors.items() if name not in vae}}
     return tensors
 
 

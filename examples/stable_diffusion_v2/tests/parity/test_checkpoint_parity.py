@@ -14,7 +14,7 @@ from reference import CONFIGS, THEIR_TYPES, reference, states  # noqa: E402
 from ldm import checkpoint  # noqa: E402
 from ldm.checkpoint import formats  # noqa: E402
 from ldm.checkpoint.names import from_diffusers  # noqa: E402
-from ldm.config import load_model_config  # noqa: E402
+from ldm.config import from_yaml, load_model_config  # noqa: E402
 from ldm.diffusion.samplers import get_sampler  # noqa: E402
 from ldm.models.stable_diffusion import StableDiffusion  # noqa: E402
 from ldm.pipeline import Pipeline, describe  # noqa: E402
@@ -189,3 +189,25 @@ def test_diffusers_loads_what_we_write(tmp_path, model, kind):
     for network, table in zip((pipe.unet, pipe.vae, pipe.text_encoder), theirs):
         same({name: tensor.numpy() for name, tensor in network.state_dict().items()}, table)
     assert pipe.scheduler.config.prediction_type == THEIR_TYPES[config.prediction_type]
+
+
+def test_a_folder_of_half_precision_draws(tmp_path, ours):
+    """All of its networks are loaded in one type, whatever transformers would take from the weights."""
+    checkpoint.save(tmp_path / "half", ours.tensors, ours.meta, "diffusers", "float16")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "half")
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    latents = pipe(["a tomato"], num_inference_steps=1, height=64, width=64, output_type="latent").images
+    assert torch.isfinite(latents).all()
+
+
+def test_the_config_of_what_diffusers_saves_is_whole(tmp_path, ours, pipe):
+    pipe.save_pretrained(tmp_path / "theirs")
+    said = from_yaml(checkpoint.load(tmp_path / "theirs").meta["model_config"], "theirs")
+    assert said == load_model_config("configs/tiny-vpred.yaml")
+
+
+def test_an_autoencoder_that_diffusers_saves_serves(tmp_path, ours, pipe):
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    read = checkpoint.load_vae(tmp_path / "vae", float(ours.meta["scale_factor"]))
+    same(read, {name: array.astype(np.float32) for name, array in ours.tensors.items() if name in read})
+    assert len(read) == sum(name.startswith("first_stage_model.") for name in ours.tensors)

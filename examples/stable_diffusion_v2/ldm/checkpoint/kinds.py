@@ -1,0 +1,195 @@
+"""What a file of weights is, told by the names and shapes in it: the one table of what people have on their disks.
+
+``load`` refuses what is no part of a model here, with the line of this table; ``match`` begins with it where a file
+does not fit. The names are those of the file or those that ``ldm.checkpoint.names`` has made of them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from ldm.checkpoint.arrays import Strings, Tensors
+
+PARTS = UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+RUN_STATE = "train_state"  # the key among the strings of a run's resume state
+
+
+class Kind(NamedTuple):
+    """What a file is called, with its article, and what to do with it; `serves` where it is read as a model's part."""
+
+    name: str
+    advice: str
+    serves: bool = False
+
+
+_MERGE = "merge it into its base model first, for instance with fuse_lora of diffusers, and give the merged model"
+_WHOLE = "give the whole model's file or folder"
+_OTHER = "choose a model of Stable Diffusion 1.x or 2.x"
+_CLIP_USE = f"evaluation takes CLIP as --load_checkpoint; to draw or to train, {_WHOLE}"
+
+RUN = Kind("a run's resume state", "give the checkpoint sd-N beside it; to go on with the run, give it to --resume")
+TEXTUAL_INVERSION = Kind(
+    "a textual inversion (a word's embedding, no model)", "embeddings of words are not read here: give a model"
+)
+_CONTROLNET = Kind("a ControlNet", "ControlNets are not read here: give the model that it belongs to")
+_UNCLIP = Kind("an unCLIP model (variations of pictures)", _OTHER)
+_IMAGE_ADAPTER = "image adapters are not read here: give the model that it belongs to"
+
+# The first pattern that is found in any name decides.
+_BY_NAME = tuple(
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        (
+            r"\.(absmax|quant_map|qweight|qzeros|scale_weight|weight_scale)$|scaled_fp8$|\.quant_state\.",
+            Kind("a quantised model", "give its file in float32, float16 or bfloat16"),
+        ),
+        (r"lora_controlnet|^lllite_", _CONTROLNET),
+        (
+            r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_\w+|boft_\w+)$",
+            Kind("a LyCORIS adapter (LoHa, LoKr or OFT)", _MERGE),
+        ),
+        (r"^lora_\w+\.(lora_(down|up|mid)\.weight|alpha)$", Kind("a LoRA (kohya's names)", _MERGE)),
+        (r"^base_model\.model\..+\.lora_\w+", Kind("a LoRA (PEFT's names)", _MERGE)),
+        (
+            r"^(model\.diffusion_model|cond_stage_model|conditioner)\..+\.lora_(down|up|A|B)\.",
+            Kind("a LoRA (MindONE's names)", _MERGE),
+        ),
+        (
+            r"\.lora_[AB]\.|\.lora\.(down|up)\.|_lora\.(down|up)\.|lora_linear_layer",
+            Kind("a LoRA (diffusers' names)", _MERGE),
+        ),
+        (r"(^|[._])lora[._]", Kind("a LoRA", _MERGE)),
+        (r"^string_to_param\b|^emb_params$|^clip_[gl]$", TEXTUAL_INVERSION),
+        (r"^control_model\.|(^|\.)(controlnet|controlnet_\w+|input_hint_block|zero_convs)\.", _CONTROLNET),
+        (
+            r"^(image_proj|image_proj_model|ip_adapter|ip-adapter)\.|\.to_[kv]_ip\.",
+            Kind("an IP adapter", _IMAGE_ADAPTER),
+        ),
+        (r"^(adapter\.)?body\.\d+\.(in_conv|block[12]|resnets|skep|conv1)\b", Kind("a T2I adapter", _IMAGE_ADAPTER)),
+        (
+            r"motion_modules?\.",
+            Kind("a motion module (AnimateDiff)", "moving pictures are not drawn here: give a model"),
+        ),
+        (r"^(model\.)?conv_first\.|\.(rdb|RDB)1\.conv1\.", Kind("a picture upscaler", _OTHER)),
+        (r"^conditioner\.embedders\.1\.", Kind("Stable Diffusion XL", _OTHER)),
+        (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d", Kind("a model of Flux' kind", _OTHER)),
+        (r"(^|\.)(joint_blocks\.\d|context_embedder\.)", Kind("a model of Stable Diffusion 3's kind", _OTHER)),
+        (
+            r"^(model\.diffusion_model\.|model\.)?(transformer_)?blocks\.\d",
+            Kind("a diffusion transformer", _OTHER),
+        ),
+        (r"^(taesd_)?(en|de)coder\.layers\.\d+\.(conv\.)?(\d|weight)", Kind("a tiny autoencoder (TAESD)", _WHOLE)),
+        (r"^(shared|encoder\.embed_tokens)\.weight$|^encoder\.block\.\d", Kind("a T5 text encoder", _WHOLE)),
+        (r"^embedder\.model\.visual\.", _UNCLIP),
+        (r"^(module\.)?(visual|vision_model|image_encoder)\.", Kind("a CLIP model", _CLIP_USE)),
+        (
+            r"^(text_model\.)?(embeddings\.token_embedding|encoder\.layers\.0\.self_attn|text_projection)\b"
+            r"|^(model\.)?(token_embedding|transformer\.resblocks\.0)\.",
+            Kind("a text encoder alone", _WHOLE),
+        ),
+    )
+)
+
+# By the width of what is added to the time embedding.
+_BY_LABEL_WIDTH = {
+    2816: Kind("Stable Diffusion XL", _OTHER),
+    2560: Kind("the refiner of Stable Diffusion XL", _OTHER),
+}
+_BY_INPUT = {  # channels that go into the UNet where four come out
+    9: "an inpainting model",
+    5: "a depth-to-image model",
+    7: "a picture upscaler of Stable Diffusion",
+    8: "a model that edits pictures (InstructPix2Pix) or enlarges them",
+}
+_BY_CONTEXT = {768: "a model of Stable Diffusion 1.x", 1024: "a model of Stable Diffusion 2.x"}
+_BESIDE = "it is one part of a model, which wants the rest too"
+_ALONE = {
+    UNET: Kind("a UNet alone", f"{_BESIDE}: --ckpt_path UNET --pretrained_model_path REST draws with both", True),
+    VAE: Kind("an autoencoder alone", f"{_BESIDE}: give it as --vae_path beside a whole model", True),
+    TEXT: Kind("a text encoder alone", _BESIDE, True),
+}
+_CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+_ROWS = "num_vectors"  # MindONE's word for how many a textual inversion has
+_MOST_WORDS, _LONGEST_WORD = 8, 256  # words in such a file, rows of a word's embedding
+_WIDTHS = (768, 1024, 1280, 2048, 4096)  # values of a row
+
+
+def recognise(tensors: Tensors, meta: Strings | None = None) -> Kind | None:
+    """What a file is, by the names and shapes of its tensors and its strings; None where nothing here is known."""
+    if meta and RUN_STATE in meta:
+        return RUN
+    if _is_textual_inversion(tensors, meta or {}):
+        return TEXTUAL_INVERSION
+    for pattern, kind in _BY_NAME:
+        if any(map(pattern.search, tensors)):
+            return kind
+    return _by_shape(tensors) or _part(tensors)
+
+
+def _is_textual_inversion(tensors: Tensors, meta: Strings) -> bool:
+    """Some rows of an embedding and nothing else, under the name of a word or with the number of its rows."""
+    rows = [array for name, array in tensors.items() if name != _ROWS]
+    if not 0 < len(rows) <= _MOST_WORDS:
+        return False
+    named = "placeholder_token" in meta or _ROWS in tensors
+    layers = any(name.endswith((".weight", ".bias", ".gamma", ".beta")) for name in tensors)
+    shapes = [np.shape(array) for array in rows]
+    embeddings = all(shape[-1:] and shape[-1] in _WIDTHS for shape in shapes)
+    few = all(len(shape) == 1 or (len(shape) == 2 and shape[0] <= _LONGEST_WORD) for shape in shapes)
+    return embeddings and few and (named or not layers)
+
+
+def _by_shape(tensors: Tensors) -> Kind | None:
+    """Relatives of Stable Diffusion whose UNet has other inputs."""
+    label = _shape(tensors, UNET + "label_emb.0.0.weight", UNET + "add_embedding.linear_1.weight")
+    if label:
+        return _BY_LABEL_WIDTH.get(label[-1], _UNCLIP)
+    into, out = _shape(tensors, UNET + "input_blocks.0.0.weight"), _shape(tensors, UNET + "out.2.weight")
+    if len(into) == 4 and out[:1] == (4,) and into[1] in _BY_INPUT:
+        return Kind(f"{_BY_INPUT[into[1]]} ({into[1]} channels go into its UNet)", _OTHER)
+    return None
+
+
+def _part(tensors: Tensors) -> Kind | None:
+    """A part of a model, or a whole one of a known width."""
+    there = [prefix for prefix in PARTS if any(name.startswith(prefix) for name in tensors)]
+    if len(there) == 1:
+        return _ALONE[there[0]]
+    keys = _shape(tensors, _CONTEXT)
+    if len(there) == len(PARTS) and len(keys) == 2 and keys[1] in _BY_CONTEXT:
+        return Kind(_BY_CONTEXT[keys[1]], "choose the config of that model", True)
+    return None
+
+
+def _shape(tensors: Tensors, *names: str) -> tuple[int, ...]:
+    """Of the first of these that is there."""
+    return next((np.shape(tensors[name]) for name in names if name in tensors), ())
+
+
+# Sizes in a model's config that a shape shows: section, key, where (the first name that is there), which dimension.
+_TOKENS = TEXT + "model.token_embedding.weight", TEXT + "transformer.text_model.embeddings.token_embedding.weight"
+_POSITIONS = TEXT + "model.positional_embedding", TEXT + "transformer.text_model.embeddings.position_embedding.weight"
+_SIZES = (
+    ("unet", "model_channels", (UNET + "input_blocks.0.0.weight",), 0),
+    ("unet", "in_channels", (UNET + "input_blocks.0.0.weight",), 1),
+    ("unet", "out_channels", (UNET + "out.2.weight",), 0),
+    ("unet", "context_dim", (UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight",), 1),
+    ("vae", "ch", (VAE + "encoder.conv_in.weight",), 0),
+    ("vae", "z_channels", (VAE + "post_quant_conv.weight",), 0),
+    ("vae", "embed_dim", (VAE + "post_quant_conv.weight",), 1),
+    ("text", "vocab_size", _TOKENS, 0),
+    ("text", "width", _TOKENS, 1),
+    ("text", "context_length", _POSITIONS, 0),
+)
+
+
+def contradiction(tensors: Tensors, model: dict) -> str | None:
+    """The first size in a model's config, as plain data, that the shapes contradict, in words; None where none does."""
+    for section, key, names, axis in _SIZES:
+        said, shape = model.get(section, {}).get(key), _shape(tensors, *names)
+        if said is not None and len(shape) > axis and shape[axis] != said:
+            return f"model.{section}.{key} is {said}, the weights have {shape[axis]}"
+    return None
