@@ -11,6 +11,7 @@ from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
 
 import argparse
 import logging
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,18 +27,31 @@ from ldm.data.prompts import paired, read_lines
 from ldm.diffusion.samplers import SAMPLERS, get_sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
+from ldm.files import escaped
+from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
 from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.stable_diffusion import StableDiffusion
-from ldm.options import Parser, read_options, require_at_least, seed, str2bool
+from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, next_number, read_facts, read_png, save_drawn, save_png
 from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, read_model
 from ldm.text.tokenizer import Tokenizer
-from ldm.versions import VERSIONS, find_checkpoint
+from ldm.versions import VERSIONS, existing, find_checkpoint, version
 
 log = logging.getLogger("text_to_image")
 
 OLD_SAMPLER_FLAGS = {"ddim": "ddim", "ddpm": "ddpm", "dpm_solver": "dpm_solver", "dpm_solver_pp": "dpm_solver_pp"}
-NOT_HERE = ("plms", "uni_pc", "check_safety", "add_watermark")  # MindONE's flags that would change the pictures
+OTHER_SAMPLER = f"samplers are {', '.join(SAMPLERS)}"
+NOT_HERE = {  # MindONE's options that would change the pictures
+    "plms": OTHER_SAMPLER,
+    "uni_pc": OTHER_SAMPLER,
+    "check_safety": "there is no safety checker, pictures are saved as they are drawn",
+    "add_watermark": "there is no watermark; who made a picture can be told by its text entries",
+    "ti_ckpt_path": "embeddings of textual inversion are not read",
+}
+SPECIAL_ELSEWHERE = {  # patterns that mean something in the prompts of other programs
+    r"<(?:lora|lyco|hypernet):[^<>\n]*>": "prompts load nothing here",
+    r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)": "prompts have no weights here",
+}
 IN_GRID = 64  # pictures at most, lest a long prompt file fill the memory
 WITHOUT_EFFECT = {
     "support_long_prompts": "a prompt is cut at the encoder's length, with a warning",
@@ -45,6 +59,7 @@ WITHOUT_EFFECT = {
     "lora_rank": "it belongs to use_lora",
     "lora_scale": "it belongs to use_lora",
     "log_level": "progress and warnings always show",
+    "jit_level": IGNORED_TRAIN_OPTIONS["jit_level"],
     "clip_ckpt_path": "there is no safety checker",
     "safety_version": "there is no safety checker",
     "lora_ft_unet": "it belongs to use_lora",
@@ -60,7 +75,7 @@ def build_parser() -> Parser:
     add("--negative_prompt", default="", help="what not to draw; for every prompt")
     add("--negative_data_path", default="", help="a text file with one negative prompt for each prompt")
     add("--output_path", default="output", help="pictures go to its folder samples/, numbered on from what is there")
-    add("-v", "--version", choices=list(VERSIONS), default="2.1", help="which published model")
+    add("-v", "--version", type=version, choices=list(VERSIONS), default="2.1", help="which published model")
     add("--config", help="the model's YAML file (default: the version's)")
     add("--ckpt_path", help="the checkpoint (default: the version's file in models/)")
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
@@ -68,8 +83,6 @@ def build_parser() -> Parser:
     add("--sampler", choices=list(SAMPLERS), help="default: the version's")
     for flag, name in OLD_SAMPLER_FLAGS.items():
         add(f"--{flag}", action="store_true", help=f"the same as --sampler {name}")
-    for flag in NOT_HERE:
-        add(f"--{flag}", action="store_true", help=argparse.SUPPRESS)
     add("--sampling_steps", type=int, default=20, help="how often the network runs for a picture")
     add("--ddim_eta", type=float, help="fresh noise per step, 0 to 1 (default: the sampler's own)")
     add("--scale", type=float, help="guidance scale; 1 is none (default: the version's)")
@@ -92,6 +105,7 @@ def build_parser() -> Parser:
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_infer_distributed.sh: one of several")
     add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
     parser.ignore(WITHOUT_EFFECT)
+    parser.refuse(NOT_HERE)
     return parser
 
 
@@ -137,9 +151,6 @@ def chosen_sampler(args: argparse.Namespace) -> str:
     wanted = {name for flag, name in OLD_SAMPLER_FLAGS.items() if getattr(args, flag)} | {args.sampler} - {None}
     if len(wanted) > 1:
         raise UserError(f"more than one sampler asked for: {', '.join(sorted(wanted))}; choose one")
-    for flag in NOT_HERE:
-        if getattr(args, flag):
-            raise UserError(f"--{flag} is not available here; samplers are {', '.join(SAMPLERS)}")
     if args.use_lora:
         raise UserError("--use_lora is not available here")
     return wanted.pop() if wanted else VERSIONS[args.version].sampler
@@ -218,17 +229,21 @@ def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, ru
 def main() -> None:
     args = read_options(build_parser())
     ranks = runtime.join(args.use_parallel)
-    version = VERSIONS[args.version]
+    draw_seed(args, ranks)
     sampler = get_sampler(chosen_sampler(args), args.ddim_eta)
     pictures = plan(args)
-    config = load_model_config(args.config or version.config)
+    config = load_model_config(args.config or VERSIONS[args.version].config)
     height, width = args.H or config.image_size, args.W or config.image_size
     check_config(config, height, width)
     build_schedule(config.schedule).timesteps(args.sampling_steps)  # or the number of steps is refused
     if ranks.size > 1 and args.skip_save and not args.skip_grid:
         raise UserError("several processes make the grid from the saved pictures: leave out --skip_save")
     with ranks.main_first("checkpoint and folder"):
-        path = args.ckpt_path or find_checkpoint(args.version, args.download, config.prediction_type)
+        path = (
+            existing(args.ckpt_path)
+            if args.ckpt_path
+            else find_checkpoint(args.version, args.download, config.prediction_type)
+        )
         samples = make_folder(Path(args.output_path) / "samples")
     ranks.check_shared(samples)
     facts = run_facts(args, config, path)
@@ -240,6 +255,7 @@ def main() -> None:
         if not pictures:
             log.info("all pictures are in %s", samples)
             return
+    warn_of_plain_words(pictures, settings.guidance_scale)
     device = runtime.start(args.device_target, args.mode, ranks)
     tensors = read_model(path, args.pretrained_model_path, config)
     files = None if args.skip_save or "checkpoint_sha256" in facts else in_background(file_facts, args, path)
@@ -287,6 +303,17 @@ def main() -> None:
             name = name.with_name(f"grid-{int(name.stem[5:]) + 1:05}.png")
         save_png(grid(np.stack(tiles), args.n_rows or max(1, len(tiles) // args.n_samples)), name)
         log.info("%s together: %s", "all" if len(tiles) == len(pictures) else f"the first {len(tiles)}", name)
+
+
+def warn_of_plain_words(pictures: list[Picture], guidance_scale: float) -> None:
+    """Say once what other programs would see in the prompts, and what is not looked at."""
+    prompts = "\n".join(dict.fromkeys(text for picture in pictures for text in picture[:2]))
+    for pattern, what in SPECIAL_ELSEWHERE.items():
+        found = re.search(pattern, prompts)
+        if found:
+            log.warning("%s and the like are read as plain words: %s", escaped(found.group()), what)
+    if guidance_scale == 1 and any(picture.negative_prompt for picture in pictures):
+        log.warning("negative prompts have no effect with --scale 1, which is no guidance")
 
 
 def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer) -> None:

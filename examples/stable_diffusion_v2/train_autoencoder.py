@@ -37,14 +37,15 @@ from ldm.diffusion.samplers import SAMPLERS, get_sampler
 from ldm.errors import UserError
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
-from ldm.options import Parser, read_options, require_at_least, seed, str2bool
+from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.pictures import grid, make_folder, save_png, to_uint8
 from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
 from ldm.randomness import generator, spread
+from ldm.ranks import Ranks
 from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
 from ldm.train.latent_channels import alive, keep_channels
-from ldm.train.learning_rate import SCHEDULES, LearningRate
+from ldm.train.learning_rate import MULTI_STEP, SCHEDULES, LearningRate, tell_changes
 from ldm.train.log import ResultLog, loss_curve, read_log
 from ldm.train.optimizer import OPTIMIZERS, build_optimizer, check_numbers
 from ldm.train.state import (
@@ -155,14 +156,19 @@ def build_parser() -> Parser:
     add("--optim", choices=list(OPTIMIZERS), default="adamw", help="muon learns faster from random weights")
     add("--betas", type=float, nargs=2, default=[0.9, 0.99], help="decay of the optimizer's averages")
     add("--weight_decay", type=float, default=0.0, help="not applied to norms and biases")
-    add("--scheduler", choices=list(SCHEDULES), default="cosine", help="of the learning rate, after the warm-up")
+    add(
+        "--scheduler",
+        choices=[name for name in SCHEDULES if name != MULTI_STEP],
+        default="cosine",
+        help="of the learning rate, after the warm-up",
+    )
     add("--start_learning_rate", type=float, default=1e-3, help="after the warm-up")
     add("--end_learning_rate", type=float, default=1e-5, help="at the last step")
-    add("--warmup_steps", type=int, default=200, help="in which the learning rate rises from nothing")
+    add("--warmup_steps", type=steps_or_share, default=200, help="in which the rate rises; below 1 a share of all")
     add("--max_grad_norm", type=float, default=1.0, help="larger gradients are scaled down to it")
     add("--ema_decay", type=float, default=0.999, help="of the moving average, which is saved")
     add("--save_interval", type=int, default=1000, help="steps between resume states and pictures")
-    add("--resume", default="False", help="True, or the path of a resume state")
+    add("--resume", nargs="?", const="True", default="False", help="True, or the path of a resume state")
     add("--seed", type=seed, default=42, help="of order, noise and random weights")
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
@@ -279,6 +285,7 @@ def with_latent_channels(config: ModelConfig, channels: int) -> ModelConfig:
 
 def main() -> None:
     args = read_options(build_parser())
+    draw_seed(args, Ranks())
     config = load_model_config(args.model_config)
     args.image_size = args.image_size or config.image_size
     check_config(config, args.image_size)
@@ -316,6 +323,9 @@ def main() -> None:
     check_room(run, 2 * (state_bytes(train_step) + task.untrained_bytes), run / RESUME_NAME, run / task.exported)
     settings = {**run_settings(args, config), **data.facts(), **task.settings_facts()}
     first = load_state(resume_from, train_step, settings)["step"] if resume_from else 0
+    if resume_from:
+        tell_changes(vars(args), resume_from.parent / "args.yaml")
+    rate.warn()
     save_yaml(vars(args), run / "args.yaml")
 
     batches = Batches(data, args.train_batch_size, args.seed, Augment(args.random_crop, args.flip), first)

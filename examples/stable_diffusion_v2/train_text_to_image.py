@@ -39,11 +39,11 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.timestep_bias import STRATEGIES, timestep_density
 from ldm.diffusion.weighting import WEIGHTINGS, loss_weight
 from ldm.errors import UserError
-from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
+from ldm.mindone_config import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS
 from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE, StableDiffusion
-from ldm.options import Parser, read_options, require_at_least, seed, str2bool
+from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool, whole
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
 from ldm.ranks import Ranks, follow_parent, without_launcher
@@ -52,7 +52,7 @@ from ldm.train.blockwise import BlockwiseGradients
 from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
 from ldm.train.inputs import FrozenOutputs, Inputs
-from ldm.train.learning_rate import SCHEDULES, LearningRate
+from ldm.train.learning_rate import SCHEDULES, LearningRate, tell_changes
 from ldm.train.log import ResultLog, loss_curve, read_log
 from ldm.train.optimizer import OPTIMIZERS, build_optimizer, check_numbers
 from ldm.train.state import (
@@ -68,7 +68,7 @@ from ldm.train.state import (
 )
 from ldm.train.step import LossScale, TrainStep
 from ldm.train.trainable import trainable
-from ldm.versions import VERSIONS, find_checkpoint
+from ldm.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.yaml_file import save_yaml
 
 log = logging.getLogger("train_text_to_image")
@@ -84,7 +84,13 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("model and data").add_argument
     add("--train_config", help="YAML file with values for these options; the command line overrides it")
-    add("-v", "--version", choices=list(VERSIONS), help="a published model: its file in models/, and its config")
+    add(
+        "-v",
+        "--version",
+        type=version,
+        choices=list(VERSIONS),
+        help="a published model: its file in models/, and its config",
+    )
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
     add("--model_config", help="the model's YAML file, as for sampling (default: the version's, or SD 2.x with v)")
     add("--pretrained_model_path", default="", help="the checkpoint to start from (default: the version's)")
@@ -124,14 +130,16 @@ def build_parser() -> Parser:
     add("--scheduler", choices=list(SCHEDULES), default="cosine_decay", help="of the learning rate, after the warm-up")
     add("--start_learning_rate", type=float, default=1e-5, help="after the warm-up")
     add("--end_learning_rate", type=float, default=1e-7, help="after decay_steps")
-    add("--warmup_steps", type=int, default=1000, help="in which the learning rate rises from nothing")
+    add("--warmup_steps", type=steps_or_share, default=1000, help="in which the rate rises; below 1 a share of all")
     add("--decay_steps", type=int, default=0, help="in which it falls (0: to the last step)")
+    add("--milestones", type=int, nargs="*", default=[], help="of multi_step_decay: steps after the warm-up")
+    add("--decay_rate", type=float, default=0.9, help="of multi_step_decay: what the rate is multiplied by there")
     add("--clip_grad", type=str2bool, default=False, help="scale larger gradients down to max_grad_norm")
     add("--max_grad_norm", type=float, default=1.0, help="with clip_grad")
     add("--use_ema", type=str2bool, default=False, help="save and validate with the weights' moving average")
     add("--ema_decay", type=float, default=0.9999, help="of the moving average")
     add("--init_loss_scale", type=float, default=65536, help="with float16")
-    add("--scale_window", type=int, default=1000, help="with float16: good steps before the loss scale is doubled")
+    add("--scale_window", type=whole, default=1000, help="with float16: good steps before the loss scale is doubled")
     add("--seed", type=seed, default=3407, help="of order, noise, times, dropout and random weights")
 
     add = parser.add_argument_group("output").add_argument
@@ -140,7 +148,7 @@ def build_parser() -> Parser:
     add("--ckpt_max_keep", type=int, default=10, help="the last so many checkpoints are kept (0: all)")
     add("--ckpt_format", choices=list(SUFFIXES), default="mindspore", help="of the checkpoints")
     add("--ckpt_dtype", choices=("float32", "float16"), default="float32", help="of the checkpoints' numbers")
-    add("--resume", default="False", help="True, or the path of a resume state")
+    add("--resume", nargs="?", const="True", default="False", help="True, or the path of a resume state")
     add("--validation_prompts", nargs="*", default=[], help="prompts drawn while training")
     add("--validation_interval", type=int, default=500, help="steps between validation pictures (0: at the end only)")
     add("--validation_sampler", choices=list(SAMPLERS), default="dpm_solver_pp", help="as --sampler when drawing")
@@ -154,6 +162,7 @@ def build_parser() -> Parser:
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_train_distributed.sh: one of several")
     add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
     parser.ignore({**IGNORED_TRAIN_OPTIONS, **dict.fromkeys(LORA_OPTIONS, "it belongs to use_lora")})
+    parser.refuse(REFUSED_TRAIN_OPTIONS)
     return parser
 
 
@@ -178,7 +187,7 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
     schedule.timesteps(args.validation_steps)
     timestep_bias(args, config)
-    loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
+    weight = loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
     learning_rate(args, args.train_steps or 1)
     LossScale(args.init_loss_scale, args.scale_window)
     TrainStep.check(args.max_grad_norm if args.clip_grad else None)
@@ -190,6 +199,13 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     if not args.pretrained_model_path:
         raise UserError(
             "no pretrained_model_path: give a checkpoint or a --version; random networks still need its VAE"
+        )
+    existing(args.pretrained_model_path)
+    if not weight.all():
+        log.warning(
+            "%s gives the last timestep no weight, for it is noise alone (zero_terminal_snr): the step that drawing "
+            "begins with is not trained; --loss_weighting none trains it",
+            args.loss_weighting,
         )
 
 
@@ -245,9 +261,9 @@ def build_model(
     return model
 
 
-def fill_elsewhere(ranks: Ranks) -> None:
+def fill_elsewhere(args: argparse.Namespace, ranks: Ranks) -> None:
     """Fill the caches in a process of its own, with which the memory of the frozen networks goes away."""
-    share = ["--use_parallel", "False", "--cache_share", f"{ranks.rank}/{ranks.size}"]
+    share = ["--use_parallel", "False", "--seed", str(args.seed), "--cache_share", f"{ranks.rank}/{ranks.size}"]
     command = [sys.executable, *sys.argv, "--cache_only", "True", *share]
     device = {"DEVICE_ID": str(ranks.local_rank)} if ranks.size > 1 else {}
     if subprocess.run(command, env={**without_launcher(), **device}).returncode:
@@ -302,7 +318,7 @@ def prepare(
     to_fill = any(caches.missing(data, share))
     frozen_bytes = sum(array.nbytes for array in frozen_tensors(args, ckpt).values())
     if to_fill and not args.cache_only and frozen_bytes > OWN_PROCESS_BYTES:
-        fill_elsewhere(ranks)
+        fill_elsewhere(args, ranks)
         to_fill = False
     model = build_model(args, config, ckpt, wanted_parts(args, caches, to_fill, ranks))
     runtime.set_compute_dtype(model, dtype)
@@ -388,6 +404,7 @@ def main() -> None:
     ranks = runtime.join(args.use_parallel)
     if "cache_share" in args:
         follow_parent()
+    draw_seed(args, ranks)
     with ranks.main_first("settings"):
         config = settle(args)
         check(args, config)
@@ -421,6 +438,8 @@ def main() -> None:
     output = Output(args, config, model, train_step, frozen_tensors(args, ckpt), settings)
     first = output.resume(resume_from)
     if ranks.is_main:
+        if resume_from:
+            tell_changes(vars(args), resume_from.resolve().parent / "../../args.yaml")
         check_room(folder, output.checkpoint_bytes() + 2 * state_bytes(train_step), folder / RESUME_NAME)
         save_yaml(vars(args), output.folder / "args.yaml")
         save_model_config(config, output.folder / "model_config.yaml")
@@ -440,6 +459,8 @@ def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: In
     total = args.train_steps or args.epochs * epoch
     log.info("%d steps of %d are to be made, %d to an epoch", max(0, total - first), total, epoch)
     rate = learning_rate(args, total)
+    if is_main:
+        rate.warn()
     if is_main and args.validation_prompts and not first:  # what there is to improve on, and whether drawing works
         output.validate(0)
     stream = map(inputs, batches)
@@ -467,9 +488,9 @@ def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: In
 
 
 def learning_rate(args: argparse.Namespace, total: int) -> LearningRate:
-    return LearningRate(
-        args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, args.decay_steps, total
-    )
+    ends = args.start_learning_rate, args.end_learning_rate
+    steps = args.warmup_steps, args.decay_steps, total
+    return LearningRate(args.scheduler, *ends, *steps, tuple(args.milestones), args.decay_rate)
 
 
 def frozen_key(args: argparse.Namespace, ckpt: checkpoint.Checkpoint, train_step: TrainStep) -> str:

@@ -12,10 +12,13 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ldm.diffusion.prediction import own_name
 from ldm.errors import UserError
-from ldm.mindone_config import find_model_file, from_mindone
+from ldm.files import escaped
+from ldm.mindone_config import find_model_file, from_mindone, is_foreign, without_training_sections
 from ldm.yaml_file import dump_yaml, nearest, parse_yaml, read_yaml, save_yaml
 
+LEAST_BETA = 1e-12  # 1 - beta has 16 digits
 GROUPS = 32  # every group norm of Stable Diffusion has 32 groups
 
 
@@ -46,6 +49,9 @@ class ScheduleConfig:
 
     def __post_init__(self):
         _require_positive(self, "model.schedule")
+        _require(self.timesteps > 1, "model.schedule.timesteps must be at least 2: time goes from data to noise")
+        lost = f"model.schedule.beta_start {self.beta_start} is lost in float64's rounding: give at least {LEAST_BETA}"
+        _require(self.beta_start >= LEAST_BETA, lost)
         ordered = self.beta_start <= self.beta_end < 1
         _require(ordered, f"model.schedule needs beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}")
 
@@ -170,6 +176,17 @@ _SECTIONS = {
 }
 
 
+_OF_A_RUN = {
+    "train_batch_size",
+    "epochs",
+    "train_steps",
+    "start_learning_rate",
+    "scheduler",
+    "model_config",
+    "data_path",
+}
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -247,11 +264,17 @@ def to_dict(cfg: ModelConfig) -> dict:
 def from_dict(data: dict, source: str) -> ModelConfig:
     """A config from plain data as in a model file; `source` as in `from_yaml`."""
     try:
-        for key in data:
-            _require(key == "model", f"unknown key '{key}'; the only key at the top is 'model'")
         model = data.get("model")
-        if isinstance(model, dict) and "target" in model:
-            model = from_mindone(model)
+        if is_foreign(model):
+            data, model = without_training_sections(data), from_mindone(model)
+        run = sorted(_OF_A_RUN & data.keys())
+        _require(
+            not run, f"it says how to train ({', '.join(run)}): give it as --train_config, not as the model's file"
+        )
+        for key in data:
+            _require(key == "model", f"unknown key '{escaped(key)}'; the only key at the top is 'model'")
+        if isinstance(model, dict) and "prediction_type" in model:
+            model = {**model, "prediction_type": own_name(model["prediction_type"])}
         return _build(model, "model")
     except UserError as e:
         raise UserError(f"{source}: {e}") from None

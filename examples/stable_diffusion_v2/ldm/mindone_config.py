@@ -1,71 +1,95 @@
-"""MindONE's config files: its class names, key names and option names are known here and nowhere else."""
+"""MindONE's config files, and those of CompVis and Stability that they descend from: their class names, key names and
+option names are known here and nowhere else."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm.diffusion.prediction import own_name
 from ldm.errors import UserError
+from ldm.files import escaped, quoted
 from ldm.yaml_file import find_file, nearest, search
 
 log = logging.getLogger(__name__)
 
 
 class _Keys(NamedTuple):
-    """What MindONE's files may say in one section."""
+    """What these files may say in one section."""
 
     used: tuple  # translated by from_mindone
-    only: dict  # key -> the one value that we can do
+    only: dict  # key -> the values that we can do
     ignored: tuple  # no effect here: decided by run options, by the device, or unused there as well
 
+
+_LATENT_DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
+_DREAMBOOTH = "ldm.models.diffusion.ddpm.LatentDiffusionDreamBooth"  # another loss; the weights are Stable Diffusion's
+_OPEN_CLIP = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"  # Stability's name of SD 2.x's text encoder
+_TEXTUAL_INVERSION = "ldm.modules.textual_inversion.text_encoder.FrozenCLIPEmbedder_CLIPTokenizer"
+_OPEN_CLIP_LAYERS = {"last": 24, "penultimate": 23}
 
 _KEYS = {
     "model": _Keys(
         used=("params", "prediction_type"),
-        only={"target": "ldm.models.diffusion.ddpm.LatentDiffusion"},
+        only={"target": (_LATENT_DIFFUSION, _DREAMBOOTH)},
         ignored=("base_learning_rate", "name", "version", "pretrained_ckpt"),
     ),
     "model.params": _Keys(
         used=("linear_start", "linear_end", "timesteps", "beta_schedule", "image_size", "scale_factor")
         + ("parameterization", "unet_config", "first_stage_config", "cond_stage_config"),
-        only={"conditioning_key": "crossattn", "cond_stage_trainable": False},
+        only={"conditioning_key": ("crossattn",), "cond_stage_trainable": (False,)},
         ignored=("num_timesteps_cond", "log_every_t", "first_stage_key", "cond_stage_key", "channels", "monitor")
-        + ("use_ema", "use_fp16"),
+        + ("use_ema", "use_fp16", "prior_loss_weight", "scheduler_config", "personalization_config", "ckpt_path")
+        + ("ignore_keys", "load_only_unet", "unet_trainable", "loss_type", "l_simple_weight", "u_cond_percent"),
     ),
     "model.params.unet_config": _Keys(
-        used=("params",), only={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel"}, ignored=()
+        used=("params",), only={"target": ("ldm.modules.diffusionmodules.openaimodel.UNetModel",)}, ignored=()
     ),
     "model.params.unet_config.params": _Keys(
         used=("in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions")
         + ("channel_mult", "num_heads", "num_head_channels", "use_linear_in_transformer", "transformer_depth")
         + ("context_dim", "use_checkpoint", "use_recompute", "dropout"),
-        only={"use_spatial_transformer": True},
-        ignored=("image_size", "legacy", "use_fp16", "enable_flash_attention", "upcast_attn", "upcast_sigmoid"),
+        only={
+            "use_spatial_transformer": (True,),
+            "conv_resample": (True,),
+            "dims": (2,),
+            "use_scale_shift_norm": (False,),
+            "resblock_updown": (False,),
+            "num_classes": (None,),
+            "n_embed": (None,),
+        },
+        ignored=("image_size", "legacy", "use_fp16", "use_bf16", "enable_flash_attention", "fa_max_head_dim")
+        + ("upcast_attn", "upcast_attention", "upcast_sigmoid", "spatial_transformer_attn_type"),
     ),
     "model.params.first_stage_config": _Keys(
-        used=("params",), only={"target": "ldm.models.autoencoder.AutoencoderKL"}, ignored=()
+        used=("params",), only={"target": ("ldm.models.autoencoder.AutoencoderKL",)}, ignored=()
     ),
     "model.params.first_stage_config.params": _Keys(
-        used=("embed_dim", "ddconfig"), only={}, ignored=("monitor", "use_fp16", "upcast_sigmoid")
+        used=("embed_dim", "ddconfig"),
+        only={},
+        ignored=("monitor", "use_fp16", "upcast_sigmoid", "lossconfig", "ckpt_path", "ignore_keys"),
     ),
     "model.params.first_stage_config.params.ddconfig": _Keys(
         used=("double_z", "z_channels", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks"),
-        only={"attn_resolutions": [], "dropout": 0},
+        only={"attn_resolutions": ([],), "dropout": (0,), "attn_type": ("vanilla", "vanilla-xformers")},
         ignored=("resolution",),
     ),
     "model.params.cond_stage_config": _Keys(
-        used=("params",), only={"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}, ignored=()
+        used=("params", "target"),
+        only={"target": ("ldm.modules.encoders.modules.FrozenCLIPEmbedder", _TEXTUAL_INVERSION, _OPEN_CLIP)},
+        ignored=(),
     ),
     "model.params.cond_stage_config.params": _Keys(
-        used=("context_length", "vocab_size", "width", "layers", "heads", "use_quick_gelu"),
-        only={"tokenizer_name": "BpeTokenizer"},
-        ignored=("version", "output_dim", "epsilon", "use_fp16", "upcast_attn"),
+        used=("context_length", "vocab_size", "width", "layers", "heads", "use_quick_gelu", "max_length", "layer"),
+        only={"tokenizer_name": ("BpeTokenizer", "CLIPTokenizer"), "arch": ("ViT-H-14",)},
+        ignored=("version", "output_dim", "epsilon", "use_fp16", "upcast_attn", "freeze", "device"),
     ),
 }
-_PREDICTIONS = {"noise": "eps", "velocity": "v"}
 _BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}  # their names are CompVis'
+_BESIDE_MODEL = ("data", "lightning")  # what CompVis' training files hold beside the model
 
 
 def find_model_file(path: str | Path) -> Path:
@@ -77,24 +101,38 @@ def find_model_file(path: str | Path) -> Path:
     return find_file(path)
 
 
-def from_mindone(model: dict) -> dict:
-    """Translates the `model` section of one of MindONE's files into that of ours.
+def is_foreign(model: Any) -> bool:
+    """Whether a file's `model` section is one of those that this module translates."""
+    return isinstance(model, dict) and ("target" in model or "params" in model)
 
-    What a file leaves out gets MindONE's default. Raises UserError for unknown keys, for what is not supported here
+
+def without_training_sections(data: dict) -> dict:
+    """A foreign file's sections without those that have nothing to do with the model."""
+    return {key: value for key, value in data.items() if key not in _BESIDE_MODEL}
+
+
+def from_mindone(model: dict) -> dict:
+    """Translates the `model` section of a foreign file into that of ours.
+
+    What a file leaves out gets MindONE's default. A file that says nothing but the prediction type, as lies beside many
+    a checkpoint for A1111, is Stable Diffusion 2.x. Raises UserError for unknown keys, for what is not supported here
     and for two prediction types that contradict each other; values are checked by whoever reads the result.
     """
+    is_short = "target" not in model
     model = _entries(model, "model")
     params = _entries(model.get("params"), "model.params")
+    prediction = _prediction_type(model, params)
+    if is_short and set(params) == {"parameterization"}:
+        log.info("the model file says the prediction type alone; the rest is taken from Stable Diffusion 2.x")
+        return {"prediction_type": prediction, "image_size": 768 if prediction == "v" else 512}
     betas = params.get("beta_schedule", "linear")
     if str(betas) not in _BETAS:
-        raise UserError(f"model.params.beta_schedule {betas!r} is not supported here, only {', '.join(_BETAS)}")
+        raise UserError(f"model.params.beta_schedule {quoted(betas)} is not supported here, only {', '.join(_BETAS)}")
     vae = _part(params, "first_stage_config")
     vae.update(_entries(vae.pop("ddconfig", None), "model.params.first_stage_config.params.ddconfig"))
     unet = _unet(_part(params, "unet_config"))
-    text = _part(params, "cond_stage_config")
-    has_tokenizer = "tokenizer_name" in params["cond_stage_config"].get("params", {})
     return {
-        "prediction_type": _prediction_type(model, params),
+        "prediction_type": prediction,
         "image_size": _image_size(params.get("image_size", 64), vae.get("ch_mult")),
         "scale_factor": params.get("scale_factor", 1.0),
         "schedule": {
@@ -105,22 +143,25 @@ def from_mindone(model: dict) -> dict:
         },
         "unet": unet,
         "vae": vae,
-        "text": _text(text, unet.get("context_dim"), has_tokenizer),
+        "text": _text(params, unet.get("context_dim")),
     }
 
 
 def _entries(section: Any, where: str) -> dict:
     """The keys of a section that are to be translated, after a look at all the others."""
     if not isinstance(section, dict):
-        raise UserError(f"{where} must be a section with keys of its own, got {section!r}")
+        raise UserError(f"{where} must be a section with keys of its own, got {quoted(section)}")
     used, only, ignored = _KEYS[where]
-    known = [*used, *only, *ignored]
+    known = list(dict.fromkeys([*used, *only, *ignored]))
     for key, value in section.items():
         if key not in known:
-            near = nearest(key, known)
-            raise UserError(f"unknown key '{where}.{key}'; the nearest known key is '{where}.{near}'")
-        if key in only and value != only[key]:
-            raise UserError(f"{where}.{key}: {value!r} is not supported here, only {only[key]!r}")
+            path, near = escaped(f"{where}.{key}"), nearest(key, known)
+            raise UserError(f"unknown key '{path}'; the nearest known key is '{where}.{near}'")
+        if key in only and value not in only[key]:
+            choices = " or ".join(map(repr, only[key]))
+            raise UserError(f"{where}.{key}: {quoted(value)} is not supported here, only {choices}")
+    if section.get("target") == _DREAMBOOTH:
+        log.info("a model file of DreamBooth: the model is read, what it says of DreamBooth's loss is not")
     return {key: value for key, value in section.items() if key in used}
 
 
@@ -129,16 +170,16 @@ def _part(params: dict, name: str) -> dict:
     return _entries(_entries(params.get(name), where).get("params", {}), f"{where}.params")
 
 
-def _prediction_type(model: dict, params: dict) -> str:
+def _prediction_type(model: dict, params: dict) -> Any:
     """MindONE samples by one switch and trains by another; here they must agree. Without either it is eps."""
     said = {
         "model.prediction_type": model.get("prediction_type"),
         "model.params.parameterization": params.get("parameterization"),
     }
-    said = {path: _PREDICTIONS.get(str(name), name) for path, name in said.items() if name is not None}
-    names = list(said.values()) or ["eps"]
+    said = {path: own_name(name) for path, name in said.items() if name is not None}
+    names = list(said.values()) or [own_name("noise")]
     if names[0] != names[-1]:
-        both = " and ".join(f"{path} ({name})" for path, name in said.items())
+        both = " and ".join(f"{path} ({escaped(name)})" for path, name in said.items())
         raise UserError(f"{both} contradict each other: remove the wrong one")
     return names[0]
 
@@ -159,10 +200,21 @@ def _unet(unet: dict) -> dict:
     return {"use_linear_in_transformer": False, **given, "use_checkpoint": recompute}
 
 
-def _text(text: dict, context_dim: Any, has_tokenizer: bool) -> dict:
+def _text(params: dict, context_dim: Any) -> dict:
     """Older files leave the encoder's sizes out; what the UNet expects then tells SD 1.x from 2.x, ours by default."""
+    text, encoder = _part(params, "cond_stage_config"), params["cond_stage_config"]
+    if "max_length" in text:
+        text.setdefault("context_length", text.pop("max_length"))
+    layer = text.pop("layer", None)
+    if encoder.get("target") == _OPEN_CLIP:
+        if layer not in (None, *_OPEN_CLIP_LAYERS):
+            raise UserError(f"the text encoder's layer {quoted(layer)} is none of {', '.join(_OPEN_CLIP_LAYERS)}")
+        return {"variant": "openclip", "layers": _OPEN_CLIP_LAYERS[layer or "last"], **text}
+    if layer not in (None, "last"):
+        raise UserError(f"layer {quoted(layer)} of SD 1.x's text encoder is not supported here, only 'last'")
     sd1 = text.get("width", context_dim) == 768
-    if sd1 and not has_tokenizer:
+    from_compvis = "lossconfig" in params["first_stage_config"].get("params", {})  # MindONE's files have none
+    if sd1 and "tokenizer_name" not in encoder.get("params", {}) and not from_compvis:
         log.warning(
             "the model file names no tokenizer: CLIP's is used, not the Chinese one that MindONE takes then; "
             "give tokenizer_name: BpeTokenizer if that is right"
@@ -172,6 +224,25 @@ def _text(text: dict, context_dim: Any, has_tokenizer: bool) -> dict:
     return {"variant": "clip" if quick_gelu else "openclip", **sizes, **text}
 
 
+def is_placeholder(value: Any) -> bool:
+    """Whether a train file's value is what MindONE's files say where the user is to fill in a path."""
+    return isinstance(value, str) and value.startswith("/path/to/") and not Path(value).exists()
+
+
+def remarks(values: dict, options: argparse.Namespace) -> list[str]:
+    """What a user of MindONE should know who gives one of its train files: where it means something else here.
+
+    Args:
+        values: what the file says, by option.
+        options: what is to be done, after the command line; it may have overridden the file.
+    """
+    train_file = re.search(r"-train[\w-]*\.yaml$", str(values.get("model_config")))
+    theirs = train_file or any(key in IGNORED_TRAIN_OPTIONS for key in values)
+    if theirs and getattr(options, "random_crop", False) and getattr(options, "flip", None) is False:
+        return ["random_crop mirrors half of the pictures in MindONE, but not here: add --flip True if they may be"]
+    return []
+
+
 # Options of train_text_to_image.py that have nothing to set here, and why: for `ldm.options.Parser.ignore`.
 IGNORED_TRAIN_OPTIONS = {
     "num_workers": "it is for ModelArts",
@@ -179,8 +250,10 @@ IGNORED_TRAIN_OPTIONS = {
     "json_data_path": "it is for ModelArts",
     "callback_size": "every step is logged",
     "profile": "there is no profiler",
-    "replace_small_images": "images smaller than image_filter_size are left out",
-    "filter_small_size": "image_filter_size alone decides",
+    "use_recompute": "use_checkpoint in the model's config decides",
+    "jit_level": "MindSpore compiles at its own level",
+    "replace_small_images": "smaller pictures are left out, without others in their place, so an epoch has fewer steps",
+    "filter_small_size": "image_filter_size alone decides which pictures are too small; 0 leaves out none",
     "custom_text_encoder": "the text encoder comes with the checkpoint",
     "dataset_sink_mode": "the training loop runs on the host",
     "enable_flash_attention": "the device decides",
@@ -189,4 +262,23 @@ IGNORED_TRAIN_OPTIONS = {
     "loss_scale_factor": "the loss scale is doubled and halved",
     "drop_overflow_update": "a step that overflows is never applied",
     "loss_scaler_type": "the loss scale is dynamic",
+}
+
+_DREAMBOOTH_ADVICE = "it is DreamBooth's; fine-tune with --data_path, a folder of pictures and img_txt.csv"
+_EMBEDDING_ADVICE = "it is textual inversion's; fine-tune the UNet with --data_path, or see --trainable_modules"
+
+# Options of MindONE's other training scripts that would change what is learnt: for `ldm.options.Parser.refuse`.
+REFUSED_TRAIN_OPTIONS = {
+    **dict.fromkeys(
+        ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt", "with_prior_preservation")
+        + ("prior_loss_weight", "num_class_images"),
+        _DREAMBOOTH_ADVICE,
+    ),
+    **dict.fromkeys(
+        ("placeholder_token", "initializer_token", "learnable_property", "num_vectors", "template_file"),
+        _EMBEDDING_ADVICE,
+    ),
+    "group_lr_scaler": "it is ControlNet's",
+    "scale_lr": "multiply start_learning_rate by batch size, accumulation and devices yourself",
+    "train_data_repeats": "raise --epochs instead",
 }

@@ -6,15 +6,48 @@ A value in the file is checked as if it stood on the command line. A mistake in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
-from collections.abc import Sequence
+import os
+import re
+import secrets
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.errors import UserError
+from ldm.files import escaped, quoted
+from ldm.mindone_config import is_placeholder, remarks
+from ldm.ranks import Ranks
 from ldm.yaml_file import find_file, nearest, read_yaml
 
 log = logging.getLogger(__name__)
+
+_IS_PATH = re.compile(r"(path|dir|config|cfg)$|^resume$")  # by their names, the options that take a file or a folder
+_OTHER_WORDS = {  # what other programs call an option of ours whose name looks different
+    "learning_rate": "start_learning_rate",
+    "lr": "start_learning_rate",
+    "lr_scheduler": "scheduler",
+    "lr_warmup_steps": "warmup_steps",
+    "batch_size": "train_batch_size",
+    "max_steps": "train_steps",
+    "max_train_steps": "train_steps",
+    "num_train_epochs": "epochs",
+    "train_data_dir": "data_path",
+    "output_dir": "output_path",
+    "outdir": "output_path",
+    "resolution": "image_size",
+    "resume_from_checkpoint": "resume",
+    "mixed_precision": "dtype",
+    "precision": "dtype",
+    "ckpt": "ckpt_path",
+    "steps": "sampling_steps",
+    "num_inference_steps": "sampling_steps",
+    "guidance_scale": "scale",
+    "cfg_scale": "scale",
+    "height": "H",
+    "width": "W",
+}
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -27,18 +60,49 @@ class HelpFormatter(argparse.HelpFormatter):
         return text if "default:" in text else f"{text} (default: %(default)s)"
 
 
+class _Store(argparse.Action):
+    """An option with a value: one of `str2bool` alone is True, and `~` and `$HOME` in a path are the user's folder."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings):
+        if settings.get("type") is str2bool:
+            settings = {"nargs": "?", "const": True, **settings}
+        elif settings.get("type") is None and _IS_PATH.search(dest):
+            settings["type"] = path
+        super().__init__(option_strings, dest, **settings)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that answers a mistake with one line and the nearest option, and guesses no abbreviations."""
 
     def __init__(self, description: str | None = None, add_help: bool = True):
         super().__init__(description=description, add_help=add_help, allow_abbrev=False, formatter_class=HelpFormatter)
+        for word in (None, "store"):
+            self.register("action", word, _Store)
         self.ignored: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
 
     def ignore(self, options: dict[str, str]) -> None:
         """Accepts options (name: reason) that have no effect; `read_options` warns of those that were given."""
-        for name in options:
-            self.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self._add_hidden(options)
         self.ignored.update(options)
+
+    def refuse(self, options: dict[str, str]) -> None:
+        """Knows options (name: reason) of what is not available; `read_options` raises where one is asked for."""
+        self._add_hidden(options)
+        self.refused.update(options)
+
+    def _add_hidden(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def nearest(self, name: str) -> str:
+        """The visible option that a wrong name most likely means: the same thing in other words, or the same look."""
+        known = [name for name, action in self.options().items() if action.help != argparse.SUPPRESS]
+        other = _OTHER_WORDS.get(name.lstrip("-").replace("-", "_").lower())
+        return other if other in known else nearest(name.lstrip("-"), known)
 
     def options(self) -> dict[str, argparse.Action]:
         """Every option but --help by its name in the parsed result."""
@@ -50,8 +114,7 @@ class Parser(argparse.ArgumentParser):
             wrong = next((arg.split("=")[0] for arg in unknown if arg.startswith("-")), None)
             if wrong is None:
                 self.error(f"unexpected {unknown[0]!r}: it belongs to no option (a text with spaces needs quotes)")
-            known = [name for action in self.options().values() for name in action.option_strings]
-            self.error(f"unknown option {wrong}; the nearest known option is {nearest(wrong, known)}")
+            self.error(f"unknown option {wrong}; the nearest known option is --{self.nearest(wrong)}")
         return namespace
 
     def error(self, message: str) -> NoReturn:
@@ -70,10 +133,44 @@ def str2bool(text: str) -> bool:
 
 
 def seed(text: str) -> int:
-    """A whole number from 0; for `type=`."""
-    if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0, not {text!r}")
+    """A whole number from 0, or -1, in whose place `draw_seed` puts another; for `type=`."""
+    if not text.strip().isdecimal() and text.strip() != "-1":
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0, or -1 to draw one, not {text!r}")
     return int(text)
+
+
+def draw_seed(args: argparse.Namespace, ranks: Ranks) -> None:
+    """In the place of seed -1 one that nobody has chosen, the same for all ranks; a line tells it."""
+    if args.seed == -1:
+        args.seed = ranks.broadcast("seed", secrets.randbelow(1 << 32))
+        log.info("the seed is %d; --seed %d repeats this run", args.seed, args.seed)
+
+
+def whole(text: str) -> int:
+    """A whole number, which other programs write as 1000.0 too; for `type=`."""
+    try:
+        number = float(text)
+        if number == int(number):
+            return int(number)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+
+
+def steps_or_share(text: str) -> int | float:
+    """A number of steps, or below 1 a share of all; for `type=`."""
+    try:
+        return whole(text)
+    except argparse.ArgumentTypeError:
+        with contextlib.suppress(ValueError):
+            if 0 < float(text) < 1:
+                return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number of steps, or a share of them between 0 and 1, got {text!r}")
+
+
+def path(text: str) -> str:
+    """A file or a folder, where a shell has not put the user's folder for `~` and variables such as `$HOME`."""
+    return text if os.path.lexists(text) else os.path.expanduser(os.path.expandvars(text))
 
 
 def require_at_least(lowest: int, args: argparse.Namespace, *names: str) -> None:
@@ -98,29 +195,53 @@ def read_options(parser: Parser, argv: Sequence[str] | None = None) -> argparse.
     """
     finder = Parser(add_help=False)
     finder.add_argument("--train_config", default=parser.get_default("train_config"))
-    path = finder.parse_known_args(argv)[0].train_config
-    values = _read_values(parser, find_file(path)) if path else {}
+    file = finder.parse_known_args(argv)[0].train_config
+    values = _read_values(parser, find_file(file)) if file else {}
     options = parser.parse_args(argv, argparse.Namespace(**values))
+    for name, reason in parser.refused.items():
+        if _is_wanted(options, name):
+            raise UserError(f"--{name} is not available here: {reason}")
     for name, reason in parser.ignored.items():
         if hasattr(options, name):
-            delattr(options, name)
             log.warning("the option %s has no effect here: %s", name, reason)
+    for line in remarks(values, options):
+        log.warning("%s: %s", file, line)
+    for name in (*parser.refused, *parser.ignored):
+        if hasattr(options, name):
+            delattr(options, name)
     return options
 
 
-def _read_values(parser: Parser, path: Path) -> dict:
+def _is_wanted(options: argparse.Namespace, name: str) -> bool:
+    """Whether a refused option was given, and not as what it is without being given."""
+    if not hasattr(options, name):
+        return False
+    value = getattr(options, name)
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value  # a flag alone is an empty list
+    return str(value).strip().lower() not in ("", "false", "no", "none", "0")
+
+
+def _read_values(parser: Parser, file: Path) -> dict:
     """The file's values, each of the type that its option gives it."""
     options = parser.options()
     values = {}
-    for key, value in read_yaml(path).items():
+    for key, value in read_yaml(file).items():
+        if key == "model" and isinstance(value, dict):
+            option = "model_config" if "model_config" in options else "config"
+            raise UserError(f"{file} describes a model, not a run: give it as --{option}, not as --train_config")
         if key not in options:
-            raise UserError(f"{path}: unknown key '{key}'; the nearest known option is '{nearest(key, options)}'")
+            near = parser.nearest(str(key))
+            raise UserError(f"{file}: unknown key {quoted(key)}; the nearest known option is '{near}'")
         if value is None:
             continue
+        if is_placeholder(value):
+            log.info("%s: %s says %s, which is a placeholder and counts as not given", file, key, escaped(value))
+            continue
+        hidden = key in parser.ignored or key in parser.refused
         try:
-            values[key] = value if key in parser.ignored else _convert(options[key], value)
+            values[key] = value if hidden else _convert(options[key], value)
         except ValueError as e:
-            raise UserError(f"{path}: '{key}': {e}") from None
+            raise UserError(f"{file}: '{key}': {e}") from None
         options[key].required = False
     return values
 

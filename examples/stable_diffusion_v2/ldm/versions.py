@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 from ldm.config import load_model_config
@@ -27,6 +29,38 @@ VERSIONS = {
     "2.1-v": Version("configs/v2-vpred-inference.yaml", "sd_v2-1_768_v-061732d1.ckpt", 9.0),
     "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors", 1.5, "ddpm"),
 }
+
+
+_WUKONG = "1.5-wukong", "wukong-huahua"  # a version of MindONE's, and how the names of its files begin
+_NOT_WUKONG = "it is Stable Diffusion 1.x with a Chinese vocabulary, which is not available here"
+
+
+def version(word: str) -> str:
+    """For `type=` of an option, whose choices tell the rest."""
+    if word == _WUKONG[0]:
+        raise argparse.ArgumentTypeError(f"{word}: {_NOT_WUKONG}; choose one of {', '.join(VERSIONS)}")
+    return word
+
+
+def existing(path: str) -> str:
+    """A checkpoint that the user named.
+
+    Raises:
+        UserError: there is none; of a published one says where to get it. Or it is one that cannot be used here.
+    """
+    name = Path(path).name
+    if name.startswith(_WUKONG[1]):
+        raise UserError(f"{path}: {_NOT_WUKONG}")
+    if Path(path).exists():
+        return path
+    known = next((known for known, model in VERSIONS.items() if model.checkpoint == name and known != "tiny"), None)
+    if known is None:
+        raise UserError(f"checkpoint {path} does not exist")
+    place = Path(path).parent
+    raise UserError(
+        f"checkpoint {path} does not exist: get it from {PUBLISHED}/{name} and put it into {place}, or give "
+        f"--version {known} --download instead of the path"
+    )
 
 
 def find_checkpoint(version: str, fetch: bool = False, prediction_type: str | None = None) -> str:

@@ -1,11 +1,13 @@
 """Model files and options: read strictly, written exactly, MindONE's accepted, mistakes answered with one line."""
 
+import argparse
 import dataclasses
 import logging
 import os
 from pathlib import Path
 
 import pytest
+import text_to_image
 import train_autoencoder
 import train_text_to_image
 import yaml
@@ -24,7 +26,10 @@ from ldm.config import (
 )
 from ldm.errors import UserError
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
-from ldm.options import Parser, read_options, str2bool
+from ldm.moved import answer, translated
+from ldm.options import Parser, draw_seed, read_options, seed, steps_or_share, str2bool
+from ldm.ranks import Ranks
+from ldm.versions import existing
 
 FIXTURES = Path(__file__).parent / "data" / "config"
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -114,6 +119,8 @@ def test_saving_keeps_the_old_file_when_it_fails(tmp_path):
         ("scale_factor: 0", ["model.scale_factor", "positive"]),
         ("schedule: {name: [linear]}", ["model.schedule.name", "word"]),
         ("schedule: {beta_start: 0.5}", ["model.schedule", "beta_start"]),
+        ("schedule: {beta_start: 1e-20}", ["model.schedule.beta_start", "1e-20", "1e-12"]),
+        ("schedule: {timesteps: 1}", ["model.schedule.timesteps", "at least 2"]),
         ("image_size: 500", ["model.image_size", "500", "64"]),
         ("unet: {num_heads: 8, num_head_channels: 64}", ["num_heads", "num_head_channels", "not both"]),
         ("unet: {model_channels: 100}", ["model.unet.model_channels", "32"]),
@@ -145,6 +152,8 @@ def test_a_wrong_model_file_is_named_with_the_key(body, words, tmp_path):
         ("- model", ["keys and values"]),
         ("model: {}", ["model.prediction_type", "missing"]),
         ("model: {prediction_type: v}\nmodels: {}", ["models"]),
+        ("epochs: 3\nmodel_config: x.yaml", ["epochs, model_config", "--train_config"]),
+        ('"a\\nb": 1', ["a\\nb"]),
         ("model:\n  prediction_type: v\n  unet: [1, 2\n", ["line 4"]),
         ("model:\n  prediction_type: v\n  prediction_type: eps\n", ["line 3", "prediction_type", "twice"]),
         ("model:\n  prediction_type: 2020-99-99\n", ["month"]),
@@ -194,13 +203,72 @@ def test_paths_are_seen_from_here_first_then_from_the_scripts(tmp_path, monkeypa
         ("mindone_v2", "v2-inference"),
         ("mindone_v2_vpred_train", "v2-vpred-inference"),
         ("mindone_v1", "v1-inference"),
+        ("compvis_v1", "v1-inference"),
+        ("stability_v2_v", "v2-vpred-inference"),
     ],
 )
-def test_mindone_files_give_our_models(theirs, ours):
+def test_mindone_files_give_our_models(theirs, ours, caplog):
     imported = load_model_config(FIXTURES / f"{theirs}.yaml")
+    assert "tokenizer" not in caplog.text
     assert imported.image_size == 512  # 64 latents in each of its files, also for the model of 768 pixels
     cfg = load_model_config(CONFIGS / f"{ours}.yaml")
-    assert dataclasses.replace(imported, image_size=cfg.image_size) == cfg
+    recomputes = cfg.unet.use_checkpoint if theirs != "stability_v2_v" else False
+    unet = dataclasses.replace(cfg.unet, use_checkpoint=recomputes)
+    assert dataclasses.replace(imported, image_size=cfg.image_size) == dataclasses.replace(cfg, unet=unet)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("mindone_v1.yaml", "legacy: False", "legacy: False, fa_max_head_dim: 256", []),
+        ("mindone_v1.yaml", "ddpm.LatentDiffusion", "ddpm.LatentDiffusionDreamBooth", ["DreamBooth"]),
+        ("mindone_v1.yaml", "    timesteps: 1000", "    timesteps: 1000\n    prior_loss_weight: 1.0", []),
+        ("mindone_v1.yaml", '"BpeTokenizer"', '"CLIPTokenizer", version: "1.5"', []),
+        (
+            "mindone_v1.yaml",
+            "encoders.modules.FrozenCLIPEmbedder",
+            "textual_inversion.text_encoder.FrozenCLIPEmbedder_CLIPTokenizer",
+            [],
+        ),
+    ],
+)
+def test_mindone_files_for_other_ways_of_training_hold_the_same_models(name, old, new, said, caplog):
+    caplog.set_level(logging.INFO)
+    assert from_yaml(edited(name, old, new), "x") == load_model_config(FIXTURES / name)
+    assert len(caplog.messages) == len(said) and all(word in caplog.text for word in said)
+
+
+def test_stability_text_encoder_ends_where_its_file_says():
+    name = "stability_v2_v.yaml"
+    for new, layers in (('layer: "last"', 24), ("max_length: 77", 24)):
+        assert from_yaml(edited(name, 'layer: "penultimate"', new), "x").text == TextConfig(layers=layers)
+    assert "'middle'" in message(from_yaml, edited(name, '"penultimate"', "middle"), "x")
+    assert "'penultimate'" in message(from_yaml, edited("mindone_v1.yaml", "heads: 12", "layer: penultimate"), "x")
+
+
+def test_a_file_that_says_the_prediction_type_alone(caplog):
+    caplog.set_level(logging.INFO)
+    cfg = from_yaml('model:\n  params:\n    parameterization: "v"\n', "x")
+    assert cfg == ModelConfig("v", image_size=768)
+    assert "the rest is taken from Stable Diffusion 2.x" in caplog.text
+    assert from_yaml("model: {params: {parameterization: eps}}", "x") == ModelConfig("eps")
+    assert "model.params" in message(from_yaml, "model: {params: {}}", "x")
+    assert "model.params" in message(from_yaml, "model: {params: 3}", "x")
+
+
+@pytest.mark.parametrize(
+    ("ours", "words"),
+    [
+        ("v", ["v", "V", "v_prediction", "v-prediction", "v_pred", "velocity", " Velocity"]),
+        ("eps", ["eps", "epsilon", "noise"]),
+        ("x0", ["x0", "sample"]),
+    ],
+)
+def test_prediction_types_in_other_words(ours, words):
+    for word in words:
+        assert from_dict({"model": {"prediction_type": word}}, "x").prediction_type == ours
+        assert from_yaml(edited("mindone_v2.yaml", '"noise"', f'"{word}"'), "x").prediction_type == ours
+    assert from_dict({"model": {"prediction_type": "velo"}}, "x").prediction_type == "velo"  # refused by its owner
 
 
 @pytest.mark.parametrize(
@@ -411,7 +479,7 @@ def test_a_train_file_of_mindone(tmp_path, caplog):
         start_learning_rate: 1e-5
         betas: [0.9, 0.98]
         """
-    args = options(tmp_path, text)
+    args = options(tmp_path, text, "--data_path", "d")
     assert args.use_ema and load_model_config(args.model_config).prediction_type == "v"
     assert ["num_workers" in caplog.messages[0], "enable_flash_attention" in caplog.messages[1]] == [True, True]
 
@@ -462,6 +530,162 @@ def test_a_train_file_that_is_not_there():
 def test_a_wrong_command(argv, words, capsys):
     text = complaint(capsys, "--data_path", "d", *argv)
     assert [word for word in words if word not in text.replace("adamw, sgd", "'adamw', 'sgd'")] == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("--learning_rate", "--start_learning_rate"),
+        ("--lr", "--start_learning_rate"),
+        ("--resolution", "--image_size"),
+        ("--batch-size=4", "--train_batch_size"),
+        ("--num_train_epochs", "--epochs"),
+        ("--num_worker", "--mode"),  # what has no effect is no advice
+    ],
+)
+def test_options_in_the_words_of_other_programs(wrong, meant, capsys):
+    assert f"nearest known option is {meant}" in complaint(capsys, "--data_path", "d", wrong, "1")
+
+
+def test_the_words_of_other_programs_in_a_file(tmp_path):
+    assert "'start_learning_rate'" in message(options, tmp_path, "data_path: d\nlearning_rate: 1e-5")
+
+
+def test_a_model_file_is_no_train_file(tmp_path):
+    said = message(options, tmp_path, "model:\n  prediction_type: v\n")
+    assert "describes a model" in said and "--model_config" in said
+
+
+def test_a_yes_or_no_option_alone_is_yes():
+    assert read_options(parser(), ["--data_path", "d", "--use_ema"]).use_ema is True
+    assert read_options(parser(), ["--use_ema", "--data_path", "d"]).use_ema is True
+    assert read_options(parser(), ["--data_path", "d", "--use_ema", "False"]).use_ema is False
+    assert read_options(parser(), ["--data_path", "d"]).use_ema is False
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = options(tmp_path, 'data_path: "~/pictures"\nmodel_config: $HOME/model.yaml\nvalidation_prompts: ["~ $HOME"]')
+    assert (args.data_path, args.model_config) == (f"{tmp_path}/pictures", f"{tmp_path}/model.yaml")
+    assert args.validation_prompts == ["~ $HOME"]  # a text, no path
+    assert read_options(parser(), ["--data_path=~/x"]).data_path == f"{tmp_path}/x"
+    (tmp_path / "run.yaml").write_text("epochs: 4")
+    assert read_options(parser(), ["--data_path", "d", "--train_config=~/run.yaml"]).epochs == 4
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$HOME").mkdir()
+    assert read_options(parser(), ["--data_path", "$HOME"]).data_path == "$HOME"  # there is one of that name
+
+
+def test_a_placeholder_counts_as_not_given(tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO)
+    assert options(tmp_path, "data_path: d\nmodel_config: /path/to/model").model_config == parser().get_default(
+        "model_config"
+    )
+    assert "model_config says /path/to/model" in caplog.text
+    with pytest.raises(SystemExit):
+        options(tmp_path, "data_path: /path/to/data")
+    assert "required: --data_path" in capsys.readouterr().err
+
+
+def test_mindone_random_crop_is_told_apart(tmp_path, caplog):
+    def said(text, *argv):
+        caplog.clear()
+        (tmp_path / "run.yaml").write_text("random_crop: True\n" + text)
+        words = ["--train_config", str(tmp_path / "run.yaml"), *argv]
+        read_options(train_text_to_image.build_parser(), words)
+        return "--flip True" in caplog.text
+
+    assert said("num_workers: 1") and said("model_config: configs/v2-train.yaml")
+    assert not said("epochs: 1") and not said("num_workers: 1", "--flip")
+    assert not said("num_workers: 1", "--random_crop", "False")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("instance_data_dir: d", ["--instance_data_dir", "not available", "DreamBooth", "--data_path"]),
+        ("placeholder_token: <cat-toy>", ["--placeholder_token", "textual inversion"]),
+        ("scale_lr: True", ["--scale_lr", "start_learning_rate"]),
+    ],
+)
+def test_what_is_not_here_is_told_by_name(text, words, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    said = message(read_options, train_text_to_image.build_parser(), ["--train_config", str(tmp_path / "run.yaml")])
+    assert [word for word in words if word not in said] == []
+
+
+def test_what_is_not_here_may_be_switched_off(tmp_path):
+    (tmp_path / "run.yaml").write_text("with_prior_preservation: False\nscale_lr: no\nscale_window: 1000.0")
+    words = ["--train_config", str(tmp_path / "run.yaml"), "--resume"]
+    args = read_options(train_text_to_image.build_parser(), words)
+    assert args.resume == "True"
+    assert not hasattr(args, "with_prior_preservation") and args.scale_window == 1000
+    assert isinstance(args.scale_window, int)
+
+
+def test_flags_that_are_not_here_are_told_with_their_own_reason():
+    for flag, word in (("plms", "dpm_solver_pp"), ("check_safety", "safety"), ("add_watermark", "watermark")):
+        said = message(read_options, text_to_image.build_parser(), [f"--{flag}"])
+        assert f"--{flag} is not available here" in said and word in said
+        assert ("samplers" in said) == (flag == "plms")
+    assert not hasattr(read_options(text_to_image.build_parser(), []), "plms")
+
+
+def test_levels_of_compilation_are_accepted(caplog):
+    for script in (text_to_image, train_text_to_image):
+        read_options(script.build_parser(), ["--jit_level", "O1"])
+    assert ["jit_level" in text for text in caplog.messages] == [True, True]
+
+
+def test_a_chinese_model_is_refused_however_it_comes(capsys):
+    for script in (text_to_image, train_text_to_image):
+        with pytest.raises(SystemExit):
+            read_options(script.build_parser(), ["--version", "1.5-wukong"])
+        assert "Chinese" in capsys.readouterr().err
+    assert "Chinese" in message(existing, "models/wukong-huahua-ms.ckpt")
+
+
+def test_a_published_checkpoint_that_is_missing_is_told_where_to_get(tmp_path):
+    said = message(existing, f"{tmp_path}/sd_v2_768_v-e12e3a9b.ckpt")
+    assert "https://" in said and "--version 2.0-v --download" in said and str(tmp_path) in said
+    (tmp_path / "mine.ckpt").touch()
+    assert existing(str(tmp_path / "mine.ckpt")) == str(tmp_path / "mine.ckpt")
+    assert "does not exist" in message(existing, str(tmp_path / "other.ckpt"))
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.05", 0.05), ("100", 100), ("1e3", 1000), ("0", 0), ("1.0", 1)])
+def test_steps_or_a_share_of_them(text, value):
+    assert steps_or_share(text) == value and type(steps_or_share(text)) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1.5", "-0.5", "nan", "inf", "many", ""])
+def test_what_is_neither_steps_nor_a_share(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="share"):
+        steps_or_share(text)
+
+
+def test_a_seed_is_drawn(caplog):
+    caplog.set_level(logging.INFO)
+    drawn = [argparse.Namespace(seed=seed(word)) for word in ("-1", "-1", "7")]
+    for args in drawn:
+        draw_seed(args, Ranks())
+    assert drawn[2].seed == 7 and drawn[0].seed != drawn[1].seed and min(drawn[0].seed, drawn[1].seed) >= 0
+    assert [str(args.seed) in text for args, text in zip(drawn, caplog.messages)] == [True, True]
+    with pytest.raises(argparse.ArgumentTypeError, match="-1"):
+        seed("-2")
+
+
+def test_a_moved_script_gives_our_command(capsys, monkeypatch):
+    names = {"--source": "", "--target": "", "--model": None, "--gen": "--image_path"}
+    words = ["--target", "b", "--gen=x y", "--model", "sdv2", "--source", "a", "--quiet"]
+    assert translated(words, names) == ["a", "b", "--image_path", "x y", "--quiet"]
+    monkeypatch.setattr("sys.argv", ["old.py", *words])
+    with pytest.raises(SystemExit) as caught:
+        answer("new.py", names, "a note")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: this is new.py here: python new.py a b --image_path 'x y' --quiet (a note)\n"
+    )
 
 
 def test_options_without_effect_are_accepted_once_said_and_gone(tmp_path, caplog):

@@ -5,14 +5,15 @@ import math
 import pytest
 
 from ldm.errors import UserError
-from ldm.train.learning_rate import SCHEDULES, LearningRate
+from ldm.train.learning_rate import MULTI_STEP, SCHEDULES, LearningRate, tell_changes
+from ldm.yaml_file import save_yaml
 
-DECAYING = [name for name in SCHEDULES if name != "constant"]
+DECAYING = [name for name in SCHEDULES if name not in ("constant", MULTI_STEP)]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_warm_up_rises_in_equal_parts_to_the_start(name):
-    rate = LearningRate(name, 1e-4, 1e-6, warmup_steps=4, decay_steps=0, total_steps=20)
+    rate = LearningRate(name, 1e-4, 1e-6, warmup_steps=4, decay_steps=0, total_steps=20, milestones=(9,))
     assert [rate(step) for step in range(4)] == pytest.approx([2.5e-5, 5e-5, 7.5e-5, 1e-4], rel=1e-12)
     assert rate(3) == rate(4) == 1e-4
 
@@ -51,6 +52,46 @@ def test_runs_shorter_than_their_schedule():
     assert LearningRate("cosine_decay", 1e-4, 1e-6, warmup_steps=0, decay_steps=0, total_steps=1)(0) == 1e-4
 
 
+def test_the_rate_falls_at_each_milestone_counted_after_the_warm_up():
+    rate = LearningRate(MULTI_STEP, 1.0, 0.0, warmup_steps=2, decay_steps=0, total_steps=9, milestones=(3, 5))
+    assert [rate(step) for step in range(9)] == pytest.approx([0.5, 1, 1, 1, 1, 0.9, 0.9, 0.81, 0.81])
+    halves = LearningRate(MULTI_STEP, 1.0, 0.0, 0, 0, 4, milestones=(1, 2, 3), decay_rate=0.5)
+    assert [halves(step) for step in range(4)] == [1, 0.5, 0.25, 0.125]
+
+
+def test_a_warm_up_below_1_is_a_share_of_the_run():
+    assert LearningRate("cosine", 1e-4, 0.0, 0.1, 0, 50) == LearningRate("cosine", 1e-4, 0.0, 5, 0, 50)
+    assert LearningRate("cosine", 1e-4, 0.0, 0.01, 0, 6).warmup_steps == 1
+    assert LearningRate("cosine", 1e-4, 0.0, 1, 0, 50).warmup_steps == 1
+
+
+def test_a_run_that_is_shorter_than_its_warm_up_is_told(caplog):
+    LearningRate("cosine_decay", 1e-5, 1e-7, warmup_steps=1000, decay_steps=0, total_steps=6).warn()
+    assert ["reaches 6e-08" in text and "never its 1e-05" in text for text in caplog.messages] == [True]
+    assert "1000" in caplog.text and "--warmup_steps 0.1" in caplog.text
+    caplog.clear()
+    LearningRate("constant", 0.0, 0.0, 0, 0, 6).warn()
+    assert ["raise start_learning_rate" in text for text in caplog.messages] == [True]
+    caplog.clear()
+    for warmup in (0, 6, 0.9):
+        LearningRate("cosine_decay", 1e-5, 1e-7, warmup, 0, 6).warn()
+    LearningRate("cosine_decay", 0.0, 1e-7, 0, 0, 6).warn()  # it rises
+    assert not caplog.messages
+
+
+def test_a_resumed_run_with_another_plan_is_told(tmp_path, caplog):
+    options = {"scheduler": "cosine", "start_learning_rate": 1e-5, "epochs": 3, "milestones": [], "seed": 1}
+    path = tmp_path / "args.yaml"
+    save_yaml(options, path)
+    tell_changes({**options, "seed": 2, "decay_rate": 0.5}, path)  # an option that did not exist then
+    tell_changes(options, tmp_path / "none.yaml")
+    assert not caplog.messages
+    tell_changes({**options, "epochs": 5, "start_learning_rate": 1e-4}, path)
+    assert len(caplog.messages) == 1
+    for words in ("start_learning_rate was 1e-05 and is now 0.0001", "epochs was 3 and is now 5"):
+        assert words in caplog.text
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -59,6 +100,9 @@ def test_runs_shorter_than_their_schedule():
         ({"end": float("nan")}, ["nan"]),
         ({"warmup_steps": -1}, ["warmup_steps"]),
         ({"decay_steps": -1}, ["decay_steps"]),
+        ({"name": MULTI_STEP}, ["--milestones", "[]"]),
+        ({"name": MULTI_STEP, "milestones": (4, 2)}, ["--milestones", "[4, 2]"]),
+        ({"name": MULTI_STEP, "milestones": (2,), "decay_rate": 0.0}, ["decay_rate"]),
     ],
 )
 def test_mistakes_are_named(change, words):

@@ -1,5 +1,7 @@
 """The noise schedule's tables, and the times that are sampled."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -133,3 +135,18 @@ def test_impossible_number_of_timesteps(n):
 def test_unknown_names(fields, message):
     with pytest.raises(UserError, match=message):
         build_schedule(ScheduleConfig(**fields))
+
+
+def test_betas_that_leave_nothing_of_the_picture_are_refused_in_words():
+    for name, end, steps in (("linear", 0.9, 2000), ("scaled_linear", 0.999, 3000), ("linear", 0.9, 100_000)):
+        for zero in (False, True):
+            with pytest.raises(UserError, match="lower beta_end") as error:
+                build_schedule(ScheduleConfig(name, 1e-4, end, steps, zero, "trailing"))
+            assert str(steps) in str(error.value) and "zero_terminal" not in str(error.value)
+
+
+def test_the_smallest_schedules_that_are_accepted_work():
+    for name, zero in itertools.product(BETAS, (False, True)):
+        for start, steps in ((1e-12, 2), (1e-12, 1000), (0.012, 2)):
+            schedule = build_schedule(ScheduleConfig(name, start, start, steps, zero, "trailing"))
+            assert len(schedule.timesteps(2)) == 2 and schedule.zero_terminal_snr == zero

@@ -24,11 +24,20 @@ from PIL import Image
 
 from eval import results_table
 from ldm import checkpoint, runtime
-from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, load_model_config, save_model_config
+from ldm.config import (
+    ModelConfig,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+    load_model_config,
+    save_model_config,
+)
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
+from ldm.options import read_options
 from ldm.pipeline import describe
 from ldm.randomness import generator
 from ldm.ranks import Ranks
@@ -632,6 +641,22 @@ def test_training_that_cannot_work(monkeypatch, capsys, place, tmp_path, more, w
     assert all(word in line for word in words), line
 
 
+def test_a_published_checkpoint_that_is_missing_leaves_no_folder_behind(monkeypatch, capsys, place, tmp_path):
+    more = ["--pretrained_model_path", tmp_path / "sd_v2_768_v-e12e3a9b.ckpt"]
+    line = refused_training(monkeypatch, capsys, place, tmp_path, *more)
+    assert "--version 2.0-v --download" in line and not (tmp_path / "out").exists()
+
+
+def test_a_first_sampling_step_that_is_not_trained_is_told(place, tmp_path, caplog):
+    config = replace(CONFIG, schedule=ScheduleConfig(zero_terminal_snr=True, spacing="trailing"))
+    words = training(place, tmp_path, "--image_size", CONFIG.image_size, "--loss_weighting")
+    for weighting, told in (("none", False), ("min_snr", True)):
+        args = read_options(train_text_to_image.build_parser(), [*words, weighting])
+        train_text_to_image.check(args, config)
+        train_text_to_image.check(args, CONFIG)
+        assert [weighting in text and "not trained" in text for text in caplog.messages] == [True] * told
+
+
 def test_a_run_with_other_settings_is_not_resumed(monkeypatch, capsys, place, trained, tmp_path):
     state = trained / "ckpt/rank_0/train_resume.safetensors"
     line = refused_training(monkeypatch, capsys, place, tmp_path, "--resume", state, "--train_batch_size", 4)
@@ -695,6 +720,23 @@ def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, 
     line = refusal(monkeypatch, capsys, train_text_to_image, training(place, tmp_path, "--resume", earlier))
     assert "to go back to" in line and earlier.read_bytes() == state.read_bytes()
     assert len(list(tmp_path.glob("ckpt/rank_0/*"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "scale", "words"),
+    [
+        ("a (red:1.3) apple", "", 7.5, ["(red:1.3)", "no weights"]),
+        ("an apple", "((blurred)), (ugly: .5)", 7.5, ["((blurred))", "no weights"]),
+        ("an apple <lora:a\x1bb:0.8>", "", 7.5, ["<lora:a\\x1bb:0.8>", "load nothing"]),
+        ("an apple", "blurred", 1.0, ["--scale 1"]),
+        ("an apple (red) at 12:30, ratio (a: b) <3", "blurred", 1.5, []),
+        ("an apple", "", 1.0, []),
+    ],
+)
+def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, words, caplog):
+    pictures = [text_to_image.Picture(prompt, negative, number) for number in range(3)]
+    text_to_image.warn_of_plain_words(pictures, scale)
+    assert len(caplog.messages) == bool(words) and all(word in caplog.text for word in words)
 
 
 @pytest.mark.parametrize(
@@ -782,5 +824,5 @@ def test_caches_are_filled_on_the_devices_of_their_ranks(monkeypatch):
     monkeypatch.delenv("DEVICE_ID", raising=False)
     monkeypatch.setattr(train_text_to_image.subprocess, "run", start)
     for ranks in (Ranks(11, 16, 3), Ranks()):
-        train_text_to_image.fill_elsewhere(ranks)
+        train_text_to_image.fill_elsewhere(SimpleNamespace(seed=1), ranks)
     assert seen == [(["--cache_share", "11/16"], "3", None), (["--cache_share", "0/1"], None, None)]

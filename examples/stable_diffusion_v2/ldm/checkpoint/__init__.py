@@ -28,6 +28,7 @@ import numpy as np
 
 from ldm.checkpoint import diffusers_folder, formats, names
 from ldm.checkpoint.arrays import release
+from ldm.diffusion.prediction import own_name
 from ldm.errors import UserError
 from ldm.files import sha256
 
@@ -38,19 +39,10 @@ FORMATS = (*formats.FORMATS, "diffusers")  # that are written
 Tensors = dict[str, np.ndarray]
 Strings = dict[str, str]
 
-# What files call the prediction types, and the name each has here. It is a vocabulary of file formats, no more: what a
-# type means stands in ldm.diffusion.prediction alone, and a word that is not in the table passes through as it is.
-FOREIGN_TYPE_NAMES = {
-    "epsilon": "eps",
-    "noise": "eps",
-    "v_prediction": "v",
-    "velocity": "v",
-    "sample": "x0",
-}
 _MODELSPEC_TYPE_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample"}
 
 _V_MARK, _ZERO_SNR_MARK = "v_pred", "ztsnr"  # of these tensors only the presence counts
-_MARKED_TYPE = FOREIGN_TYPE_NAMES["v_prediction"]
+_MARKED_TYPE = own_name("v_prediction")
 _MODELSPEC = "modelspec."
 _DERIVED = (
     "sai_model_spec",
@@ -167,7 +159,7 @@ def _stated(tensors: Tensors, strings: Strings) -> Strings:
     if strings.get(_MODELSPEC + "predict_key") == _MARKED_TYPE:  # ComfyUI's; its "epsilon" is what it says in doubt
         words.append(_MARKED_TYPE)
     words += [_MARKED_TYPE] if _V_MARK in tensors else []
-    said = {FOREIGN_TYPE_NAMES.get(word, word) for word in words if word}
+    said = {own_name(word) for word in words if word}
     if len(said) > 1:
         places = f"prediction_type, modelspec.prediction_type and .predict_key in its metadata, its tensor {_V_MARK}"
         raise ValueError(f"its prediction type is {' and '.join(sorted(said))}; correct one of {places}")

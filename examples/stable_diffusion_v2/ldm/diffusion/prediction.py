@@ -78,6 +78,27 @@ PREDICTIONS = {
 }
 
 
+# What files and configs of other programs call the types.
+FOREIGN_NAMES = {
+    "epsilon": "eps",
+    "noise": "eps",
+    "v_prediction": "v",
+    "vprediction": "v",
+    "v_pred": "v",
+    "velocity": "v",
+    "sample": "x0",
+    "x_start": "x0",
+    "start_x": "x0",
+}
+
+
+def own_name(word):
+    """Our name of a type for any word that means one, however it is spelt; anything else comes back as it is."""
+    plain = word.strip().lower().replace("-", "_") if isinstance(word, str) else word
+    known = isinstance(plain, str) and plain in (*PREDICTIONS, *FOREIGN_NAMES)
+    return FOREIGN_NAMES.get(plain, plain) if known else word
+
+
 def choose(table: dict, name: str, what: str):
     """table[name]; UserError listing the choices where there is no such name."""
     if name not in table:

@@ -140,13 +140,19 @@ def build_schedule(config) -> NoiseSchedule:
     """The schedule of a model's configuration.
 
     Args:
-        config: ldm.config.ScheduleConfig, which has seen to it that 0 < beta_start <= beta_end < 1.
+        config: ldm.config.ScheduleConfig, which has seen to it that 1e-12 <= beta_start <= beta_end < 1.
 
     Raises:
-        UserError: unknown name or spacing, or zero_terminal_snr with a spacing that cannot serve it.
+        UserError: unknown name or spacing, betas that leave nothing of the picture before the end, or zero_terminal_snr
+            with a spacing that cannot serve it.
     """
     betas = choose(BETAS, config.name, "noise schedule")
     alpha_bar = np.cumprod(1 - betas(config.beta_start, config.beta_end, config.timesteps))
+    if not (alpha_bar[-1] > 0 and (np.diff(alpha_bar) < 0).all()):
+        raise UserError(
+            f"model.schedule: {config.timesteps} timesteps with betas from {config.beta_start} to {config.beta_end} "
+            "leave nothing of the picture before the last of them: lower beta_end; usual are 1000 up to 0.012"
+        )
     if config.zero_terminal_snr:
         alpha_bar = rescale_zero_terminal_snr(alpha_bar)
     return NoiseSchedule(alpha_bar, config.spacing)

@@ -1,0 +1,38 @@
+"""What the scripts answer that stand where MindONE has some of its own: the command that does the same here."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+
+def answer(script: str, names: Mapping[str, str | None] | None = None, note: str = "") -> NoReturn:
+    """Print the command that does here what this one does in MindONE, and end with exit code 2."""
+    line = f"error: this is {script} here: python {shlex.join([script, *translated(sys.argv[1:], names or {})])}"
+    print(line + (f" ({note})" if note else ""), file=sys.stderr)
+    sys.exit(2)
+
+
+def translated(words: Sequence[str], names: Mapping[str, str | None]) -> list[str]:
+    """A command's words with our names of the options.
+
+    Args:
+        words: what stands after the script's name.
+        names: MindONE's options that are called otherwise here. "" where ours takes the value alone, in the order of
+            `names`; None where there is none. Others keep their names.
+    """
+    given, words = [], list(words)
+    while words:
+        option, equals, value = words.pop(0).partition("=")
+        values = [value] if equals else []
+        while words and not words[0].startswith("-"):
+            values.append(words.pop(0))
+        given.append((option, values))
+    alone = [name for name in names if names[name] == ""]
+    result = [value for name in alone for option, values in given if option == name for value in values]
+    for option, values in given:
+        name = names.get(option, option)
+        result += [name, *values] if name else []
+    return result
