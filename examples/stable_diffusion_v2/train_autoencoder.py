@@ -168,7 +168,7 @@ def build_parser() -> Parser:
     add("--max_grad_norm", type=float, default=1.0, help="larger gradients are scaled down to it")
     add("--ema_decay", type=float, default=0.999, help="of the moving average, which is saved")
     add("--save_interval", type=int, default=1000, help="steps between resume states and pictures")
-    add("--resume", default="False", help="True, or the path of a resume state")
+    add("--resume", nargs="?", const="True", default="False", help="True, or the path of a resume state")
     add("--seed", type=seed, default=42, help="of order, noise and random weights")
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")

@@ -150,7 +150,7 @@ def build_parser() -> Parser:
     add("--ckpt_max_keep", type=int, default=10, help="the last so many checkpoints are kept (0: all)")
     add("--ckpt_format", choices=list(SUFFIXES), default="mindspore", help="of the checkpoints")
     add("--ckpt_dtype", choices=("float32", "float16"), default="float32", help="of the checkpoints' numbers")
-    add("--resume", default="False", help="True, or the path of a resume state")
+    add("--resume", nargs="?", const="True", default="False", help="True, or the path of a resume state")
     add("--validation_prompts", nargs="*", default=[], help="prompts drawn while training")
     add("--validation_interval", type=int, default=500, help="steps between validation pictures (0: at the end only)")
     add("--validation_sampler", choices=list(SAMPLERS), default="dpm_solver_pp", help="as --sampler when drawing")

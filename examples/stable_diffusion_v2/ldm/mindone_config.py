@@ -250,6 +250,7 @@ IGNORED_TRAIN_OPTIONS = {
     "json_data_path": "it is for ModelArts",
     "callback_size": "every step is logged",
     "profile": "there is no profiler",
+    "use_recompute": "use_checkpoint in the model's config decides",
     "jit_level": "MindSpore compiles at its own level",
     "replace_small_images": "smaller pictures are left out, without others in their place, so an epoch has fewer steps",
     "filter_small_size": "image_filter_size alone decides which pictures are too small; 0 leaves out none",
@@ -277,6 +278,7 @@ REFUSED_TRAIN_OPTIONS = {
         ("placeholder_token", "initializer_token", "learnable_property", "num_vectors", "template_file"),
         _EMBEDDING_ADVICE,
     ),
+    "group_lr_scaler": "it is ControlNet's",
     "scale_lr": "multiply start_learning_rate by batch size, accumulation and devices yourself",
     "train_data_repeats": "raise --epochs instead",
 }

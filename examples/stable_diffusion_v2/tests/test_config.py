@@ -616,7 +616,9 @@ def test_what_is_not_here_is_told_by_name(text, words, tmp_path):
 
 def test_what_is_not_here_may_be_switched_off(tmp_path):
     (tmp_path / "run.yaml").write_text("with_prior_preservation: False\nscale_lr: no\nscale_window: 1000.0")
-    args = read_options(train_text_to_image.build_parser(), ["--train_config", str(tmp_path / "run.yaml")])
+    words = ["--train_config", str(tmp_path / "run.yaml"), "--resume"]
+    args = read_options(train_text_to_image.build_parser(), words)
+    assert args.resume == "True"
     assert not hasattr(args, "with_prior_preservation") and args.scale_window == 1000
     assert isinstance(args.scale_window, int)
 
