@@ -24,8 +24,9 @@ from tqdm import tqdm
 from ldm.checkpoint import content_key
 from ldm.config import ModelConfig, load_model_config
 from ldm.data.prompts import paired, read_lines
-from ldm.diffusion.samplers import SAMPLERS, get_sampler
+from ldm.diffusion.samplers import FINAL_SIGMAS, SAMPLERS, Sampler
 from ldm.diffusion.schedule import build_schedule
+from ldm.diffusion.spacing import SPACINGS
 from ldm.errors import UserError
 from ldm.files import escaped
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
@@ -33,7 +34,7 @@ from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, next_number, read_facts, read_png, save_drawn, save_png
-from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, read_model
+from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, read_model, sampler_of
 from ldm.text.tokenizer import Tokenizer
 from ldm.versions import VERSIONS, existing, find_checkpoint, version
 
@@ -80,12 +81,14 @@ def build_parser() -> Parser:
     add("--ckpt_path", help="the checkpoint (default: the version's file in models/)")
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
     add("--pretrained_model_path", help="a checkpoint that brings what ckpt_path lacks, where that is a UNet alone")
-    add("--sampler", choices=list(SAMPLERS), help="default: the version's")
+    add("--sampler", choices=list(SAMPLERS), help="default: the model's")
     for flag, name in OLD_SAMPLER_FLAGS.items():
         add(f"--{flag}", action="store_true", help=f"the same as --sampler {name}")
-    add("--sampling_steps", type=int, default=20, help="how often the network runs for a picture")
+    add("--sampling_steps", type=int, help="how often the network runs for a picture (default: the model's, 20)")
+    add("--spacing", choices=list(SPACINGS), help="of the times where it runs (default: the model's, or the sampler's)")
+    add("--final_sigma", choices=list(FINAL_SIGMAS), help="noise that is left (default: the model's, or the sampler's)")
     add("--ddim_eta", type=float, help="fresh noise per step, 0 to 1 (default: the sampler's own)")
-    add("--scale", type=float, help="guidance scale; 1 is none (default: the version's)")
+    add("--scale", type=float, help="guidance scale; 1 is none (default: the model's)")
     add("--n_iter", type=int, default=2, help="batches per prompt")
     add("--n_samples", type=int, default=4, help="pictures per batch and prompt")
     add(
@@ -147,13 +150,13 @@ def plan(args: argparse.Namespace) -> list[Picture]:
     ]
 
 
-def chosen_sampler(args: argparse.Namespace) -> str:
+def chosen_sampler(args: argparse.Namespace, config: ModelConfig) -> Sampler:
     wanted = {name for flag, name in OLD_SAMPLER_FLAGS.items() if getattr(args, flag)} | {args.sampler} - {None}
     if len(wanted) > 1:
         raise UserError(f"more than one sampler asked for: {', '.join(sorted(wanted))}; choose one")
     if args.use_lora:
         raise UserError("--use_lora is not available here")
-    return wanted.pop() if wanted else VERSIONS[args.version].sampler
+    return sampler_of(config, wanted.pop() if wanted else None, args.ddim_eta, args.spacing, args.final_sigma)
 
 
 def batches(pictures: list[Picture], size: int):
@@ -165,13 +168,15 @@ def batches(pictures: list[Picture], size: int):
 
 def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str) -> dict:
     """What decides the pictures beside their prompts and numbers, as their files tell it."""
-    name, scale = chosen_sampler(args), VERSIONS[args.version].guidance_scale
+    sampler = chosen_sampler(args, config)
     return {
         "seed": args.seed,
-        "sampler": name,
-        "eta": get_sampler(name, args.ddim_eta).eta,
-        "sampling_steps": args.sampling_steps,
-        "scale": scale if args.scale is None else args.scale,
+        "sampler": sampler.name,
+        "eta": sampler.eta,
+        "spacing": sampler.spacing,
+        "final_sigma": sampler.final_sigma,
+        "sampling_steps": args.sampling_steps or config.sampling.steps,
+        "scale": config.guidance_scale if args.scale is None else args.scale,
         "H": args.H or config.image_size,
         "W": args.W or config.image_size,
         "prediction_type": config.prediction_type,
@@ -230,12 +235,12 @@ def main() -> None:
     args = read_options(build_parser())
     ranks = runtime.join(args.use_parallel)
     draw_seed(args, ranks)
-    sampler = get_sampler(chosen_sampler(args), args.ddim_eta)
     pictures = plan(args)
     config = load_model_config(args.config or VERSIONS[args.version].config)
     height, width = args.H or config.image_size, args.W or config.image_size
     check_config(config, height, width)
-    build_schedule(config.schedule).timesteps(args.sampling_steps)  # or the number of steps is refused
+    sampler, steps = chosen_sampler(args, config), args.sampling_steps or config.sampling.steps
+    sampler.times(build_schedule(config.schedule), steps)  # or the number of steps is refused
     if ranks.size > 1 and args.skip_save and not args.skip_grid:
         raise UserError("several processes make the grid from the saved pictures: leave out --skip_save")
     with ranks.main_first("checkpoint and folder"):
@@ -247,7 +252,7 @@ def main() -> None:
         samples = make_folder(Path(args.output_path) / "samples")
     ranks.check_shared(samples)
     facts = run_facts(args, config, path)
-    settings = Settings(sampler, args.sampling_steps, facts["scale"], height, width, args.seed)
+    settings = Settings(sampler, steps, facts["scale"], height, width, args.seed)
     if args.resume:
         if next_number(samples):
             facts.update(file_facts(args, path))
@@ -275,7 +280,7 @@ def main() -> None:
     shown, drawn = [picture.number for picture in pictures[:IN_GRID]], {}
     size = min(args.batch_size or args.n_samples, len(pictures))
     mine = list(batches(pictures, size))[ranks.rank :: ranks.size]  # the same batches as alone, hence the same bits
-    bar = tqdm(total=len(mine) * args.sampling_steps, unit="step", desc=f"{sum(len(b) for b, _ in mine)} pictures")
+    bar = tqdm(total=len(mine) * steps, unit="step", desc=f"{sum(len(b) for b, _ in mine)} pictures")
 
     def progress(times):
         for t in times:

@@ -33,13 +33,13 @@ from ldm.config import ModelConfig, load_model_config, save_model_config
 from ldm.data.batches import Augment, Batch, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.data.images import crop, to_float
-from ldm.diffusion.samplers import SAMPLERS, get_sampler
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.pictures import grid, make_folder, save_png, to_uint8
-from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
+from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint, sampler_of
 from ldm.randomness import generator, spread
 from ldm.ranks import Ranks
 from ldm.train.cache import settings_key
@@ -245,9 +245,9 @@ class DecoderAlone:
         self.untrained_bytes = sum(array.nbytes for array in self.whole.values())  # exported all the same
         self.loss = DecoderLoss(model.vae, Reconstruction(args.squared_weight, args.edge_weight))
         self.pipeline, size = Pipeline(config, model), args.image_size
-        self.settings = Settings(get_sampler(args.sampler), SAMPLING_STEPS, args.scale, size, size, args.seed)
+        self.settings = Settings(sampler_of(config, args.sampler), SAMPLING_STEPS, args.scale, size, size, args.seed)
         self.clean_share = args.clean_share
-        times = self.pipeline.schedule.timesteps(SAMPLING_STEPS)
+        times = self.settings.sampler.times(self.pipeline.schedule, SAMPLING_STEPS)
         self.fewest_skipped = int((times >= args.denoise_below).sum())
         if self.fewest_skipped == SAMPLING_STEPS:
             raise UserError(f"denoise_below is {args.denoise_below}; the sampler's last time is {times[-1]}")
@@ -272,7 +272,7 @@ class DecoderAlone:
     def settings_facts(self) -> dict[str, str]:
         """Stands for the weights that the run uses as they are: a resume state does not hold them."""
         rest = {name: array for name, array in self.whole.items() if not name.startswith(DECODER)}
-        return {"frozen": settings_key(rest)}
+        return {"frozen": settings_key(rest), "spacing": self.settings.sampler.spacing}
 
 
 def with_latent_channels(config: ModelConfig, channels: int) -> ModelConfig:

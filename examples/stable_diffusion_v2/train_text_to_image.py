@@ -35,7 +35,7 @@ from ldm.data.captions import caption_warnings
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
-from ldm.diffusion.samplers import SAMPLERS, get_sampler
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.timestep_bias import STRATEGIES, timestep_density
 from ldm.diffusion.weighting import WEIGHTINGS, loss_weight
@@ -46,7 +46,7 @@ from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE, StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool, whole
 from ldm.pictures import grid, make_folder, save_png
-from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint
+from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint, sampler_of
 from ldm.ranks import Ranks, follow_parent, without_launcher
 from ldm.text.tokenizer import Tokenizer
 from ldm.train.blockwise import BlockwiseGradients
@@ -153,9 +153,9 @@ def build_parser() -> Parser:
     add("--resume", nargs="?", const="True", default="False", help="True, or the path of a resume state")
     add("--validation_prompts", nargs="*", default=[], help="prompts drawn while training")
     add("--validation_interval", type=int, default=500, help="steps between validation pictures (0: at the end only)")
-    add("--validation_sampler", choices=list(SAMPLERS), default="dpm_solver_pp", help="as --sampler when drawing")
-    add("--validation_steps", type=int, default=20, help="sampling steps")
-    add("--validation_scale", type=float, default=5.0, help="guidance scale")
+    add("--validation_sampler", choices=list(SAMPLERS), help="as --sampler when drawing (default: the model's)")
+    add("--validation_steps", type=int, help="sampling steps (default: the model's)")
+    add("--validation_scale", type=float, help="guidance scale (default: the model's)")
 
     add = parser.add_argument_group("system").add_argument
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
@@ -187,7 +187,7 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     require_at_least(0, args, "train_steps", "ckpt_max_keep", "validation_interval")
     check_config(config, args.image_size)
     schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
-    schedule.timesteps(args.validation_steps)
+    validation_settings(args, config).sampler.times(schedule, validation_settings(args, config).steps)
     timestep_bias(args, config)
     weight = loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
     learning_rate(args, args.train_steps or 1)
@@ -211,6 +211,14 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
             "begins with is not trained; --loss_weighting none trains it",
             args.loss_weighting,
         )
+
+
+def validation_settings(args: argparse.Namespace, config: ModelConfig) -> Settings:
+    """How validation pictures are drawn: as text_to_image.py would, where no option says otherwise."""
+    own, size = config.sampling, args.image_size
+    steps = own.steps if args.validation_steps is None else args.validation_steps
+    scale = config.guidance_scale if args.validation_scale is None else args.validation_scale
+    return Settings(sampler_of(config, args.validation_sampler), steps, scale, size, size, args.seed)
 
 
 def timestep_bias(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
@@ -386,8 +394,7 @@ class Output:
         """One picture per validation prompt, always from the same noise, side by side."""
         args, ema = self.args, self.train_step.ema if step else None
         path = make_folder(self.folder / "validation") / f"{step:06}.png"
-        sampler, size = get_sampler(args.validation_sampler), args.image_size
-        settings = Settings(sampler, args.validation_steps, args.validation_scale, size, size, args.seed)
+        settings = validation_settings(args, self.config)
         with ema.applied() if ema else contextlib.nullcontext():
             pipeline, prompts = Pipeline(self.config, self.model), args.validation_prompts
             pictures = [pipeline.draw([prompt], [""], [i], settings)[0] for i, prompt in enumerate(prompts)]

@@ -41,6 +41,7 @@ from ldm import runtime  # noqa: E402
 from ldm.config import load_model_config, to_yaml  # noqa: E402
 from ldm.data.captions import Sample, read_prompts  # noqa: E402
 from ldm.data.images import decode  # noqa: E402
+from ldm.diffusion.samplers import SAMPLERS  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import replacing  # noqa: E402
 from ldm.options import Parser, require_at_least  # noqa: E402
@@ -51,7 +52,6 @@ from ldm.versions import VERSIONS, find_checkpoint  # noqa: E402
 log = logging.getLogger("results_table")
 
 LARGEST, SMALLEST = 256, 128  # pixels of a picture's side on the sheet
-SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm_solver": "DPM-Solver", "dpm_solver_pp": "DPM-Solver++"}
 MODEL_OPTIONS = ("version", "config", "ckpt_path")  # of text_to_image.py; a list here
 NONE = "—"
 COLUMNS = {  # heading: the figure, its form
@@ -288,7 +288,7 @@ def sheet(row: Row, shown: int) -> Image.Image:
 
 def labels(row: dict) -> list[str]:
     """The first five columns of the table."""
-    sampling = f"{SAMPLERS[row['sampler']]} ({row['sampling_steps']} steps, scale {row['scale']:g})"
+    sampling = f"{SAMPLERS[row['sampler']].label} ({row['sampling_steps']} steps, scale {row['scale']:g})"
     size = f"{row['H']}²" if row["H"] == row["W"] else f"{row['H']} × {row['W']}"
     return [row["model"], row["dataset"], row["prediction_type"], size, sampling]
 

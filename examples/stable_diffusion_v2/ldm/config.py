@@ -38,14 +38,13 @@ def _require_positive(section: object, where: str) -> None:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule; `name` and `spacing` are explained in `ldm.diffusion.schedule`."""
+    """The noise schedule; `name` is explained in `ldm.diffusion.schedule`."""
 
     name: str = "scaled_linear"
     beta_start: float = 0.00085
     beta_end: float = 0.0120
     timesteps: int = 1000
     zero_terminal_snr: bool = False
-    spacing: str = "leading"
 
     def __post_init__(self):
         _require_positive(self, "model.schedule")
@@ -54,6 +53,24 @@ class ScheduleConfig:
         _require(self.beta_start >= LEAST_BETA, lost)
         ordered = self.beta_start <= self.beta_end < 1
         _require(ordered, f"model.schedule needs beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What suits the model when it is drawn with, where the command says nothing else.
+
+    The words are explained in `ldm.diffusion.samplers`. None: the guidance scale is `ModelConfig.guidance_scale`, the
+    rest is what suits the sampler.
+    """
+
+    sampler: str = "dpm_solver_pp"
+    steps: int = 20
+    guidance_scale: float | None = None
+    spacing: str | None = None
+    final_sigma: str | None = None
+
+    def __post_init__(self):
+        _require_positive(self, "model.sampling")
 
 
 @dataclass(frozen=True)
@@ -151,6 +168,7 @@ class ModelConfig:
     image_size: int = 512
     scale_factor: float = 0.18215
     schedule: ScheduleConfig = ScheduleConfig()
+    sampling: SamplingConfig = SamplingConfig()
     unet: UNetConfig = UNetConfig()
     vae: VAEConfig = VAEConfig()
     text: TextConfig = TextConfig()
@@ -166,10 +184,17 @@ class ModelConfig:
         fits = self.image_size % step == 0
         _require(fits, f"model.image_size {self.image_size} must be a multiple of {step} (VAE's factor times UNet's)")
 
+    @property
+    def guidance_scale(self) -> float:
+        """The model's own, or what SD 1.x and 2.x have been drawn with since they came out."""
+        usual = 7.5 if self.text.variant == "clip" else 9.0
+        return self.sampling.guidance_scale or usual
+
 
 _SECTIONS = {
     "model": ModelConfig,
     "model.schedule": ScheduleConfig,
+    "model.sampling": SamplingConfig,
     "model.unet": UNetConfig,
     "model.vae": VAEConfig,
     "model.text": TextConfig,
@@ -191,12 +216,18 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
 _KINDS = {  # a field's type: what to call it, and whether a value is one
     "str": ("a word", lambda v: isinstance(v, str)),
+    "str | None": ("a word", lambda v: v is None or isinstance(v, str)),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "int": ("a whole number", _is_int),
     "int | None": ("a whole number", lambda v: v is None or _is_int(v)),
-    "float": ("a number", lambda v: _is_int(v) or (isinstance(v, float) and math.isfinite(v))),
+    "float": ("a number", _is_number),
+    "float | None": ("a number", lambda v: v is None or _is_number(v)),
     "tuple[int, ...]": ("a list of whole numbers", lambda v: isinstance(v, (list, tuple)) and all(map(_is_int, v))),
 }
 
@@ -218,7 +249,7 @@ def _value(kind: str, value: Any, path: str) -> Any:
         return _build(value, path)
     name, is_one = _KINDS[kind]
     _require(is_one(value), f"{path} must be {name}, got {value!r}")
-    if kind == "float":
+    if kind.startswith("float") and value is not None:
         return float(value)
     return tuple(value) if isinstance(value, list) else value
 
@@ -275,6 +306,21 @@ def from_dict(data: dict, source: str) -> ModelConfig:
             _require(key == "model", f"unknown key '{escaped(key)}'; the only key at the top is 'model'")
         if isinstance(model, dict) and "prediction_type" in model:
             model = {**model, "prediction_type": own_name(model["prediction_type"])}
+        model = _spacing_of_the_schedule(model)
         return _build(model, "model")
     except UserError as e:
         raise UserError(f"{source}: {e}") from None
+
+
+def _spacing_of_the_schedule(model: Any) -> Any:
+    """A model whose schedule says the spacing, as diffusers' do and ours did, says it of its sampling instead.
+
+    Such files say "leading" where nobody has chosen anything.
+    """
+    if not (isinstance(model, dict) and isinstance(model.get("schedule"), dict) and "spacing" in model["schedule"]):
+        return model
+    schedule, sampling = dict(model["schedule"]), model.get("sampling", {})
+    spacing = schedule.pop("spacing")
+    if isinstance(sampling, dict) and spacing != "leading":
+        sampling = {"spacing": spacing, **sampling}
+    return {**model, "schedule": schedule, "sampling": sampling}

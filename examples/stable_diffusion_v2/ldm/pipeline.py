@@ -15,7 +15,7 @@ from ldm import checkpoint
 from ldm.config import ModelConfig, to_yaml
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import get_prediction
-from ldm.diffusion.samplers import Sampler
+from ldm.diffusion.samplers import Sampler, get_sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.models.stable_diffusion import UNET, VAE, StableDiffusion
@@ -55,7 +55,7 @@ def read_checkpoint(
         )
     schedule = json.loads(ckpt.meta.get("schedule", "{}"))
     for key, value in asdict(config.schedule).items():
-        if key != "spacing" and schedule.get(key, value) != value:  # spacing is a matter of sampling
+        if schedule.get(key, value) != value:
             raise UserError(f"{path} was trained with schedule {key}: {schedule[key]}, the config says {value}")
     return ckpt
 
@@ -100,6 +100,19 @@ def check_config(config: ModelConfig, *sides: int) -> None:
                 f"image size {side} is not divisible by {step} (the autoencoder's factor {config.vae.factor} times the "
                 f"UNet's {config.unet.factor}); the nearest that is: {near}"
             )
+
+
+def sampler_of(
+    config: ModelConfig,
+    name: str | None = None,
+    eta: float | None = None,
+    spacing: str | None = None,
+    final_sigma: str | None = None,
+) -> Sampler:
+    """The sampler that is asked for, or that suits the model; UserError as `get_sampler`."""
+    own = config.sampling
+    schedule = build_schedule(config.schedule)
+    return get_sampler(name or own.sampler, schedule, eta, spacing or own.spacing, final_sigma or own.final_sigma)
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,7 @@ class Pipeline:
         shape = self.model.latent_shape(settings.height, settings.width)
         noise = normal_draws(settings.seed, "sampling noise", shape, numbers)
         denoise = self.denoiser(prompts, negative_prompts, settings.guidance_scale)
-        times = self.schedule.timesteps(settings.steps)
+        times = settings.sampler.times(self.schedule, settings.steps)
         latents = settings.sampler(denoise, noise(-1), times, self.schedule, noise, progress)
         self.model.rest(UNET)
         images = self.model.decode(latents)
@@ -170,7 +183,7 @@ class Pipeline:
             settings: the sampler, its steps, the guidance scale and the seed.
             skipped: how many of the sampler's steps are left out at the beginning.
         """
-        times = self.schedule.timesteps(settings.steps)[skipped:]
+        times = settings.sampler.times(self.schedule, settings.steps)[skipped:]
         noise = normal_draws(settings.seed, "noise to redraw", x0.shape[1:], numbers)
         z = self.schedule.alpha(times[0]) * x0 + self.schedule.sigma(times[0]) * noise(-1)
         denoise = self.denoiser(prompts, [""] * len(prompts), settings.guidance_scale)

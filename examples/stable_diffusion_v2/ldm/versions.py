@@ -1,4 +1,4 @@
-"""The published models by version: config, file, and what to sample with where the command does not say."""
+"""The published models by version: config and file."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ PUBLISHED = "https://download.mindspore.cn/toolkits/mindone/stable_diffusion"
 class Version(NamedTuple):
     config: str
     checkpoint: str
-    guidance_scale: float
-    sampler: str = "dpm_solver_pp"
 
 
 VERSIONS = {
-    "1.5": Version("configs/v1-inference.yaml", "sd_v1.5-d0ab7146.ckpt", 7.5),
-    "2.0": Version("configs/v2-inference.yaml", "sd_v2_base-57526ee4.ckpt", 9.0),
-    "2.0-v": Version("configs/v2-vpred-inference.yaml", "sd_v2_768_v-e12e3a9b.ckpt", 9.0),
-    "2.1": Version("configs/v2-inference.yaml", "sd_v2-1_base-7c8d09ce.ckpt", 9.0),
-    "2.1-v": Version("configs/v2-vpred-inference.yaml", "sd_v2-1_768_v-061732d1.ckpt", 9.0),
-    "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors", 1.5, "ddpm"),
+    "1.5": Version("configs/v1-inference.yaml", "sd_v1.5-d0ab7146.ckpt"),
+    "2.0": Version("configs/v2-inference.yaml", "sd_v2_base-57526ee4.ckpt"),
+    "2.0-v": Version("configs/v2-vpred-inference.yaml", "sd_v2_768_v-e12e3a9b.ckpt"),
+    "2.1": Version("configs/v2-inference.yaml", "sd_v2-1_base-7c8d09ce.ckpt"),
+    "2.1-v": Version("configs/v2-vpred-inference.yaml", "sd_v2-1_768_v-061732d1.ckpt"),
+    "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors"),
 }
 
 

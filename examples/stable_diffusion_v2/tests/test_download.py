@@ -93,7 +93,7 @@ def test_the_digits_in_the_name(server, tmp_path, caplog, right):
 def test_nothing_is_fetched_without_being_asked(server, tmp_path, monkeypatch):
     monkeypatch.setattr(versions, "SCRIPTS", tmp_path)
     monkeypatch.setattr(versions, "PUBLISHED", server.url)
-    monkeypatch.setitem(versions.VERSIONS, "2.1", versions.Version("configs/v2-inference.yaml", "model.ckpt", 9.0))
+    monkeypatch.setitem(versions.VERSIONS, "2.1", versions.Version("configs/v2-inference.yaml", "model.ckpt"))
     with pytest.raises(UserError, match=f"--download, or get it from {server.url}/model.ckpt and put it into"):
         versions.find_checkpoint("2.1")
     assert not server.requests
@@ -110,7 +110,7 @@ def test_a_login_page_is_no_checkpoint(server, tmp_path, monkeypatch):
 
 def test_a_published_file_is_not_read_as_another_type(monkeypatch):
     """SD 2.0's file says nothing of its type, and the v config would take its eps for v."""
-    monkeypatch.setitem(versions.VERSIONS, "2.0", versions.Version("configs/v2-inference.yaml", "not-there.ckpt", 9.0))
+    monkeypatch.setitem(versions.VERSIONS, "2.0", versions.Version("configs/v2-inference.yaml", "not-there.ckpt"))
     with pytest.raises(UserError, match="--version 2.0 was trained with prediction_type 'eps', the config says 'v'"):
         versions.find_checkpoint("2.0", prediction_type="v")
     for fitting in ("eps", None):

@@ -7,10 +7,11 @@ import pytest
 
 from ldm.config import ScheduleConfig
 from ldm.diffusion.prediction import PREDICTIONS, get_prediction
-from ldm.diffusion.schedule import BETAS, CLEAN, SPACINGS, build_schedule
+from ldm.diffusion.schedule import BETAS, CLEAN, build_schedule
+from ldm.diffusion.spacing import SPACINGS, sampling_times
 from ldm.errors import UserError
 
-ALL = [{"name": name} for name in BETAS] + [{"zero_terminal_snr": True, "spacing": "trailing"}]
+ALL = [{"name": name} for name in BETAS] + [{"zero_terminal_snr": True}]
 
 
 @pytest.mark.parametrize("fields", ALL, ids=str)
@@ -64,7 +65,7 @@ def test_time_outside_is_an_error(t):
 
 def test_zero_terminal_snr():
     plain = build_schedule(ScheduleConfig())
-    zero = build_schedule(ScheduleConfig(zero_terminal_snr=True, spacing="trailing"))
+    zero = build_schedule(ScheduleConfig(zero_terminal_snr=True))
     assert zero.zero_terminal_snr and not plain.zero_terminal_snr
     assert zero.alpha(999) == 0 and zero.sigma(999) == 1 and zero.log_snr(999) == -np.inf
     assert zero.alpha(0) == pytest.approx(plain.alpha(0), rel=1e-15)
@@ -74,7 +75,7 @@ def test_zero_terminal_snr():
 
 
 def test_zero_terminal_snr_refuses_a_prediction_that_needs_signal():
-    schedule = build_schedule(ScheduleConfig(zero_terminal_snr=True, spacing="trailing"))
+    schedule = build_schedule(ScheduleConfig(zero_terminal_snr=True))
     with pytest.raises(UserError, match="noise alone.*'x0' or 'v'"):
         schedule.check(get_prediction("eps"))
     schedule.check(get_prediction("x0"))
@@ -84,23 +85,25 @@ def test_zero_terminal_snr_refuses_a_prediction_that_needs_signal():
 
 
 def test_zero_terminal_snr_refuses_a_spacing_that_misses_the_last_step():
+    schedule = build_schedule(ScheduleConfig(zero_terminal_snr=True))
     with pytest.raises(UserError, match="trailing"):
-        build_schedule(ScheduleConfig(zero_terminal_snr=True, spacing="leading"))
-    for spacing in ("trailing", "linspace"):
-        assert build_schedule(ScheduleConfig(zero_terminal_snr=True, spacing=spacing)).timesteps(7)[0] == 999
+        sampling_times("leading", 7, schedule)
+    for spacing in ("trailing", "linspace", "uniform"):
+        assert sampling_times(spacing, 7, schedule)[0] == 999
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1000, 50, 7, 2])
 def test_every_number_of_timesteps(spacing, steps):
-    schedule = build_schedule(ScheduleConfig(timesteps=steps, spacing=spacing))
+    schedule = build_schedule(ScheduleConfig(timesteps=steps))
     for n in range(1, steps + 1):
-        times = schedule.timesteps(n)
-        assert times.dtype == np.int64 and times.shape == (n,)
+        times = sampling_times(spacing, n, schedule)
+        assert times.dtype == np.float64 and times.shape == (n,)
+        assert spacing == "uniform" or (times == np.round(times)).all()
         assert (np.diff(times) < 0).all() and times[-1] >= 0 and times[0] < steps
         if spacing != "leading":
             assert times[0] == steps - 1
-    np.testing.assert_array_equal(schedule.timesteps(steps), np.arange(steps)[::-1])
+    np.testing.assert_array_equal(sampling_times(spacing, steps, schedule), np.arange(steps)[::-1])
 
 
 @pytest.mark.parametrize(
@@ -112,41 +115,37 @@ def test_every_number_of_timesteps(spacing, steps):
         ("trailing", 3, [999, 666, 332]),
         ("linspace", 4, [999, 666, 333, 0]),
         ("linspace", 1, [999]),
+        ("uniform", 4, [999, 749.25, 499.5, 249.75]),
+        ("uniform", 20, [999 - 49.95 * i for i in range(20)]),  # MindONE's DPM-Solver: 999, 949.05, ...
     ],
 )
 def test_known_timesteps(spacing, n, times):
-    assert build_schedule(ScheduleConfig(spacing=spacing)).timesteps(n).tolist() == times
+    np.testing.assert_allclose(sampling_times(spacing, n, build_schedule(ScheduleConfig())), times, rtol=1e-14)
 
 
 @pytest.mark.parametrize("n", [0, -1, 1001])
 def test_impossible_number_of_timesteps(n):
     with pytest.raises(UserError, match="1 to 1000"):
-        build_schedule(ScheduleConfig()).timesteps(n)
+        sampling_times("leading", n, build_schedule(ScheduleConfig()))
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"name": "cosine"}, "scaled_linear, linear, squaredcos_cap_v2"),
-        ({"spacing": "uniform"}, "leading, trailing, linspace"),
-    ],
-    ids=str,
-)
-def test_unknown_names(fields, message):
-    with pytest.raises(UserError, match=message):
-        build_schedule(ScheduleConfig(**fields))
+def test_unknown_names():
+    with pytest.raises(UserError, match="scaled_linear, linear, squaredcos_cap_v2"):
+        build_schedule(ScheduleConfig(name="cosine"))
+    with pytest.raises(UserError, match="leading, trailing, linspace, uniform"):
+        sampling_times("karras", 5, build_schedule(ScheduleConfig()))
 
 
 def test_betas_that_leave_nothing_of_the_picture_are_refused_in_words():
     for name, end, steps in (("linear", 0.9, 2000), ("scaled_linear", 0.999, 3000), ("linear", 0.9, 100_000)):
         for zero in (False, True):
             with pytest.raises(UserError, match="lower beta_end") as error:
-                build_schedule(ScheduleConfig(name, 1e-4, end, steps, zero, "trailing"))
+                build_schedule(ScheduleConfig(name, 1e-4, end, steps, zero))
             assert str(steps) in str(error.value) and "zero_terminal" not in str(error.value)
 
 
 def test_the_smallest_schedules_that_are_accepted_work():
     for name, zero in itertools.product(BETAS, (False, True)):
         for start, steps in ((1e-12, 2), (1e-12, 1000), (0.012, 2)):
-            schedule = build_schedule(ScheduleConfig(name, start, start, steps, zero, "trailing"))
-            assert len(schedule.timesteps(2)) == 2 and schedule.zero_terminal_snr == zero
+            schedule = build_schedule(ScheduleConfig(name, start, start, steps, zero))
+            assert len(sampling_times("trailing", 2, schedule)) == 2 and schedule.zero_terminal_snr == zero

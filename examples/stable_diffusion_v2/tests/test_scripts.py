@@ -651,7 +651,7 @@ def test_a_published_checkpoint_that_is_missing_leaves_no_folder_behind(monkeypa
 
 
 def test_a_first_sampling_step_that_is_not_trained_is_told(place, tmp_path, caplog):
-    config = replace(CONFIG, schedule=ScheduleConfig(zero_terminal_snr=True, spacing="trailing"))
+    config = replace(CONFIG, schedule=ScheduleConfig(zero_terminal_snr=True))
     words = training(place, tmp_path, "--image_size", CONFIG.image_size, "--loss_weighting")
     for weighting, told in (("none", False), ("min_snr", True)):
         args = read_options(train_text_to_image.build_parser(), [*words, weighting])

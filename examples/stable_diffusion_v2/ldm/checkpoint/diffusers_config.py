@@ -436,18 +436,19 @@ def _text_encoder(text: dict, tokenizer: Tokenizer) -> dict:
 
 
 def _scheduler(model: dict) -> dict:
-    schedule = model["schedule"]
-    spacing = schedule["spacing"]
-    if spacing == "linspace":  # the times between the first and the last would not be those that its steps lead to
+    schedule, sampling = model["schedule"], model.get("sampling", {})
+    spacing = sampling.get("spacing") or schedule.get("spacing")  # where other files say it
+    spacing = spacing or ("trailing" if schedule["zero_terminal_snr"] else "leading")
+    if spacing not in ("leading", "trailing"):  # its times between the first and the last would be others
+        log.warning("diffusers' DDIM cannot sample with spacing '%s'; the folder says 'trailing'", spacing)
         spacing = "trailing"
-        log.warning("diffusers' DDIM cannot sample with spacing 'linspace'; the folder says 'trailing'")
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": _VERSION,
         **{theirs: schedule[ours] for theirs, (ours, _) in _SCHEDULE.items()},
         "clip_sample": False,
         "prediction_type": _TYPE_NAMES[model["prediction_type"]],
-        "set_alpha_to_one": False,
+        "set_alpha_to_one": sampling.get("final_sigma") == "zero",
         "steps_offset": 1,
         "timestep_spacing": spacing,
         "trained_betas": None,

@@ -19,7 +19,7 @@ class Denoiser:
     is guidance of both.
 
     Args:
-        network: Cell, network(x float32 [N, C, H, W], t int32 [N], context [N, L, D]) -> [N, C, H, W].
+        network: Cell, network(x float32 [N, C, H, W], t float32 [N], context [N, L, D]) -> [N, C, H, W].
         schedule: the noise schedule that the network was trained with.
         prediction: what the network predicts.
         cond: [B, L, D], the encoded prompts.
@@ -47,16 +47,15 @@ class Denoiser:
         self.copies = len(contexts)
         self.context = ops.concat(contexts)  # [copies * B, L, D]
 
-    def __call__(self, x: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray]:
-        """(x0, eps), float64 [B, C, H, W] each, for x [B, C, H, W] at the training step t.
+    def __call__(self, x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
+        """(x0, eps), float64 [B, C, H, W] each, for x [B, C, H, W] at the time t, which may lie between two steps.
 
         Raises:
             UserError: the network returned NaN or infinity.
         """
-        assert t == int(t), "the network knows whole steps only"
         batch = np.concatenate([x] * self.copies).astype(np.float32)  # [copies * B, C, H, W]
         assert len(batch) == len(self.context), "as many latents as prompts"
-        times = np.full(len(batch), t, np.int32)
+        times = np.full(len(batch), t, np.float32)
         output = self.network(Tensor(batch), Tensor(times), self.context).astype(ms.float32).asnumpy()
         if not np.isfinite(output).all():
             raise UserError(f"the network returned NaN or infinity at t = {t}: check the checkpoint, or run in float32")

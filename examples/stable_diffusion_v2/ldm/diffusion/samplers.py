@@ -24,7 +24,11 @@ import numpy as np
 
 from ldm.diffusion.prediction import choose
 from ldm.diffusion.schedule import CLEAN, NoiseSchedule
+from ldm.diffusion.spacing import sampling_times
 from ldm.errors import UserError
+
+FINAL_SIGMAS = {"zero": CLEAN, "sigma_min": 0}  # the time after the last step; sigma_min is the schedule's least noise
+LONGEST_LINE = 1.0  # in units of the step before; a line that is drawn out farther does more harm than first order
 
 
 def data_form(x0, eps, previous, slope, noise_to_signal):
@@ -44,18 +48,33 @@ class Sampler:
     """A sampler of this family.
 
     Fields:
-        end: the time after the last step: CLEAN, or 0 to keep the least noise of the schedule.
+        name: what options and configs call it.
+        label: what people call it.
+        final_sigma: the noise after the last step, one of FINAL_SIGMAS.
+        spacing: one of ldm.diffusion.spacing.SPACINGS.
         eta: fresh noise per step, from 0 (none; the result is a function of x) to 1 (the whole ancestral step).
         second_order: what 2M does to (x0, eps); None for first order.
     """
 
-    end: int
+    name: str
+    label: str
+    final_sigma: str
+    spacing: str
     eta: float = 0.0
     second_order: Callable | None = None
 
+    @property
+    def end(self) -> int:
+        """The time after the last step."""
+        return FINAL_SIGMAS[self.final_sigma]
+
+    def times(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        """Where it asks the denoiser, float64 [steps]; UserError as `sampling_times`."""
+        return sampling_times(self.spacing, steps, schedule)
+
     def __call__(
         self,
-        denoise: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
+        denoise: Callable[[np.ndarray, float], tuple[np.ndarray, np.ndarray]],
         x: np.ndarray,
         times: np.ndarray,
         schedule: NoiseSchedule,
@@ -67,7 +86,7 @@ class Sampler:
         Args:
             denoise: (x, t) -> (x0, eps).
             x: [B, C, H, W], latents at times[0]; unit Gaussian noise at the last training step.
-            times: [n], falling; see NoiseSchedule.timesteps.
+            times: [n], falling; see `times`.
             schedule: the noise schedule.
             noise: step number from 0 -> unit Gaussian noise [B, C, H, W]; needed where eta is not 0.
             progress: wraps the iterable of times, e.g. tqdm.
@@ -95,35 +114,47 @@ class Sampler:
     def _slope(self, log_snr: np.ndarray) -> np.ndarray:
         """How far to follow the line in each step, [n], in units of the step before; 0 where the order is one.
 
-        That is in the first step, in steps to or from infinite log-SNR, and, since a long last step is unstable, in the
-        last of fewer than 15 (as in DPM-Solver's own code).
+        That is in the first step, in steps to or from infinite log-SNR, and where the line would be longer than
+        LONGEST_LINE, as in the last steps of evenly spaced times.
         """
         step = np.diff(log_snr)
         slope = np.zeros_like(step)
         if self.second_order:
             slope[1:] = np.where(np.isfinite(step[1:]), step[1:], 0) / step[:-1] / 2
-            if len(step) < 15:
-                slope[-1] = 0
-        return slope
+        return np.where(slope > LONGEST_LINE, 0, slope)
 
 
 SAMPLERS = {
-    "ddpm": Sampler(end=CLEAN, eta=1.0),
-    "ddim": Sampler(end=0),
-    "dpm_solver": Sampler(end=0, second_order=noise_form),
-    "dpm_solver_pp": Sampler(end=CLEAN, second_order=data_form),
+    sampler.name: sampler
+    for sampler in (
+        Sampler("ddpm", "DDPM", "zero", "leading", eta=1.0),
+        Sampler("ddim", "DDIM", "sigma_min", "leading"),
+        Sampler("dpm_solver", "DPM-Solver", "sigma_min", "uniform", second_order=noise_form),
+        Sampler("dpm_solver_pp", "DPM-Solver++", "zero", "uniform", second_order=data_form),
+    )
 }
 
 
-def get_sampler(name: str, eta: float | None = None) -> Sampler:
-    """The sampler of that name, with another eta where one is given.
+def get_sampler(
+    name: str,
+    schedule: NoiseSchedule,
+    eta: float | None = None,
+    spacing: str | None = None,
+    final_sigma: str | None = None,
+) -> Sampler:
+    """The sampler of that name, with another eta, spacing or end where one is given.
+
+    A spacing that is not given is the sampler's own, but one that misses a last step without signal becomes "trailing".
 
     Raises:
-        UserError: unknown name (the choices are listed), eta outside [0, 1].
+        UserError: unknown name of a sampler or an end (the choices are listed), eta outside [0, 1].
     """
     sampler = choose(SAMPLERS, name, "sampler")
-    if eta is None:
-        return sampler
-    if not 0 <= eta <= 1:
+    if eta is not None and not 0 <= eta <= 1:
         raise UserError(f"eta {eta} is out of range: 0 adds no noise, 1 is the most")
-    return replace(sampler, eta=eta)
+    if final_sigma is not None:
+        choose(FINAL_SIGMAS, final_sigma, "final sigma")
+    if spacing is None and schedule.zero_terminal_snr and sampler.spacing == "leading":
+        spacing = "trailing"
+    given = {"eta": eta, "spacing": spacing, "final_sigma": final_sigma}
+    return replace(sampler, **{field: value for field, value in given.items() if value is not None})

@@ -36,29 +36,6 @@ def squaredcos_cap_v2(start: float, end: float, steps: int) -> np.ndarray:
 BETAS = {"scaled_linear": scaled_linear, "linear": linear, "squaredcos_cap_v2": squaredcos_cap_v2}
 
 
-def leading(n: int, steps: int) -> np.ndarray:
-    """Multiples of T // n, plus Stable Diffusion's offset 1 where there is room for it.
-
-    The first one is well below T - 1 where n does not divide T; that is what SD's samples have always been made with.
-    """
-    stride = steps // n
-    return np.arange(n)[::-1] * stride + min(1, steps - 1 - (n - 1) * stride)
-
-
-def trailing(n: int, steps: int) -> np.ndarray:
-    """From T - 1 down in strides of T / n (arXiv 2305.08891, section 3.3)."""
-    # Where T / n is rounded down, the range ends one element late.
-    return np.round(np.arange(steps, 0, -steps / n)[:n]).astype(np.int64) - 1
-
-
-def linspace(n: int, steps: int) -> np.ndarray:
-    """From T - 1 to 0 in equal strides; one step is at T - 1."""
-    return np.round(np.linspace(0 if n > 1 else steps - 1, steps - 1, n)).astype(np.int64)[::-1]
-
-
-SPACINGS = {"leading": leading, "trailing": trailing, "linspace": linspace}
-
-
 def rescale_zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
     """Shift and scale sqrt(alpha_bar) so that it ends at exactly 0 and begins as before (arXiv 2305.08891, alg. 1)."""
     alpha = np.sqrt(alpha_bar)
@@ -67,30 +44,19 @@ def rescale_zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A noise schedule and the times that are sampled with it.
+    """A noise schedule.
 
     Its functions of time take integers or fractions in [CLEAN, T - 1], scalars or arrays, and return float64 of the
     same shape. Between whole steps alpha_bar is linear in t.
 
     Args:
         alpha_bar: [T], strictly falling, in [0, 1).
-        spacing: one of SPACINGS.
-
-    Raises:
-        UserError: unknown spacing, or one that does not begin at the last step though the SNR is zero there.
     """
 
     alpha_bar: np.ndarray
-    spacing: str
 
     def __post_init__(self):
         assert self.alpha_bar[0] < 1 and self.alpha_bar[-1] >= 0 and (np.diff(self.alpha_bar) < 0).all()
-        first = choose(SPACINGS, self.spacing, "timestep spacing")(1, len(self))[0]
-        if self.zero_terminal_snr and first != len(self) - 1:
-            raise UserError(
-                f"zero_terminal_snr does not go with spacing '{self.spacing}', which never reaches the last step, "
-                "the only one without signal: set spacing to 'trailing'"
-            )
 
     def __len__(self) -> int:
         """The number of training steps T."""
@@ -120,12 +86,6 @@ class NoiseSchedule:
         with np.errstate(divide="ignore"):
             return np.log(alpha_bar) - np.log1p(-alpha_bar)
 
-    def timesteps(self, n: int) -> np.ndarray:
-        """Exactly n times to sample at, int64 [n], strictly falling, in [0, T - 1]; UserError unless 1 <= n <= T."""
-        if not 1 <= n <= len(self):
-            raise UserError(f"{n} sampling steps are not possible: choose 1 to {len(self)}")
-        return SPACINGS[self.spacing](n, len(self))
-
     def check(self, prediction: Prediction) -> None:
         """UserError where this schedule has a step that a network with this prediction type cannot be used at."""
         if self.zero_terminal_snr and prediction.needs_signal:
@@ -143,8 +103,7 @@ def build_schedule(config) -> NoiseSchedule:
         config: ldm.config.ScheduleConfig, which has seen to it that 1e-12 <= beta_start <= beta_end < 1.
 
     Raises:
-        UserError: unknown name or spacing, betas that leave nothing of the picture before the end, or zero_terminal_snr
-            with a spacing that cannot serve it.
+        UserError: unknown name, or betas that leave nothing of the picture before the end.
     """
     betas = choose(BETAS, config.name, "noise schedule")
     alpha_bar = np.cumprod(1 - betas(config.beta_start, config.beta_end, config.timesteps))
@@ -155,4 +114,4 @@ def build_schedule(config) -> NoiseSchedule:
         )
     if config.zero_terminal_snr:
         alpha_bar = rescale_zero_terminal_snr(alpha_bar)
-    return NoiseSchedule(alpha_bar, config.spacing)
+    return NoiseSchedule(alpha_bar)

@@ -25,6 +25,7 @@ from ldm.train.step import TrainStep
 RESUME_NAME = "train_resume.safetensors"
 _KEY, _VERSION = "train_state", 1
 _LATER = ("data", "picture_contents", "frozen", "max_grad_norm")  # settings that states were written without once
+_NO_LONGER = ("schedule.spacing",)  # settings that states were written with once
 _CHECKPOINT = re.compile(r"sd-\d+(\.ckpt|\.safetensors)?")  # or a diffusers folder
 
 
@@ -122,7 +123,7 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def _check_settings(path: str | Path, then: dict, now: dict, keys: set[str]) -> None:
     now = json.loads(json.dumps(now))
-    older = {key for key in _LATER if key not in then}
+    older = {key for key in _LATER if key not in then} | {*_NO_LONGER}
     changed = [key for key in sorted(keys - older) if then.get(key) != now.get(key)]
     if changed:
         told = ", ".join(f"{key} was {then.get(key)!r} and is now {now.get(key)!r}" for key in changed[:3])

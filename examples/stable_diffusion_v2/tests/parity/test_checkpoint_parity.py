@@ -92,8 +92,9 @@ def test_diffusers_draws_the_same_from_our_folder(ours, pipe):
     pipeline, prompts = Pipeline(config, model), ["a drawing of a tomato, red, noto style"]
     noise = np.random.default_rng(0).standard_normal((1, *model.latent_shape(64, 64)))
     denoise = pipeline.denoiser(prompts, [""], 5.0)
-    times = pipeline.schedule.timesteps(5)
-    latents = get_sampler("ddim")(denoise, noise, times, pipeline.schedule, None, iter)
+    end = "zero" if pipe.scheduler.config.set_alpha_to_one else "sigma_min"
+    sampler = get_sampler("ddim", pipeline.schedule, final_sigma=end)
+    latents = sampler(denoise, noise, sampler.times(pipeline.schedule, 5), pipeline.schedule)
     theirs = pipe(
         prompts,
         num_inference_steps=5,
