@@ -81,6 +81,7 @@ def build_parser() -> Parser:
     add("--ckpt_path", help="the checkpoint (default: the version's file in models/)")
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
     add("--pretrained_model_path", help="a checkpoint that brings what ckpt_path lacks, where that is a UNet alone")
+    add("--vae_path", help="an autoencoder's own file or folder, in the place of the checkpoint's")
     add("--sampler", choices=list(SAMPLERS), help="default: the model's")
     for flag, name in OLD_SAMPLER_FLAGS.items():
         add(f"--{flag}", action="store_true", help=f"the same as --sampler {name}")
@@ -187,9 +188,8 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str) ->
 
 def file_facts(args: argparse.Namespace, checkpoint: str) -> dict[str, str]:
     """What tells checkpoints of one name apart; reads them whole."""
-    rest = args.pretrained_model_path
-    facts = {"checkpoint_sha256": content_key(checkpoint)}
-    return {**facts, "pretrained_model_sha256": content_key(rest)} if rest else facts
+    files = {"checkpoint": checkpoint, "pretrained_model": args.pretrained_model_path, "vae": args.vae_path}
+    return {f"{name}_sha256": content_key(path) for name, path in files.items() if path}
 
 
 def in_background(function: Callable, *args) -> Future:
@@ -262,7 +262,7 @@ def main() -> None:
             return
     warn_of_plain_words(pictures, settings.guidance_scale)
     device = runtime.start(args.device_target, args.mode, ranks)
-    tensors = read_model(path, args.pretrained_model_path, config)
+    tensors = read_model(path, args.pretrained_model_path, config, args.vae_path)
     files = None if args.skip_save or "checkpoint_sha256" in facts else in_background(file_facts, args, path)
     model = StableDiffusion(config)
     model.load(tensors, path)

@@ -155,7 +155,7 @@ def prepare(
     checkpoint = options.ckpt_path or find_checkpoint(options.version, options.download, config.prediction_type)
     pictures, drawing = text_to_image.plan(options), text_to_image.run_facts(options, config, checkpoint)
     check_config(config, drawing["H"], drawing["W"])
-    read_model(checkpoint, options.pretrained_model_path, config)
+    read_model(checkpoint, options.pretrained_model_path, config, options.vae_path)
     sources = {**text_to_image.file_facts(options, checkpoint), "fixed_code": options.fixed_code}
     key = digest(json.dumps([pictures, drawing, sources, to_yaml(config)], sort_keys=True))
     facts = {

@@ -60,17 +60,19 @@ def read_checkpoint(
     return ckpt
 
 
-def read_model(path: str, rest: str | None, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint, and of another one, if any, what it lacks; both are of this model config.
+def read_model(path: str, rest: str | None, config: ModelConfig, vae: str | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint, of another one, if any, what it lacks, and of an autoencoder of its own, if any.
+
+    All are of this model config.
 
     Raises:
         UserError: as `read_checkpoint`, whose prediction type and schedule matter where the UNet comes from.
     """
     tensors = read_checkpoint(path, config).tensors
-    if not rest:
-        return tensors
-    has_unet = any(name.startswith(UNET) for name in tensors)
-    return {**read_checkpoint(rest, config, check_type=not has_unet).tensors, **tensors}
+    if rest:
+        has_unet = any(name.startswith(UNET) for name in tensors)
+        tensors = {**read_checkpoint(rest, config, check_type=not has_unet).tensors, **tensors}
+    return checkpoint.with_vae(tensors, vae, config.scale_factor) if vae else tensors
 
 
 def describe(config: ModelConfig) -> dict[str, str]:

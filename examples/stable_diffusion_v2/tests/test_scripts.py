@@ -39,7 +39,7 @@ from ldm.errors import UserError
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.options import read_options
-from ldm.pipeline import describe
+from ldm.pipeline import describe, read_model
 from ldm.randomness import generator
 from ldm.ranks import Ranks
 from ldm.train.log import read_log
@@ -350,6 +350,16 @@ def test_the_type_that_counts_is_that_of_the_file_with_the_unet(place, tmp_path,
         monkeypatch, capsys, text_to_image, sampling(place, tmp_path, *words, "--config", place / "eps.yaml")
     )
     assert "base.safetensors was trained with prediction_type 'v'" in line
+
+
+def test_another_autoencoder_takes_the_place_of_the_models(place, tmp_path):
+    base = checkpoint.load(place / "base.safetensors")
+    own = {name[len(VAE) :]: array + 1 for name, array in base.tensors.items() if name.startswith(VAE)}
+    checkpoint.formats.write(tmp_path / "vae.safetensors", own, {}, "safetensors")
+    tensors = read_model(str(place / "base.safetensors"), None, CONFIG, str(tmp_path / "vae.safetensors"))
+    assert tensors.keys() == base.tensors.keys()
+    for name, array in base.tensors.items():
+        assert np.array_equal(tensors[name], array + 1 if name.startswith(VAE) else array), name
 
 
 def test_weights_that_are_not_numbers_are_warned_of(place, tmp_path, monkeypatch, capsys, caplog):
