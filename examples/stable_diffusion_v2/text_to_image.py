@@ -34,9 +34,10 @@ from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, next_number, read_facts, read_png, save_drawn, save_png
-from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, read_model, sampler_of
+from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, sampler_of
 from ldm.text.tokenizer import Tokenizer
 from ldm.versions import VERSIONS, existing, find_checkpoint, version
+from ldm.weights import Choice, Weights, choose_config, config_key, open_weights, tensors_of
 
 log = logging.getLogger("text_to_image")
 
@@ -53,6 +54,7 @@ SPECIAL_ELSEWHERE = {  # patterns that mean something in the prompts of other pr
     r"<(?:lora|lyco|hypernet):[^<>\n]*>": "prompts load nothing here",
     r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)": "prompts have no weights here",
 }
+DEFAULT_VERSION = "2.1"  # where neither a checkpoint nor a version is named; MindONE's
 IN_GRID = 64  # pictures at most, lest a long prompt file fill the memory
 WITHOUT_EFFECT = {
     "support_long_prompts": "a prompt is cut at the encoder's length, with a warning",
@@ -76,8 +78,14 @@ def build_parser() -> Parser:
     add("--negative_prompt", default="", help="what not to draw; for every prompt")
     add("--negative_data_path", default="", help="a text file with one negative prompt for each prompt")
     add("--output_path", default="output", help="pictures go to its folder samples/, numbered on from what is there")
-    add("-v", "--version", type=version, choices=list(VERSIONS), default="2.1", help="which published model")
-    add("--config", help="the model's YAML file (default: the version's)")
+    add(
+        "-v",
+        "--version",
+        type=version,
+        choices=list(VERSIONS),
+        help="which published model (default: the checkpoint's own, or 2.1)",
+    )
+    add("--config", help="the model's YAML file (default: the checkpoint's own, or the version's)")
     add("--ckpt_path", help="the checkpoint (default: the version's file in models/)")
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
     add("--pretrained_model_path", help="a checkpoint that brings what ckpt_path lacks, where that is a UNet alone")
@@ -98,7 +106,7 @@ def build_parser() -> Parser:
     add("--H", type=int, help="height in pixels (default: the config's image_size)")
     add("--W", type=int, help="width in pixels")
     add("--seed", type=seed, default=42, help="picture k depends on the seed and k alone")
-    add("--fixed_code", action="store_true", help="the same starting noise for every picture")
+    add("--fixed_code", action="store_true", help="the same starting noises for every batch of n_samples")
     add("--resume", action="store_true", help="number from 0 and keep the pictures that this command has drawn before")
     add("--skip_grid", action="store_true", help="no grid picture")
     add("--skip_save", action="store_true", help="no single pictures")
@@ -167,6 +175,21 @@ def batches(pictures: list[Picture], size: int):
         yield batch, batch + batch[-1:] * (size - len(batch))
 
 
+def find_model(args: argparse.Namespace) -> tuple[Choice, Weights]:
+    """The model that the command means, and its files, open.
+
+    Raises:
+        UserError: nothing says which model it is, or its file is not there.
+    """
+    path, version = args.ckpt_path, args.version
+    if not path:
+        version = version or DEFAULT_VERSION
+        wanted = load_model_config(args.config).prediction_type if args.config else None
+        path = find_checkpoint(version, args.download, wanted)
+    weights = open_weights(existing(path), args.pretrained_model_path)
+    return choose_config(weights, args.config, version), weights
+
+
 def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str) -> dict:
     """What decides the pictures beside their prompts and numbers, as their files tell it."""
     sampler = chosen_sampler(args, config)
@@ -181,6 +204,7 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str) ->
         "H": args.H or config.image_size,
         "W": args.W or config.image_size,
         "prediction_type": config.prediction_type,
+        "model_config": config_key(config),
         "dtype": runtime.compute_dtype(args.dtype, args.device_target),
         "checkpoint": Path(checkpoint).name,
     }
@@ -206,9 +230,14 @@ def in_background(function: Callable, *args) -> Future:
     return future
 
 
+def noise_number(picture: Picture, args: argparse.Namespace) -> int:
+    """What keys a picture's noise: with --fixed_code all batches of --n_samples begin with the same noises."""
+    return picture.number % args.n_samples if args.fixed_code else picture.number
+
+
 def picture_facts(picture: Picture, args: argparse.Namespace, run: dict) -> dict:
     """All that a picture's file tells."""
-    number = 0 if args.fixed_code else picture.number
+    number = noise_number(picture, args)
     return {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt, "number": number, **run}
 
 
@@ -236,36 +265,33 @@ def main() -> None:
     ranks = runtime.join(args.use_parallel)
     draw_seed(args, ranks)
     pictures = plan(args)
-    config = load_model_config(args.config or VERSIONS[args.version].config)
+    if ranks.size > 1 and args.skip_save and not args.skip_grid:
+        raise UserError("several processes make the grid from the saved pictures: leave out --skip_save")
+    with ranks.main_first("checkpoint"):
+        choice, weights = find_model(args)
+    config = choice.config
     height, width = args.H or config.image_size, args.W or config.image_size
     check_config(config, height, width)
     sampler, steps = chosen_sampler(args, config), args.sampling_steps or config.sampling.steps
     sampler.times(build_schedule(config.schedule), steps)  # or the number of steps is refused
-    if ranks.size > 1 and args.skip_save and not args.skip_grid:
-        raise UserError("several processes make the grid from the saved pictures: leave out --skip_save")
-    with ranks.main_first("checkpoint and folder"):
-        path = (
-            existing(args.ckpt_path)
-            if args.ckpt_path
-            else find_checkpoint(args.version, args.download, config.prediction_type)
-        )
+    with ranks.main_first("folder"):
         samples = make_folder(Path(args.output_path) / "samples")
     ranks.check_shared(samples)
-    facts = run_facts(args, config, path)
+    facts = run_facts(args, config, weights.path)
     settings = Settings(sampler, steps, facts["scale"], height, width, args.seed)
     if args.resume:
         if next_number(samples):
-            facts.update(file_facts(args, path))
+            facts.update(file_facts(args, weights.path))
         pictures = missing(pictures, samples, args, facts)
         if not pictures:
             log.info("all pictures are in %s", samples)
             return
     warn_of_plain_words(pictures, settings.guidance_scale)
     device = runtime.start(args.device_target, args.mode, ranks)
-    tensors = read_model(path, args.pretrained_model_path, config, args.vae_path)
-    files = None if args.skip_save or "checkpoint_sha256" in facts else in_background(file_facts, args, path)
+    tensors = tensors_of(weights, choice, args.vae_path)
+    files = None if args.skip_save or "checkpoint_sha256" in facts else in_background(file_facts, args, weights.path)
     model = StableDiffusion(config)
-    model.load(tensors, path)
+    model.load(tensors, weights.path)
     runtime.set_compute_dtype(model, facts["dtype"])
     if device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS:
         model.compile_blockwise()
@@ -288,7 +314,7 @@ def main() -> None:
             bar.update()
 
     for batch, filled in mine:
-        numbers = [0 if args.fixed_code else picture.number for picture in filled]
+        numbers = [noise_number(picture, args) for picture in filled]
         prompts, negatives = [p.prompt for p in filled], [p.negative_prompt for p in filled]
         images = pipeline.draw(prompts, negatives, numbers, settings, progress)[: len(batch)]
         if not args.skip_grid:

@@ -39,7 +39,7 @@ from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.pictures import grid, make_folder, save_png, to_uint8
-from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint, sampler_of
+from ldm.pipeline import Pipeline, Settings, check_config, sampler_of
 from ldm.randomness import generator, spread
 from ldm.ranks import Ranks
 from ldm.train.cache import settings_key
@@ -58,6 +58,7 @@ from ldm.train.state import (
     state_bytes,
 )
 from ldm.train.step import TrainStep
+from ldm.weights import describe, read_checkpoint
 from ldm.yaml_file import save_yaml
 
 log = logging.getLogger("train_autoencoder")

@@ -46,7 +46,7 @@ from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE, StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool, whole
 from ldm.pictures import grid, make_folder, save_png
-from ldm.pipeline import Pipeline, Settings, check_config, describe, read_checkpoint, sampler_of
+from ldm.pipeline import Pipeline, Settings, check_config, sampler_of
 from ldm.ranks import Ranks, follow_parent, without_launcher
 from ldm.text.tokenizer import Tokenizer
 from ldm.train.blockwise import BlockwiseGradients
@@ -70,13 +70,13 @@ from ldm.train.state import (
 from ldm.train.step import LossScale, TrainStep
 from ldm.train.trainable import trainable
 from ldm.versions import VERSIONS, existing, find_checkpoint, version
+from ldm.weights import Choice, Weights, check_words, choose_config, describe, open_weights, pad_text
 from ldm.yaml_file import save_yaml
 
 log = logging.getLogger("train_text_to_image")
 LORA_OPTIONS = ("lora_ft_unet", "lora_ft_text_encoder", "lora_rank", "lora_fp16", "lora_scale")
 OWN_PROCESS_BYTES = 256 << 20  # frozen networks larger than this fill the caches in a process of their own
 COLUMNS = ("step", "epoch", "loss", "x0_loss", "eps_loss", "learning_rate", "grad_norm", "seconds")
-DEFAULT_CONFIG = "configs/v2-vpred-inference.yaml"
 SUFFIXES = {"mindspore": ".ckpt", "safetensors": ".safetensors", "diffusers": ""}
 
 
@@ -93,7 +93,10 @@ def build_parser() -> Parser:
         help="a published model: its file in models/, and its config",
     )
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
-    add("--model_config", help="the model's YAML file, as for sampling (default: the version's, or SD 2.x with v)")
+    add(
+        "--model_config",
+        help="the model's YAML file, as for sampling (default: the checkpoint's own, or the version's)",
+    )
     add("--pretrained_model_path", default="", help="the checkpoint to start from (default: the version's)")
     add("--vae_path", help="an autoencoder's own file or folder, in the place of the checkpoint's")
     add("--unet_initialize_random", type=str2bool, default=False, help="random weights for the UNet")
@@ -200,11 +203,6 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
         check_model(to_dict(config)["model"])
     if args.trainable_modules and args.unet_initialize_random:
         raise UserError("trainable_modules leaves the other weights as they are; not with unet_initialize_random")
-    if not args.pretrained_model_path:
-        raise UserError(
-            "no pretrained_model_path: give a checkpoint or a --version; random networks still need its VAE"
-        )
-    existing(args.pretrained_model_path)
     if not weight.all():
         log.warning(
             "%s gives the last timestep no weight, for it is noise alone (zero_terminal_snr): the step that drawing "
@@ -244,12 +242,14 @@ def caches_latents(args: argparse.Namespace) -> bool:
     return args.cache_latents and not (args.random_crop or args.flip)
 
 
-def read_start(args: argparse.Namespace, config: ModelConfig) -> checkpoint.Checkpoint:
-    """The checkpoint to start from, with the autoencoder that was asked for."""
-    ckpt = read_checkpoint(args.pretrained_model_path, config, not args.unet_initialize_random, raw=True)
+def read_start(args: argparse.Namespace, choice: Choice, weights: Weights) -> checkpoint.Checkpoint:
+    """The checkpoint to start from, with the autoencoder that was asked for; UserError where it is of another model."""
+    random = {UNET: args.unet_initialize_random, TEXT: args.text_encoder_initialize_random, VAE: args.vae_path}
+    wanted, ckpt = tuple(part for part in PARTS if not random[part]), weights.checkpoint
+    check_words(weights.path, ckpt, choice.config, choice.origin, wanted)
     if not args.vae_path:
         return ckpt
-    return replace(ckpt, tensors=checkpoint.with_vae(ckpt.tensors, args.vae_path, config.scale_factor))
+    return replace(ckpt, tensors=checkpoint.with_vae(ckpt.tensors, args.vae_path, choice.config.scale_factor))
 
 
 def frozen_tensors(args: argparse.Namespace, ckpt: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
@@ -406,16 +406,24 @@ def ckpt_folder(args: argparse.Namespace) -> Path:
     return Path(args.output_path) / "ckpt" / "rank_0"
 
 
-def settle(args: argparse.Namespace) -> ModelConfig:
-    """Fill in what a version and the model's config decide; returns that config."""
-    if args.version:
-        args.model_config = args.model_config or VERSIONS[args.version].config
-    config = load_model_config(args.model_config or DEFAULT_CONFIG)
-    args.image_size = args.image_size or config.image_size
+def settle(args: argparse.Namespace) -> tuple[Choice, Weights]:
+    """The model that the command means, and its file, open; fills in the options that these decide."""
     if args.version and not args.pretrained_model_path:
-        wanted = None if args.unet_initialize_random else config.prediction_type
+        random = args.unet_initialize_random or not args.model_config
+        wanted = None if random else load_model_config(args.model_config).prediction_type
         args.pretrained_model_path = find_checkpoint(args.version, args.download, wanted)
-    return config
+    if not args.pretrained_model_path:
+        raise UserError(
+            "no pretrained_model_path: give a checkpoint or a --version; random networks still need its VAE"
+        )
+    weights = open_weights(existing(args.pretrained_model_path), raw=True)
+    if args.unet_initialize_random and args.model_config:  # whatever the file's own UNet is
+        config = load_model_config(args.model_config)
+        choice = Choice(pad_text(config, args.pretrained_model_path, weights), "the config")
+    else:
+        choice = choose_config(weights, args.model_config, args.version)
+    args.image_size = args.image_size or choice.config.image_size
+    return choice, weights
 
 
 def main() -> None:
@@ -425,7 +433,8 @@ def main() -> None:
         follow_parent()
     draw_seed(args, ranks)
     with ranks.main_first("settings"):
-        config = settle(args)
+        choice, weights = settle(args)
+        config = choice.config
         check(args, config)
         config = replace(config, image_size=args.image_size)  # what it is trained for
         folder = make_folder(ckpt_folder(args))
@@ -439,7 +448,7 @@ def main() -> None:
     ranks.check_shared(folder)
     device = runtime.start(args.device_target, args.mode, ranks)
     runtime.connect_devices(ranks, device)
-    ckpt = read_start(args, config)
+    ckpt = read_start(args, choice, weights)
     trained_unet(args, ckpt.tensors)  # before the caches are filled
     in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # then pictures are read once at most
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)

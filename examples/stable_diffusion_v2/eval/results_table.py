@@ -38,7 +38,6 @@ from eval import clip_weights, inception  # noqa: E402
 from eval.clip import ACTIVATIONS  # noqa: E402
 from eval.pictures import RESIZE  # noqa: E402
 from ldm import runtime  # noqa: E402
-from ldm.config import load_model_config, to_yaml  # noqa: E402
 from ldm.data.captions import Sample, read_prompts  # noqa: E402
 from ldm.data.images import decode  # noqa: E402
 from ldm.diffusion.samplers import SAMPLERS  # noqa: E402
@@ -46,8 +45,9 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.files import replacing  # noqa: E402
 from ldm.options import Parser, require_at_least  # noqa: E402
 from ldm.pictures import captioned_rows, make_folder, save_png  # noqa: E402
-from ldm.pipeline import check_config, read_model  # noqa: E402
-from ldm.versions import VERSIONS, find_checkpoint  # noqa: E402
+from ldm.pipeline import check_config  # noqa: E402
+from ldm.versions import VERSIONS  # noqa: E402
+from ldm.weights import tensors_of  # noqa: E402
 
 log = logging.getLogger("results_table")
 
@@ -79,7 +79,11 @@ def build_parser() -> Parser:
     add("--output_path", default="output/results", help="the table, and a folder for each row")
     add("-v", "--version", nargs="+", choices=list(VERSIONS), help="published models: their config and checkpoint")
     add("--ckpt_path", nargs="+", help="checkpoints: a row for each (default: the version's)")
-    add("--config", nargs="+", help="their models' YAML files, one for each or one for all (default: the version's)")
+    add(
+        "--config",
+        nargs="+",
+        help="their models' YAML files, one for each or one for all (default: the checkpoints' own, or the versions')",
+    )
     add("--name", nargs="+", help="what the table calls the models (default: the checkpoints' file names)")
     add("--dataset", nargs="+", help="what the table calls the data (default: the last two folders of data_path)")
     add("--n_samples", type=int, default=1, help="pictures per caption")
@@ -119,9 +123,7 @@ def plan(args: argparse.Namespace, words: list[str]) -> list[Row]:
     require_at_least(1, args, "n_samples", "shown")
     require_at_least(2, args, "limit")  # a covariance and a KID need two pictures
     if not (args.version or args.ckpt_path):
-        raise UserError("no model: give --version, or --ckpt_path with --config")
-    if args.ckpt_path and not (args.version or args.config):
-        raise UserError("of which model is the checkpoint? give --config, or --version")
+        raise UserError("no model: give --version or --ckpt_path")
     number = max(len(getattr(args, option) or ()) for option in (*MODEL_OPTIONS, "name"))
     columns = [spread(getattr(args, option), number, option) for option in MODEL_OPTIONS]
     models = [
@@ -151,13 +153,13 @@ def prepare(
     options = text_to_image.build_parser().parse_args(words)
     if options.skip_save:
         raise UserError("--skip_save leaves nothing to measure")
-    config = load_model_config(options.config or VERSIONS[options.version].config)
-    checkpoint = options.ckpt_path or find_checkpoint(options.version, options.download, config.prediction_type)
+    choice, weights = text_to_image.find_model(options)
+    config, checkpoint = choice.config, weights.path
     pictures, drawing = text_to_image.plan(options), text_to_image.run_facts(options, config, checkpoint)
     check_config(config, drawing["H"], drawing["W"])
-    read_model(checkpoint, options.pretrained_model_path, config, options.vae_path)
+    tensors_of(weights, choice, options.vae_path)
     sources = {**text_to_image.file_facts(options, checkpoint), "fixed_code": options.fixed_code}
-    key = digest(json.dumps([pictures, drawing, sources, to_yaml(config)], sort_keys=True))
+    key = digest(json.dumps([pictures, drawing, sources], sort_keys=True))
     facts = {
         "model": name or Path(checkpoint).stem,
         "dataset": dataset or "/".join(Path(data_path).resolve().parts[-2:]),
@@ -169,7 +171,7 @@ def prepare(
         **drawing,
         **sources,
         "version": options.version,
-        "config": options.config or VERSIONS[options.version].config,
+        "config": options.config,
         "device_target": options.device_target or runtime.default_device(),
     }
     folder = output / "-".join([*(re.sub(r"\W+", "_", facts[part]) for part in ("model", "dataset")), key])

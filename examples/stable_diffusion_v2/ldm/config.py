@@ -14,8 +14,9 @@ from typing import Any
 
 from ldm.diffusion.prediction import own_name
 from ldm.errors import UserError
-from ldm.files import escaped
+from ldm.files import escaped, quoted
 from ldm.mindone_config import find_model_file, from_mindone, is_foreign, without_training_sections
+from ldm.text.tokenizer import PADDING
 from ldm.yaml_file import dump_yaml, nearest, parse_yaml, read_yaml, save_yaml
 
 LEAST_BETA = 1e-12  # 1 - beta has 16 digits
@@ -140,7 +141,11 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text encoder: "openclip" (SD 2.x: GELU, padded with 0) or "clip" (SD 1.x: quick GELU, with the end token)."""
+    """The text encoder: "openclip" (SD 2.x, GELU) or "clip" (SD 1.x, quick GELU).
+
+    `padding` fills short prompts up: "zero" or "end", the end token. None is what the encoder was trained with
+    (`ldm.text.tokenizer.PADDING`); MindONE trains and draws SD 2.x with "end".
+    """
 
     variant: str = "openclip"
     vocab_size: int = 49408
@@ -149,9 +154,12 @@ class TextConfig:
     layers: int = 23  # blocks that run; the final layer norm follows. SD 2.x stops one short of its encoder's 24
     heads: int = 16
     mlp_ratio: int = 4
+    padding: str | None = None
 
     def __post_init__(self):
         where = "model.text"
+        ways = (None, *PADDING.values())
+        _require(self.padding in ways, f"{where}.padding must be zero or end, got {quoted(self.padding)}")
         known = ("openclip", "clip")
         _require(self.variant in known, f"{where}.variant must be one of {', '.join(known)}, got {self.variant!r}")
         _require_positive(self, where)

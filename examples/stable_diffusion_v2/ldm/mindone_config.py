@@ -221,7 +221,8 @@ def _text(params: dict, context_dim: Any) -> dict:
         )
     quick_gelu = text.pop("use_quick_gelu", sd1)
     sizes = {"width": 768, "layers": 12, "heads": 12} if sd1 else {}
-    return {"variant": "clip" if quick_gelu else "openclip", **sizes, **text}
+    padding = {} if from_compvis or sd1 else {"padding": "end"}  # MindONE's tokenizer knows no other
+    return {"variant": "clip" if quick_gelu else "openclip", **sizes, **text, **padding}
 
 
 def is_placeholder(value: Any) -> bool:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
 from mindspore import Tensor
 
-from ldm import checkpoint
-from ldm.config import ModelConfig, to_yaml
+from ldm.config import ModelConfig
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.samplers import Sampler, get_sampler
@@ -24,66 +21,6 @@ from ldm.randomness import generator
 from ldm.runtime import give_back_memory
 
 CACHED_PROMPTS = 256  # their features take 80 MB in SD 2.x
-
-log = logging.getLogger(__name__)
-
-
-def read_checkpoint(
-    path: str, config: ModelConfig, check_type: bool = True, widen: bool = True, raw: bool = False
-) -> checkpoint.Checkpoint:
-    """The checkpoint of a model config; without `check_type` its UNet is not wanted and may be of any type, and so may
-    a file that has none.
-
-    `widen` and `raw` are those of `checkpoint.load`.
-
-    Raises:
-        UserError: it cannot be read, or was trained with another prediction type, schedule or latent scale.
-    """
-    ckpt = checkpoint.load(path, widen, raw)
-    scale = float(ckpt.meta.get("scale_factor", config.scale_factor))
-    if abs(scale / config.scale_factor - 1) > 1e-4:
-        raise UserError(f"{path} has latents scaled by {scale}, the config's scale_factor is {config.scale_factor}")
-    said = ckpt.meta.get("prediction_type")
-    if not check_type or not any(name.startswith(UNET) for name in ckpt.tensors):
-        return ckpt
-    if said is None:
-        log.info("%s does not say its prediction type: '%s' is assumed, from the config", path, config.prediction_type)
-    elif said != config.prediction_type:
-        raise UserError(
-            f"{path} was trained with prediction_type '{said}', the config says '{config.prediction_type}': "
-            f'use a config with prediction_type: "{said}", or another checkpoint'
-        )
-    schedule = json.loads(ckpt.meta.get("schedule", "{}"))
-    for key, value in asdict(config.schedule).items():
-        if schedule.get(key, value) != value:
-            raise UserError(f"{path} was trained with schedule {key}: {schedule[key]}, the config says {value}")
-    return ckpt
-
-
-def read_model(path: str, rest: str | None, config: ModelConfig, vae: str | None = None) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint, of another one, if any, what it lacks, and of an autoencoder of its own, if any.
-
-    All are of this model config.
-
-    Raises:
-        UserError: as `read_checkpoint`, whose prediction type and schedule matter where the UNet comes from.
-    """
-    tensors = read_checkpoint(path, config).tensors
-    if rest:
-        has_unet = any(name.startswith(UNET) for name in tensors)
-        tensors = {**read_checkpoint(rest, config, check_type=not has_unet).tensors, **tensors}
-    return checkpoint.with_vae(tensors, vae, config.scale_factor) if vae else tensors
-
-
-def describe(config: ModelConfig) -> dict[str, str]:
-    """What a checkpoint of this config says of itself; `read_checkpoint` and other tools look there."""
-    return {
-        "prediction_type": config.prediction_type,
-        "schedule": json.dumps(asdict(config.schedule)),
-        "resolution": f"{config.image_size}x{config.image_size}",
-        "scale_factor": repr(config.scale_factor),
-        "model_config": to_yaml(config),
-    }
 
 
 def check_config(config: ModelConfig, *sides: int) -> None:

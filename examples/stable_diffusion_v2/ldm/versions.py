@@ -17,14 +17,21 @@ PUBLISHED = "https://download.mindspore.cn/toolkits/mindone/stable_diffusion"
 class Version(NamedTuple):
     config: str
     checkpoint: str
+    also: tuple[str, ...] = ()  # what Stability AI and its partners call the same weights, without a suffix
 
 
 VERSIONS = {
-    "1.5": Version("configs/v1-inference.yaml", "sd_v1.5-d0ab7146.ckpt"),
-    "2.0": Version("configs/v2-inference.yaml", "sd_v2_base-57526ee4.ckpt"),
-    "2.0-v": Version("configs/v2-vpred-inference.yaml", "sd_v2_768_v-e12e3a9b.ckpt"),
-    "2.1": Version("configs/v2-inference.yaml", "sd_v2-1_base-7c8d09ce.ckpt"),
-    "2.1-v": Version("configs/v2-vpred-inference.yaml", "sd_v2-1_768_v-061732d1.ckpt"),
+    "1.5": Version("configs/v1-inference.yaml", "sd_v1.5-d0ab7146.ckpt", ("v1-5-pruned", "v1-5-pruned-emaonly")),
+    "2.0": Version("configs/v2-inference.yaml", "sd_v2_base-57526ee4.ckpt", ("512-base-ema",)),
+    "2.0-v": Version("configs/v2-vpred-inference.yaml", "sd_v2_768_v-e12e3a9b.ckpt", ("768-v-ema",)),
+    "2.1": Version(
+        "configs/v2-inference.yaml", "sd_v2-1_base-7c8d09ce.ckpt", ("v2-1_512-ema-pruned", "v2-1_512-nonema-pruned")
+    ),
+    "2.1-v": Version(
+        "configs/v2-vpred-inference.yaml",
+        "sd_v2-1_768_v-061732d1.ckpt",
+        ("v2-1_768-ema-pruned", "v2-1_768-nonema-pruned"),
+    ),
     "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors"),
 }
 
@@ -38,6 +45,12 @@ def version(word: str) -> str:
     if word == _WUKONG[0]:
         raise argparse.ArgumentTypeError(f"{word}: {_NOT_WUKONG}; choose one of {', '.join(VERSIONS)}")
     return word
+
+
+def published(path: str | Path) -> str | None:
+    """The version that a file is by its name, whatever its suffix; None where no published one is called so."""
+    stem = Path(path).stem
+    return next((word for word, v in VERSIONS.items() if stem in (Path(v.checkpoint).stem, *v.also)), None)
 
 
 def existing(path: str) -> str:

@@ -12,7 +12,7 @@ from ldm.checkpoint import diffusers_config as configs
 from ldm.checkpoint import diffusers_folder, formats
 from ldm.config import SamplingConfig, from_dict, from_yaml, load_model_config, to_dict
 from ldm.errors import UserError
-from ldm.pipeline import read_checkpoint
+from ldm.weights import read_checkpoint
 
 TINY = "models/tiny-vpred.safetensors"
 
@@ -79,7 +79,7 @@ def test_another_latents_scale_is_noticed(folder):
     read_checkpoint(str(folder), config)
     path = folder / "vae/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 0.13025}))
-    with pytest.raises(UserError, match="latents scaled by 0.13025, the config's scale_factor is 0.855"):
+    with pytest.raises(UserError, match="latents scaled by 0.13025, the config says scale_factor 0.855"):
         read_checkpoint(str(folder), config)
 
 

@@ -30,7 +30,7 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.models.layers import initialize  # noqa: E402
 from ldm.models.stable_diffusion import UNET, StableDiffusion  # noqa: E402
 from ldm.options import seed  # noqa: E402
-from ldm.pipeline import describe, read_checkpoint  # noqa: E402
+from ldm.weights import describe, read_checkpoint  # noqa: E402
 
 log = logging.getLogger("add_unet_level")
 

@@ -33,9 +33,10 @@ from ldm.config import ModelConfig, load_model_config, save_model_config  # noqa
 from ldm.data.dataset import CaptionedImages  # noqa: E402
 from ldm.data.images import to_float  # noqa: E402
 from ldm.models.stable_diffusion import StableDiffusion  # noqa: E402
-from ldm.pipeline import Pipeline, read_checkpoint  # noqa: E402
+from ldm.pipeline import Pipeline  # noqa: E402
 from ldm.randomness import generator  # noqa: E402
 from ldm.train.state import RESUME_NAME  # noqa: E402
+from ldm.weights import read_checkpoint  # noqa: E402
 
 TYPES = ("eps", "x0", "v")
 STEPS = (4, 8, 15, 50)

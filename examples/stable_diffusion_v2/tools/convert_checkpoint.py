@@ -23,11 +23,11 @@ from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when 
 # isort: split
 from ldm import checkpoint  # noqa: E402
 from ldm.checkpoint import kinds  # noqa: E402
-from ldm.config import load_model_config, to_dict  # noqa: E402
+from ldm.config import to_dict  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import escaped  # noqa: E402
-from ldm.pipeline import describe, read_checkpoint  # noqa: E402
-from ldm.versions import VERSIONS  # noqa: E402
+from ldm.versions import VERSIONS, published  # noqa: E402
+from ldm.weights import check_words, choose_config, describe, open_weights  # noqa: E402
 
 log = logging.getLogger("convert_checkpoint")
 SUFFIXES = {".ckpt": "mindspore", ".safetensors": "safetensors", "": "diffusers"}
@@ -46,15 +46,15 @@ def main() -> None:
         raise UserError(f"{args.destination}: PyTorch's own files are read, not written; .safetensors serves its users")
     if args.destination.exists():
         raise UserError(f"{args.destination} exists; remove it or give another name")
-    meta = {}
-    if args.config or args.version:
-        config = load_model_config(args.config or VERSIONS[args.version].config)
-        ckpt, meta = read_checkpoint(args.source, config, widen=False), describe(config)
-        wrong = kinds.contradiction(ckpt.tensors, to_dict(config)["model"])
+    weights = open_weights(args.source, widen=False)
+    ckpt, meta = weights.checkpoint, weights.checkpoint.meta
+    if args.config or args.version or published(args.source):
+        config, origin = choose_config(weights, args.config, args.version)
+        check_words(args.source, ckpt, config, origin)
+        described, wrong = describe(config), kinds.contradiction(ckpt.tensors, to_dict(config)["model"])
         if wrong:
             raise UserError(f"{args.source} is of another model than the config: {wrong}; choose another config")
-    else:
-        ckpt = checkpoint.load(args.source, widen=False)
+        meta = {**described, **meta, "model_config": described["model_config"]}
     checkpoint.check_names(ckpt, args.source)
     bad = checkpoint.not_finite(ckpt.tensors)
     if bad:
@@ -65,8 +65,8 @@ def main() -> None:
             len(ckpt.tensors),
             escaped(bad[0]),
         )
-    checkpoint.save(args.destination, ckpt.tensors, {**meta, **ckpt.meta}, kind, args.dtype)
-    said = ckpt.meta.get("prediction_type") or meta.get("prediction_type")
+    checkpoint.save(args.destination, ckpt.tensors, meta, kind, args.dtype)
+    said = meta.get("prediction_type")
     log.info(
         "%s (%s) is now %s (%s), %d tensors, %s",
         args.source,

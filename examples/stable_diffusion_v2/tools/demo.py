@@ -40,7 +40,7 @@ def run(*words: str) -> None:
 def draw(checkpoint: str, prompts: Path, output: Path) -> np.ndarray:
     """One picture per prompt, uint8 [N, H, W, 3]."""
     first = len(list((output / "samples").glob("*.png")))
-    words = f"--version tiny --n_iter 1 --n_samples 1 --batch_size {len(SHOWN)} --seed 1".split()
+    words = f"--n_iter 1 --n_samples 1 --batch_size {len(SHOWN)} --seed 1".split()
     run(
         "text_to_image.py", *words, "--ckpt_path", checkpoint, "--data_path", str(prompts), "--output_path", str(output)
     )

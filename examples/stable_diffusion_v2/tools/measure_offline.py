@@ -39,7 +39,6 @@ from ldm.data.captions import read_captions, read_prompts  # noqa: E402
 from ldm.data.images import crop, decode, load_image, to_float  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.options import require_at_least  # noqa: E402
-from ldm.versions import VERSIONS  # noqa: E402
 
 SIDE = 224
 BGR_MEAN = np.array([104, 117, 123], np.float32)  # what the network's training subtracted
@@ -92,7 +91,7 @@ def draw(real: str, ckpt: str, output: Path, options: list[str], each: int = 1, 
     folder.mkdir(parents=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    words = ["text_to_image.py", "--version", "tiny", "--n_iter", "1", "--n_samples", str(each), "--batch_size", "11"]
+    words = ["text_to_image.py", "--n_iter", "1", "--n_samples", str(each), "--batch_size", "11"]
     words += ["--seed", "1", "--ckpt_path", ckpt, "--data_path", str(prompts), "--output_path", str(folder), *options]
     if subprocess.run([sys.executable, *words], cwd=HERE).returncode:
         raise UserError("text_to_image.py failed; its message is above")
@@ -121,18 +120,21 @@ def measure(gen: Path, real: Path, each: int = 1, limit: int | None = None) -> d
     return row
 
 
-def reconstruct(real: str, ckpt: str, config_path: str, limit: int | None = None, batch: int = 16) -> dict[str, float]:
+def reconstruct(
+    real: str, ckpt: str, config_path: str | None, limit: int | None = None, batch: int = 16
+) -> dict[str, float]:
     """PSNR of pictures that the autoencoder has encoded, to the mean, and decoded."""
     from ldm import runtime  # MindSpore is wanted here alone
 
     # isort: split
-    from ldm.config import load_model_config
     from ldm.models.stable_diffusion import VAE, StableDiffusion
-    from ldm.pipeline import read_checkpoint
+    from ldm.weights import check_words, choose_config, open_weights
 
     paths = [sample.path for sample in read_captions(real)[:limit]]
-    config = load_model_config(config_path)
-    tensors = read_checkpoint(ckpt, config, check_type=False).tensors
+    weights = open_weights(ckpt)
+    config, origin = choose_config(weights, config_path)
+    check_words(ckpt, weights.checkpoint, config, origin, (VAE,))
+    tensors = weights.checkpoint.tensors
     runtime.start()
     model = StableDiffusion(config, (VAE,))
     model.load(tensors, ckpt, (VAE,))
@@ -153,7 +155,7 @@ def main() -> None:
     source.add_argument("--gen_path", type=Path, help="a folder with pictures to measure")
     source.add_argument("--ckpt_path", help="a checkpoint to draw them with, for every caption of real_path")
     parser.add_argument("--reconstruct", action="store_true", help="the PSNR of ckpt_path's autoencoder instead")
-    parser.add_argument("--config", default=VERSIONS["tiny"].config, help="the checkpoint's model")
+    parser.add_argument("--config", help="the model's YAML file (default: the checkpoint's own)")
     parser.add_argument("--n_samples", type=int, default=1, help="pictures per caption")
     parser.add_argument("--limit", type=int, help="the first captions only")
     parser.add_argument("--output_path", type=Path, default=Path("output/measure"), help="drawn pictures go there")
@@ -167,7 +169,7 @@ def main() -> None:
     if args.reconstruct:
         row.update(checkpoint=args.ckpt_path, **reconstruct(args.real_path, args.ckpt_path, args.config, args.limit))
     else:
-        options += ["--config", args.config]
+        options += ["--config", args.config] if args.config else []
         each = args.n_samples, args.limit
         gen = args.gen_path or draw(args.real_path, args.ckpt_path, args.output_path.resolve(), options, *each)
         row.update(generated=str(gen), **measure(gen, Path(args.real_path), *each))

@@ -74,11 +74,15 @@ _VARIANT = "checkpoint.text_encoder"  # in MindSpore's files, where the names of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``tensors`` by Stability's names, what the file says of itself, and the format it came in (one of FORMATS)."""
+    """``tensors`` by Stability's names, what the file says of itself, and the format it came in (one of FORMATS).
+
+    `by_mindone`: the file's text encoder is SD 2.x's, and MindONE has written it.
+    """
 
     tensors: Tensors
     meta: Strings
     format: str
+    by_mindone: bool = False
 
 
 def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
@@ -97,16 +101,18 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
     try:
         if Path(path).is_dir():
             tensors, meta = diffusers_folder.read(path, widen, raw)
-            form = "diffusers"
+            form, ours = "diffusers", False
         else:
             tensors, strings, form = formats.read(path, widen)
+            ours = _VARIANT in strings
             tensors, meta = _named(path, tensors, strings, raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} contradicts itself: {escaped(error, 300)}") from None
     kind = kinds.recognise(tensors, meta)
     if kind and not kind.serves:
         raise UserError(f"{path} is {kind.name}: {kind.advice}")
-    return Checkpoint(tensors, meta, form)
+    by_mindone = form == "mindspore" and not ours and names.text_variant(tensors) == "openclip"
+    return Checkpoint(tensors, meta, form, by_mindone)
 
 
 def _named(path: str | Path, tensors: Tensors, strings: Strings, raw: bool) -> tuple[Tensors, Strings]:

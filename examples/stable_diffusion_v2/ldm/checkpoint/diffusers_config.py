@@ -14,11 +14,11 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
-from ldm.text.tokenizer import END, START, Tokenizer
+from ldm.text.tokenizer import END, PADDING, START, Tokenizer
 
 INDEX = "model_index.json"
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
-SCHEDULER = "scheduler/scheduler_config.json"
+SCHEDULER, TOKENS = "scheduler/scheduler_config.json", "tokenizer/special_tokens_map.json"
 _SCHEDULE = {  # diffusers' key: the field of ScheduleConfig, and its kind
     "beta_schedule": ("name", "a word"),
     "beta_start": ("beta_start", "a number"),
@@ -28,6 +28,7 @@ _SCHEDULE = {  # diffusers' key: the field of ScheduleConfig, and its kind
 }
 _TYPE_NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _VERSION = "0.31.0"  # of diffusers, whose keys these are
+_PAD_TOKENS = {"zero": "!", "end": END}  # "!" has the id 0
 _LARGEST = 1 << 20  # a whole number beyond it is no size of a network
 
 log = logging.getLogger(__name__)
@@ -204,6 +205,13 @@ def image_size(unet: Table, vae: Table) -> int | None:
     return side * 2 ** (len(widths) - 1) if _is_whole(side) and widths and len(widths) < 10 else None
 
 
+def padding(tokenizer: Table) -> str | None:
+    """What the folder's tokenizer fills short prompts up with; None where it does not say."""
+    said = tokenizer.content.get("pad_token")
+    said = said.get("content") if isinstance(said, dict) else said
+    return next((way for way, token in _PAD_TOKENS.items() if token == said), None)
+
+
 def variant(text_encoder: Table) -> str:
     """TextConfig's name of it: SD 1.x's encoder has the quick GELU."""
     return "clip" if text_encoder.get("hidden_act", "a word", "quick_gelu") == "quick_gelu" else "openclip"
@@ -211,16 +219,14 @@ def variant(text_encoder: Table) -> str:
 
 def model_config(unet: Table, vae: Table, text_encoder: Table, scheduler: Table) -> dict:
     """The whole model's config, the "model" section of a model file."""
-    spacing = scheduler.get("timestep_spacing", "a word")
-    told, scale = schedule(scheduler), scale_factor(vae)
-    if told.get("zero_terminal_snr"):
-        spacing = "trailing"  # nothing else reaches the last step
-    size = image_size(unet, vae)
+    trailing = scheduler.get("timestep_spacing", "a word") == "trailing"  # anything else nobody has chosen
+    scale, size = scale_factor(vae), image_size(unet, vae)
     return {
         "prediction_type": prediction_type(scheduler),
         **({"image_size": size} if size else {}),
         "scale_factor": 0.18215 if scale is None else scale,
-        "schedule": {**told, **({"spacing": spacing} if spacing in ("leading", "trailing", "linspace") else {})},
+        "schedule": schedule(scheduler),
+        **({"sampling": {"spacing": "trailing"}} if trailing else {}),
         "unet": _unet_config(unet),
         "vae": _vae_config(vae),
         "text": _text_config(text_encoder),
@@ -338,13 +344,13 @@ def files(model: dict) -> dict[str, str]:
         SCHEDULER: _scheduler(model),
         "tokenizer/vocab.json": tokenizer.vocab(),
         "tokenizer/tokenizer_config.json": _tokenizer_config(model["text"]),
-        "tokenizer/special_tokens_map.json": _special_tokens(model["text"]),
+        TOKENS: _special_tokens(model["text"]),
     }
     return {**text, **{name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in tables.items()}}
 
 
 def _tokenizer(text: dict) -> Tokenizer:
-    return Tokenizer(text["vocab_size"], text["context_length"], "zero" if text["variant"] == "openclip" else "end")
+    return Tokenizer(text["vocab_size"], text["context_length"], _padding(text))
 
 
 def _index() -> dict:
@@ -455,8 +461,12 @@ def _scheduler(model: dict) -> dict:
     }
 
 
+def _padding(text: dict) -> str:
+    return text.get("padding") or PADDING[text["variant"]]
+
+
 def _special_tokens(text: dict) -> dict:
-    pad = "!" if text["variant"] == "openclip" else END
+    pad = _PAD_TOKENS[_padding(text)]
     return {"bos_token": START, "eos_token": END, "pad_token": pad, "unk_token": END}
 
 

@@ -20,6 +20,7 @@ from ldm.checkpoint.arrays import Strings, Tensors
 from ldm.checkpoint.diffusers_config import INDEX, Table
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
+from ldm.text.tokenizer import PADDING
 
 PARTS = ("unet", "vae", "text_encoder")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -55,6 +56,9 @@ def read(folder: str | Path, widen: bool = True, raw: bool = False) -> tuple[Ten
     scheduler = folder / configs.SCHEDULER
     if scheduler.is_file():
         tables["scheduler"] = Table(scheduler)
+    tokens = folder / configs.TOKENS
+    if tokens.is_file():
+        tables["tokenizer"] = Table(tokens)
     return tensors, {**strings, **_described(folder, tables, strings)}
 
 
@@ -179,6 +183,9 @@ def _prediction_type(folder: Path, scheduler: Table, strings: Strings) -> str:
 def _model_config(tables: dict[str, Table], strings: Strings) -> str:
     """As YAML. What the configs leave open is taken from the text among the UNet's strings, if any."""
     model = configs.model_config(*(tables[name] for name in (*PARTS, "scheduler")))
+    pad = configs.padding(tables["tokenizer"]) if "tokenizer" in tables else None
+    if pad not in (None, PADDING[model["text"]["variant"]]):
+        model["text"]["padding"] = pad
     text = strings.get("model_config")
     carried = _plain(text)
     if carried is None:

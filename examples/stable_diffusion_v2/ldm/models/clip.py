@@ -174,7 +174,7 @@ class Under(nn.Cell):
             setattr(self, name, cell)
 
 
-VARIANTS = {  # name: (the network, how the file's prefix wraps it, the tokenizer's padding)
-    "openclip": (OpenCLIPText, lambda net: Under(model=net), "zero"),
-    "clip": (CLIPText, lambda net: Under(transformer=Under(text_model=net)), "end"),
+VARIANTS = {  # name: (the network, how the file's prefix wraps it)
+    "openclip": (OpenCLIPText, lambda net: Under(model=net)),
+    "clip": (CLIPText, lambda net: Under(transformer=Under(text_model=net))),
 }

@@ -14,7 +14,7 @@ from ldm.models.clip import VARIANTS, Under
 from ldm.models.layers import fill
 from ldm.models.unet import UNet
 from ldm.models.vae import AutoencoderKL, VAEEncode
-from ldm.text.tokenizer import Tokenizer
+from ldm.text.tokenizer import PADDING, Tokenizer
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."  # how the files begin their names
 PARTS = (VAE, UNET, TEXT)
@@ -32,7 +32,7 @@ class StableDiffusion(nn.Cell):
 
     def __init__(self, config, parts: tuple[str, ...] = PARTS):
         super().__init__()
-        network, under_prefix, padding = VARIANTS[config.text.variant]
+        network, under_prefix = VARIANTS[config.text.variant]
         unet = UNet(config.unet) if UNET in parts else None
         vae = AutoencoderKL(config.vae) if VAE in parts else None
         text_encoder = network(config.text) if TEXT in parts else None
@@ -43,6 +43,7 @@ class StableDiffusion(nn.Cell):
         if text_encoder:
             self.cond_stage_model = under_prefix(text_encoder)
         self.parts = (unet, vae, text_encoder, VAEEncode(vae) if vae else None)
+        padding = config.text.padding or PADDING[config.text.variant]
         self.tokenizer = Tokenizer(config.text.vocab_size, config.text.context_length, padding)
         self.scale_factor = config.scale_factor
         self.channels, self.factor = config.vae.embed_dim, config.vae.factor

@@ -43,6 +43,7 @@ SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 FULL_SIZE = 49408  # 256 bytes twice, 48,894 merges, start and end
 CACHED_WORDS = 1 << 14
+PADDING = {"openclip": "zero", "clip": "end"}  # what each text encoder was trained with: SD 2.x and SD 1.x
 
 # The vocabulary file writes a byte as one visible character: printable Latin-1 as itself, the rest from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -61,6 +61,7 @@ class FrozenOutputs:
                 variant=config.text.variant,
                 layers=config.text.layers,
                 heads=config.text.heads,
+                padding=config.text.padding,
                 dtype=dtype,
             )
 

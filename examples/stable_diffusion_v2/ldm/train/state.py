@@ -24,7 +24,13 @@ from ldm.train.step import TrainStep
 
 RESUME_NAME = "train_resume.safetensors"
 _KEY, _VERSION = "train_state", 1
-_LATER = ("data", "picture_contents", "frozen", "max_grad_norm")  # settings that states were written without once
+_LATER = (
+    "text.padding",
+    "data",
+    "picture_contents",
+    "frozen",
+    "max_grad_norm",
+)  # settings that states were written without once
 _NO_LONGER = ("schedule.spacing",)  # settings that states were written with once
 _CHECKPOINT = re.compile(r"sd-\d+(\.ckpt|\.safetensors)?")  # or a diffusers folder
 

@@ -17,7 +17,8 @@ from ldm.checkpoint.names import from_diffusers  # noqa: E402
 from ldm.config import from_yaml, load_model_config  # noqa: E402
 from ldm.diffusion.samplers import get_sampler  # noqa: E402
 from ldm.models.stable_diffusion import StableDiffusion  # noqa: E402
-from ldm.pipeline import Pipeline, describe  # noqa: E402
+from ldm.pipeline import Pipeline  # noqa: E402
+from ldm.weights import describe  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TINY = "models/tiny-vpred.safetensors"

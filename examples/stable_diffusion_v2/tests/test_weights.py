@@ -1,0 +1,159 @@
+"""Which model a command means, and what a file says against it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ldm.checkpoint import Checkpoint
+from ldm.config import SamplingConfig, from_yaml, load_model_config, save_model_config
+from ldm.errors import UserError
+from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE
+from ldm.versions import VERSIONS, published
+from ldm.weights import Choice, Weights, check_words, choose_config, config_key, describe, tensors_of
+
+V, EPS = load_model_config("configs/v2-vpred-inference.yaml"), load_model_config("configs/v2-inference.yaml")
+TINY = load_model_config("configs/tiny-vpred.yaml")
+
+
+def file(path="x.ckpt", meta=None, parts=PARTS, by_mindone=False, **rest):
+    tensors = {part + "weight": np.zeros(1, np.float32) for part in parts}
+    return Weights(path, Checkpoint(tensors, meta or {}, "mindspore", by_mindone), **rest)
+
+
+def choose(weights, *words):
+    return choose_config(weights, *words).config
+
+
+@pytest.mark.parametrize("version", ["1.5", "2.0", "2.0-v", "2.1", "2.1-v"])
+def test_a_published_file_is_known_by_its_name(version):
+    known = VERSIONS[version]
+    for name in (known.checkpoint, *(f"{stem}.safetensors" for stem in known.also)):
+        assert published(f"some/where/{name}") == version
+        config = choose(file(name))
+        assert replace(config, text=replace(config.text, padding=None)) == load_model_config(known.config)
+    assert published("sd-20.ckpt") is None
+
+
+@pytest.mark.parametrize("words", [("configs/v2-inference.yaml",), (None, "2.0")])
+def test_a_published_v_model_is_not_taken_for_eps(words):
+    weights = file("models/sd_v2_768_v-e12e3a9b.ckpt")
+    with pytest.raises(UserError, match="published model 2.0-v, trained with prediction_type 'v'.* says 'eps'"):
+        choose(weights, *words)
+    assert choose(weights, "configs/v2-vpred-inference.yaml").prediction_type == "v"
+    assert choose(file(weights.path, {"prediction_type": "eps"}), *words).prediction_type == "eps"  # its own word
+
+
+def test_a_file_that_says_nothing_is_asked_about():
+    with pytest.raises(UserError, match="sd-20.ckpt does not say which model it is: add --version .*2.0-v.*config"):
+        choose(file("sd-20.ckpt"))
+    assert choose(file("sd-20.ckpt"), None, "2.0-v").prediction_type == "v"
+
+
+def test_what_a_checkpoint_carries_decides():
+    own = replace(TINY, sampling=SamplingConfig("ddim", 4, 1.0, "trailing", "zero"))
+    weights = file("student.safetensors", describe(own))
+    for words in ((), (None, "tiny")):
+        assert choose(weights, *words).sampling == own.sampling
+    assert choose(weights, "configs/tiny-vpred.yaml").sampling == TINY.sampling  # the command's config decides more
+    with pytest.raises(UserError, match="student.safetensors .*--version 2.1 says"):
+        choose(weights, None, "2.1")
+
+
+def test_the_file_in_the_repository_says_how_it_draws_best():
+    old = describe(TINY)["model_config"].replace("  sampling:", "  left_out:")
+    assert "sampling:" not in old
+    lines = [line for line in old.splitlines() if "left_out" not in line]
+    start = next(i for i, line in enumerate(lines) if "sampler:" in line)
+    text = "\n".join(lines[:start] + lines[start + 5 :])
+    assert from_yaml(text, "x").sampling == SamplingConfig()
+    meta = {**describe(TINY), "model_config": text}
+    assert choose(file("models/tiny-vpred.safetensors", meta)).sampling == TINY.sampling
+    assert choose(file("of-mine.safetensors", meta)).sampling == SamplingConfig()
+
+
+def test_the_words_are_those_of_the_file_with_the_unet():
+    unet, rest = file("unet.safetensors", parts=(UNET,)), file("base.safetensors", describe(V))
+    both = replace(unet, rest_path=rest.path, rest=rest.checkpoint)
+    with pytest.raises(UserError, match="unet.safetensors does not say which model"):
+        choose(both)
+    vae = file("vae.safetensors", {"prediction_type": "eps"}, parts=(VAE,))
+    assert choose(replace(vae, rest_path=rest.path, rest=rest.checkpoint)).prediction_type == "v"
+    tensors = tensors_of(both, Choice(V, "the config"))
+    assert tensors.keys() == rest.checkpoint.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: replace(c, prediction_type="eps"), "prediction_type 'v', the config says 'eps'"),
+        (lambda c: replace(c, schedule=replace(c.schedule, beta_end=0.02)), "schedule beta_end: '0.012', .*0.02"),
+        (lambda c: replace(c, scale_factor=0.2), "latents scaled by 0.18215"),
+        (lambda c: replace(c, unet=replace(c.unet, num_head_channels=32)), "unet.num_head_channels '64', .* '32'"),
+        (lambda c: replace(c, text=replace(c.text, heads=8)), "text.heads '16', the config says '8'"),
+        (lambda c: replace(c, text=replace(c.text, padding="end")), "text.padding 'zero', the config says 'end'"),
+        (lambda c: replace(c, vae=replace(c.vae, num_res_blocks=1)), "vae.num_res_blocks '2', the config says '1'"),
+    ],
+)
+def test_the_first_difference_is_said(change, told):
+    ckpt = file("x.ckpt", describe(V)).checkpoint
+    check_words("x.ckpt", ckpt, V)
+    with pytest.raises(UserError, match=f"x.ckpt .*{told}"):
+        check_words("x.ckpt", ckpt, change(V))
+
+
+def test_what_changes_no_answer_is_no_difference():
+    unet = replace(V.unet, use_checkpoint=False, attention_resolutions=(1, 2, 4))
+    text = replace(V.text, padding="zero")
+    other = replace(V, unet=unet, text=text, image_size=512, sampling=SamplingConfig("ddim"))
+    check_words("x.ckpt", file(meta=describe(V)).checkpoint, other)
+    another = replace(V, unet=replace(V.unet, num_head_channels=32), prediction_type="eps")
+    check_words("x.ckpt", file(meta=describe(V)).checkpoint, another, parts=(VAE, TEXT))  # its UNet is not wanted
+    check_words("x.ckpt", file(meta=describe(V), parts=(VAE,)).checkpoint, another)  # or is not there
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"scale_factor": "abc"},
+        {"scale_factor": "nan"},
+        {"scale_factor": "-1"},
+        {"model_config": "x: 1"},
+        {"model_config": "["},
+        {"model_config": "model: {prediction_type: v, image_size: big}"},
+    ],
+    ids=str,
+)
+def test_damaged_words_are_one_line(meta):
+    with pytest.raises(UserError, match="x.ckpt") as error:
+        choose(file(meta=meta), "configs/v2-inference.yaml")
+        check_words("x.ckpt", file(meta=meta).checkpoint, EPS)
+    assert "\n" not in str(error.value)
+
+
+def test_sd2_prompts_are_padded_as_the_weights_were_trained(tmp_path, caplog):
+    """Zero is Stability's; MindONE trains with the end token. What a config or a checkpoint says comes first."""
+    caplog.set_level("INFO")
+    theirs = file("sd-20.ckpt", by_mindone=True)
+    assert choose(theirs, None, "2.0-v").text.padding == "end"
+    assert [("sd-20.ckpt" in text and "'end'" in text) for text in caplog.messages] == [True]
+    assert choose(file("sd_v2_768_v-e12e3a9b.ckpt", by_mindone=True)).text.padding == "zero"
+    assert choose(file("sd-20.ckpt"), None, "2.0-v").text.padding == "zero"
+    assert choose(file("sd-20.ckpt"), None, "1.5").text.padding == "end"
+    save_model_config(replace(V, text=replace(V.text, padding="zero")), tmp_path / "zero.yaml")
+    assert choose(theirs, str(tmp_path / "zero.yaml")).text.padding == "zero"
+    ours = describe(replace(V, text=replace(V.text, padding="end")))
+    assert choose(file("fine.safetensors", ours)).text.padding == "end"
+
+
+def test_the_key_of_a_config_is_of_what_decides_an_answer():
+    same = [
+        replace(V, image_size=512),
+        replace(V, sampling=SamplingConfig("ddim")),
+        replace(V, unet=replace(V.unet, use_checkpoint=not V.unet.use_checkpoint)),
+    ]
+    assert {config_key(config) for config in same} == {config_key(V)}
+    other = [EPS, replace(V, schedule=replace(V.schedule, beta_end=0.02)), replace(V, text=replace(V.text, heads=8))]
+    assert len({config_key(config) for config in (V, *other)}) == 4
