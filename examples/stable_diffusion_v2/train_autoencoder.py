@@ -197,7 +197,7 @@ class WholeAutoencoder:
     def __init__(self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace):
         self.model, self.config, self.args = model, config, args
         if path := args.pretrained_model_path:
-            model.load(checkpoint.load(path).tensors, path, (VAE,))
+            model.load(checkpoint.load(path).tensors, path, (VAE,), copy=True)
         else:
             initialize(model.vae, args.seed)
         self.trained, self.untrained_bytes = list(model.vae.get_parameters()), 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import mmap
+import os
 import re
 import struct
 import zlib
@@ -293,17 +294,41 @@ def resident() -> int:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_arrays_are_private_views_of_the_file(tmp_path, kind):
+def test_arrays_are_views_of_the_file_that_cannot_be_written_to(tmp_path, kind):
     path = tmp_path / "t"
     checkpoint.save(path, small(), {}, kind)
-    before = path.read_bytes()
     for array in checkpoint.load(path).tensors.values():
         owner = array
         while isinstance(owner, np.ndarray):
             owner = owner.base
         assert isinstance(owner.obj if isinstance(owner, memoryview) else owner, mmap.mmap)
-        array[...] = 7
-    assert path.read_bytes() == before
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 7
+
+
+def test_memory_that_can_be_written_is_not_given_back(tmp_path, monkeypatch):
+    """Were files mapped so that arrays can be written to, what was written would be lost."""
+    monkeypatch.setattr(mmap, "ACCESS_READ", mmap.ACCESS_COPY)
+    formats.write(tmp_path / "t", {"a": np.ones(5000, np.float32)}, {}, "safetensors")
+    with pytest.raises(AssertionError, match="never given back"):
+        checkpoint.release(formats.read(tmp_path / "t")[0]["a"])
+
+
+def test_a_file_that_is_written_to_is_noticed_and_one_that_is_replaced_does_no_harm(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    formats.write(one, {"a": np.ones(5000, np.float32)}, {}, "safetensors")
+    formats.write(other, {"a": np.zeros(5000, np.float32)}, {}, "safetensors")
+    views, time = formats.read(one)[0], one.stat().st_mtime_ns
+    assert checkpoint.changed([*views.values(), np.ones(3)]) is None
+    os.replace(other, one)
+    assert checkpoint.changed(views.values()) is None and views["a"].all()
+    formats.write(one, {"a": np.ones(5000, np.float32)}, {}, "safetensors")
+    for change in (lambda file: file.truncate(4096), lambda file: os.utime(one, ns=(time, time + 1))):
+        views = formats.read(one)[0]
+        with open(one, "r+b") as file:
+            change(file)
+        assert checkpoint.changed(views.values()) == one
+        formats.write(one, {"a": np.ones(5000, np.float32)}, {}, "safetensors")
 
 
 def test_numbers_are_aligned_in_safetensors(tmp_path):

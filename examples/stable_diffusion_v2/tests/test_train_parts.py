@@ -17,6 +17,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.checkpoint import formats
 from ldm.errors import UserError
+from ldm.models.layers import fill
 from ldm.randomness import generator
 from ldm.ranks import Ranks
 from ldm.train.ema import Ema
@@ -102,6 +103,18 @@ def test_the_loss_falls():
     assert all(result.applied for result in results)
     assert results[-1].loss < 0.5 * results[0].loss
     assert results[0].extras == pytest.approx((results[0].loss,), rel=1e-6)
+
+
+def test_a_view_of_a_file_is_not_trained():
+    param = Parameter(Tensor(np.zeros(4, np.float32)), name="w")
+    optimizer = build_optimizer("sgd", [param], (0.9, 0.999))
+    for copy in (False, True):
+        assert fill(param, np.frombuffer(bytes(1040), np.float32, 4, 512), copy) == copy
+        if copy:
+            TrainStep(nn.Cell(), optimizer)
+        else:
+            with pytest.raises(AssertionError, match="views of a file, first w"):
+                TrainStep(nn.Cell(), optimizer)
 
 
 def test_norm_and_clipping():

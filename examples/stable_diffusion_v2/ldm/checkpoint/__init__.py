@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm.checkpoint import diffusers_folder, formats, kinds, names
-from ldm.checkpoint.arrays import release, widened
+from ldm.checkpoint.arrays import changed, release, widened
 from ldm.diffusion.prediction import own_name
 from ldm.errors import UserError
 from ldm.files import escaped, sha256
@@ -36,6 +36,7 @@ from ldm.files import escaped, sha256
 __all__ = [
     "FORMATS",
     "Checkpoint",
+    "changed",
     "check_names",
     "content_key",
     "load",

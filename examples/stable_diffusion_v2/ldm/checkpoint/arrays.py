@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +18,32 @@ BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # NumPy has no such type: these numb
 
 class FileError(Exception):
     """What is wrong with a file, to be put behind its name."""
+
+
+class Mapping(mmap.mmap):
+    """A file's content as memory, which cannot be written to.
+
+    The content is that of the file which was opened, also where another file takes its name later. Whoever writes into
+    this one, or cuts it, changes the arrays that are views of it: see `changed`.
+    """
+
+    def __new__(cls, path: Path):
+        with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise FileError("is empty (0 bytes): a copy or a download failed, fetch the file again")
+            mapping = super().__new__(cls, file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapping.descriptor = os.dup(file.fileno())
+        mapping.path, mapping.state = path, mapping.present_state()
+        return mapping
+
+    def present_state(self) -> tuple[int, int]:
+        """What differs after somebody has written to the file."""
+        found = os.fstat(self.descriptor)
+        return found.st_size, found.st_mtime_ns
+
+    def __del__(self):
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 def truncation(needed: int, there: int) -> FileError:
@@ -58,16 +87,29 @@ def raw(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def release(array: np.ndarray) -> None:
     """Let go of the memory behind an array that is a view of a file; it is read again should it be needed again.
 
-    For after copying: the numbers then are in memory once. What was written to the array is lost.
+    For after copying: the numbers then are in memory once.
     """
-    base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    data = base.obj if isinstance(base, memoryview) else base
-    if not isinstance(data, mmap.mmap) or not array.flags.c_contiguous:
+    data = _mapping(array)
+    if data is None or not array.flags.c_contiguous:
         return
+    assert not array.flags.writeable, "memory that can be written is never given back: what was written would be lost"
     start = array.ctypes.data - np.frombuffer(data, np.uint8).ctypes.data
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
         data.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def changed(arrays: Iterable[np.ndarray]) -> Path | None:
+    """A file that was written to, or cut, since these views of it were made; None where all are as they were."""
+    mappings = {id(mapping): mapping for mapping in map(_mapping, arrays) if mapping is not None}
+    return next((each.path for each in mappings.values() if each.present_state() != each.state), None)
+
+
+def _mapping(array: np.ndarray) -> Mapping | None:
+    """What the array is a view of, if it is one of a file."""
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    data = base.obj if isinstance(base, memoryview) else base
+    return data if isinstance(data, Mapping) else None

@@ -3,18 +3,17 @@
 Each format has a file here, and needs none of the framework that defined it: ``safetensors_file``, ``mindspore_file``
 (both read and written) and ``pytorch_file`` (read).
 
-A file is recognised by what is in it. Arrays are views of one private memory mapping: reading costs no memory until a
-number is used, writing to an array never reaches the file. bfloat16, which NumPy lacks, is widened to float32.
+A file is recognised by what is in it. Arrays are views of one memory mapping, which nobody can write to: reading costs
+no memory until a number is used. bfloat16, which NumPy lacks, is widened to float32.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 from pathlib import Path
 
 from ldm.checkpoint import mindspore_file, pytorch_file, safetensors_file
-from ldm.checkpoint.arrays import FileError, Strings, Tensors, release, widened
+from ldm.checkpoint.arrays import FileError, Mapping, Strings, Tensors, release, widened
 from ldm.errors import UserError
 from ldm.files import replacing
 
@@ -38,8 +37,8 @@ def read(path: str | Path, widen: bool = True) -> tuple[Tensors, Strings, str]:
     where the file is missing, unreadable, truncated, damaged or of another kind.
     """
     path = Path(path)
-    data = _map(path)
     try:
+        data = _map(path)
         kind = _identify(data)
         tensors, strings = _KINDS[kind].read(data)
         if not tensors:
@@ -76,15 +75,12 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path) -> Mapping:
     try:
-        with open(path, "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise UserError(f"{path} is empty (0 bytes): a copy or a download failed, fetch the file again")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            if hasattr(mmap, "MADV_SEQUENTIAL"):
-                data.madvise(mmap.MADV_SEQUENTIAL)  # it is read ahead in larger pieces, from a disk in half the time
-            return data
+        data = Mapping(path)
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            data.madvise(mmap.MADV_SEQUENTIAL)  # it is read ahead in larger pieces, from a disk in half the time
+        return data
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist: give the path of a .ckpt or .safetensors file") from None
     except IsADirectoryError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import mindspore as ms
 import numpy as np
@@ -24,11 +25,18 @@ def parameter(*shape: int, value: float = 0.0) -> Parameter:
 def fill(target: Parameter, array: np.ndarray, copy: bool = False) -> bool:
     """Give a parameter the values of `array`; returns whether they were copied, as was asked for or had to be.
 
-    Where they were not, it shares the array's memory from then on.
+    Where they were not, it shares the array's memory from then on, and must not be trained: `require_own`.
     """
     copy = copy or array.dtype != np.float32 or not array.flags.c_contiguous or array.ctypes.data % ALIGNMENT != 0
     target.set_data(Tensor.from_numpy(np.array(array, np.float32, order="C") if copy else array))
+    target.is_view = not copy
     return copy
+
+
+def require_own(parameters: Iterable[Parameter]) -> None:
+    """Whatever changes parameters asks here first: one that is a view of a file cannot be written to."""
+    views = [each.name for each in parameters if getattr(each, "is_view", False)]
+    assert not views, f"{len(views)} parameters are views of a file, first {views[0]}: load them with copy=True"
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Tensor:

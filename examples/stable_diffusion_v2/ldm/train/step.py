@@ -22,6 +22,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.errors import UserError
+from ldm.models.layers import require_own
 from ldm.ranks import Ranks
 from ldm.train.ema import Ema
 from ldm.train.optimizer import Optimizer
@@ -97,6 +98,7 @@ class TrainStep:
         gradients: Callable | None = None,
     ):
         self.check(max_grad_norm)
+        require_own(optimizer.params)
         self.optimizer, self.ema, self.ranks = optimizer, ema, ranks or Ranks()
         self.max_grad_norm = max_grad_norm or math.inf
         self.loss_scale = loss_scale or LossScale()
