@@ -37,7 +37,8 @@ from ldm.pictures import grid, make_folder, next_number, read_facts, read_png, s
 from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, sampler_of
 from ldm.text.tokenizer import Tokenizer
 from ldm.versions import VERSIONS, existing, find_checkpoint, version
-from ldm.weights import Choice, Weights, choose_config, config_key, open_weights, tensors_of
+from ldm.weights import choose_config, config_key, open_weights, tensors_of
+from ldm.yaml_file import search
 
 log = logging.getLogger("text_to_image")
 
@@ -175,19 +176,40 @@ def batches(pictures: list[Picture], size: int):
         yield batch, batch + batch[-1:] * (size - len(batch))
 
 
-def find_model(args: argparse.Namespace) -> tuple[Choice, Weights]:
-    """The model that the command means, and its files, open.
+class Model(NamedTuple):
+    """What is drawn with: the config, the checkpoint's path, and its tensors as views of the file."""
+
+    config: ModelConfig
+    path: str
+    tensors: dict[str, np.ndarray]
+
+
+def find_model(args: argparse.Namespace) -> Model:
+    """The model that the command means.
 
     Raises:
-        UserError: nothing says which model it is, or its file is not there.
+        UserError: nothing says which model it is, its file is not there, or it is of another model.
     """
     path, version = args.ckpt_path, args.version
     if not path:
-        version = version or DEFAULT_VERSION
         wanted = load_model_config(args.config).prediction_type if args.config else None
+        version = version or default_version(wanted, args.download)
         path = find_checkpoint(version, args.download, wanted)
     weights = open_weights(existing(path), args.pretrained_model_path)
-    return choose_config(weights, args.config, version), weights
+    choice = choose_config(weights, args.config, version)
+    return Model(choice.config, path, tensors_of(weights, choice, args.vae_path))
+
+
+def default_version(prediction_type: str | None, download: bool) -> str:
+    """MindONE's, where it can serve; UserError where the command has to say what to draw with."""
+    own = load_model_config(VERSIONS[DEFAULT_VERSION].config).prediction_type
+    there = search(f"models/{VERSIONS[DEFAULT_VERSION].checkpoint}") is not None
+    if prediction_type in (None, own) and (there or download):
+        return DEFAULT_VERSION
+    raise UserError(
+        f"nothing says what to draw with: give a checkpoint by --ckpt_path, or a published model by --version "
+        f"({', '.join(VERSIONS)}), with --download where its file is not there"
+    )
 
 
 def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str) -> dict:
@@ -268,8 +290,7 @@ def main() -> None:
     if ranks.size > 1 and args.skip_save and not args.skip_grid:
         raise UserError("several processes make the grid from the saved pictures: leave out --skip_save")
     with ranks.main_first("checkpoint"):
-        choice, weights = find_model(args)
-    config = choice.config
+        config, path, tensors = find_model(args)
     height, width = args.H or config.image_size, args.W or config.image_size
     check_config(config, height, width)
     sampler, steps = chosen_sampler(args, config), args.sampling_steps or config.sampling.steps
@@ -277,21 +298,20 @@ def main() -> None:
     with ranks.main_first("folder"):
         samples = make_folder(Path(args.output_path) / "samples")
     ranks.check_shared(samples)
-    facts = run_facts(args, config, weights.path)
+    facts = run_facts(args, config, path)
     settings = Settings(sampler, steps, facts["scale"], height, width, args.seed)
     if args.resume:
         if next_number(samples):
-            facts.update(file_facts(args, weights.path))
+            facts.update(file_facts(args, path))
         pictures = missing(pictures, samples, args, facts)
         if not pictures:
             log.info("all pictures are in %s", samples)
             return
     warn_of_plain_words(pictures, settings.guidance_scale)
     device = runtime.start(args.device_target, args.mode, ranks)
-    tensors = tensors_of(weights, choice, args.vae_path)
-    files = None if args.skip_save or "checkpoint_sha256" in facts else in_background(file_facts, args, weights.path)
+    files = None if args.skip_save or "checkpoint_sha256" in facts else in_background(file_facts, args, path)
     model = StableDiffusion(config)
-    model.load(tensors, weights.path)
+    model.load(tensors, path)
     runtime.set_compute_dtype(model, facts["dtype"])
     if device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS:
         model.compile_blockwise()

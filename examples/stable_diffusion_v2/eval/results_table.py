@@ -47,7 +47,6 @@ from ldm.options import Parser, require_at_least  # noqa: E402
 from ldm.pictures import captioned_rows, make_folder, save_png  # noqa: E402
 from ldm.pipeline import check_config  # noqa: E402
 from ldm.versions import VERSIONS  # noqa: E402
-from ldm.weights import tensors_of  # noqa: E402
 
 log = logging.getLogger("results_table")
 
@@ -153,11 +152,9 @@ def prepare(
     options = text_to_image.build_parser().parse_args(words)
     if options.skip_save:
         raise UserError("--skip_save leaves nothing to measure")
-    choice, weights = text_to_image.find_model(options)
-    config, checkpoint = choice.config, weights.path
+    config, checkpoint, _ = text_to_image.find_model(options)
     pictures, drawing = text_to_image.plan(options), text_to_image.run_facts(options, config, checkpoint)
     check_config(config, drawing["H"], drawing["W"])
-    tensors_of(weights, choice, options.vae_path)
     sources = {**text_to_image.file_facts(options, checkpoint), "fixed_code": options.fixed_code}
     key = digest(json.dumps([pictures, drawing, sources], sort_keys=True))
     facts = {

@@ -19,6 +19,7 @@ import numpy as np
 from ldm import checkpoint
 from ldm.checkpoint import Checkpoint
 from ldm.config import ModelConfig, SamplingConfig, from_yaml, load_model_config, to_yaml
+from ldm.diffusion.prediction import get_prediction
 from ldm.errors import UserError
 from ldm.files import quoted
 from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE
@@ -66,7 +67,8 @@ def choose_config(weights: Weights, config_path: str | None = None, version: str
     """The model that a command means; its text padding is settled.
 
     Raises:
-        UserError: nothing says which model it is; the file says another than --version or is published as another.
+        UserError: nothing says which model it is; the file says another than --version or is published as another; the
+            config's prediction type is unknown.
     """
     path, ckpt = weights.of_unet
     own, name = own_config(path, ckpt), published(path)
@@ -82,6 +84,7 @@ def choose_config(weights: Weights, config_path: str | None = None, version: str
         raise UserError(
             f"{path} does not say which model it is: add --version ({', '.join(VERSIONS)}), or its YAML file as config"
         )
+    get_prediction(choice.config.prediction_type)  # or an unknown word would be held against the file's
     if name and "prediction_type" not in ckpt.meta:
         _check_published(path, name, choice)
     return choice._replace(config=pad_text(choice.config, path, weights))
