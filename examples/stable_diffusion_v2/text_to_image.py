@@ -28,7 +28,7 @@ from ldm.diffusion.samplers import FINAL_SIGMAS, SAMPLERS, Sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.spacing import SPACINGS
 from ldm.errors import UserError
-from ldm.files import escaped
+from ldm.files import claimed, escaped
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
 from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.stable_diffusion import StableDiffusion
@@ -297,6 +297,8 @@ def main() -> None:
     sampler.times(build_schedule(config.schedule), steps)  # or the number of steps is refused
     with ranks.main_first("folder"):
         samples = make_folder(Path(args.output_path) / "samples")
+        if ranks.is_main:
+            runtime.until_end(claimed(args.output_path, "drawing"))
     ranks.check_shared(samples)
     facts = run_facts(args, config, path)
     settings = Settings(sampler, steps, facts["scale"], height, width, args.seed)
@@ -341,8 +343,10 @@ def main() -> None:
             drawn.update((p.number, image) for p, image in zip(batch, images) if p.number in shown)
         if not args.skip_save:
             facts.update(files.result() if files else {})
-            for picture, image in zip(batch, images):
-                save_drawn(image, samples / f"{first + picture.number:05}.png", picture_facts(picture, args, facts))
+            with runtime.signals.held("when these pictures are saved"):
+                for picture, image in zip(batch, images):
+                    save_drawn(image, samples / f"{first + picture.number:05}.png", picture_facts(picture, args, facts))
+            runtime.signals.raise_if_asked()
     bar.close()
     ranks.barrier("all drawn")
     if not args.skip_save:

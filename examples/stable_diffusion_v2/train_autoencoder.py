@@ -20,6 +20,7 @@ from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
 import argparse
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.data.images import crop, to_float
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
+from ldm.files import claimed
 from ldm.models.layers import initialize
 from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
@@ -42,11 +44,12 @@ from ldm.pictures import grid, make_folder, save_png, to_uint8
 from ldm.pipeline import Pipeline, Settings, check_config, sampler_of
 from ldm.randomness import generator, spread
 from ldm.ranks import Ranks
+from ldm.signals import Stopped
 from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
 from ldm.train.latent_channels import alive, keep_channels
 from ldm.train.learning_rate import MULTI_STEP, SCHEDULES, LearningRate, tell_changes
-from ldm.train.log import ResultLog, loss_curve, read_log
+from ldm.train.log import ResultLog, loss_curve
 from ldm.train.optimizer import OPTIMIZERS, build_optimizer, check_numbers
 from ldm.train.state import (
     RESUME_NAME,
@@ -267,6 +270,8 @@ class DecoderAlone:
 
     def export(self, run: Path, tensors: dict[str, np.ndarray], data: CaptionedImages) -> Path:
         """Write the whole model with the trained tensors."""
+        if file := checkpoint.changed(self.whole.values()):
+            raise UserError(f"{file} was written to during this run, which exports what it does not train from it")
         checkpoint.save(run / self.exported, {**self.whole, **tensors}, describe(self.config), "safetensors")
         return run / self.exported
 
@@ -308,6 +313,7 @@ def main() -> None:
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, 0, args.steps
     )
     run = make_folder(args.output_path)
+    runtime.until_end(claimed(run, "training"))
     resume_from = resume_path(args.resume, run)
     refuse_used_folder(run, resume_from)
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image)
@@ -330,10 +336,39 @@ def main() -> None:
     save_yaml(vars(args), run / "args.yaml")
 
     batches = Batches(data, args.train_batch_size, args.seed, Augment(args.random_crop, args.flip), first)
-    stream, shown = iter(batches), fixed_pictures(data, SHOWN)
-    result = ResultLog(run / "result.log", COLUMNS, first)
-    with tqdm(total=args.steps, initial=first, unit="step") as bar:
+    shown = fixed_pictures(data, SHOWN)
+
+    def save(result: ResultLog, step: int) -> None:
+        with train_step.ema.applied():
+            decoded = model.decode(model.encode_images(shown)[0])
+            exported = task.export(run, train_step.ema.tensors(), data)
+        save_png(grid(to_uint8(np.concatenate([shown, decoded])), rows=2), run / "reconstructions.png")
+        save_state(run / RESUME_NAME, train_step, {"step": step}, settings)
+        loss_curve(run / "loss_curve.png", result.table())
+        log.info("step %d: %s", step, exported)
+
+    train(args, task, train_step, rate, batches, first, save)
+
+
+def train(
+    args: argparse.Namespace,
+    task: WholeAutoencoder | DecoderAlone,
+    train_step: TrainStep,
+    rate: LearningRate,
+    batches: Batches,
+    first: int,
+    save: Callable[[ResultLog, int], None],
+) -> None:
+    """The loop: all steps from `first` on."""
+    stream, result = iter(batches), ResultLog(Path(args.output_path) / "result.log", COLUMNS, first)
+    held = runtime.signals.held("when this step is made and saved")
+    with held, tqdm(total=args.steps, initial=first, unit="step") as bar:
         for step in range(first, args.steps):
+            if asked := runtime.signals.asked:
+                if step > first and step % args.save_interval:
+                    save(result, step)
+                log.info("stopped after step %d of %d; --resume True goes on from there", step, args.steps)
+                raise Stopped(asked)
             began, lr, batch = time.perf_counter(), rate(step), next(stream)
             inputs = Tensor(batch.images), Tensor(task.second_input(batch, step))
             outcome = train_step([inputs], lr, step)
@@ -350,13 +385,7 @@ def main() -> None:
             bar.set_postfix_str(f"loss {outcome.loss:.4f}, PSNR {psnr(squared):.2f} dB", refresh=False)
             bar.update()
             if (step + 1) % args.save_interval == 0 or step + 1 == args.steps:
-                with train_step.ema.applied():
-                    decoded = model.decode(model.encode_images(shown)[0])
-                    exported = task.export(run, train_step.ema.tensors(), data)
-                save_png(grid(to_uint8(np.concatenate([shown, decoded])), rows=2), run / "reconstructions.png")
-                save_state(run / RESUME_NAME, train_step, {"step": step + 1}, settings)
-                loss_curve(run / "loss_curve.png", read_log(run / "result.log"))
-                log.info("step %d: %s", step + 1, exported)
+                save(result, step + 1)
 
 
 def run_settings(args: argparse.Namespace, config: ModelConfig) -> dict:

@@ -19,7 +19,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.timestep_bias import STRATEGIES, timestep_density
 from ldm.diffusion.weighting import WEIGHTINGS, loss_weight
 from ldm.errors import UserError
+from ldm.files import claimed, escaped
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS
 from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.layers import initialize
@@ -48,18 +49,20 @@ from ldm.options import Parser, draw_seed, read_options, require_at_least, seed,
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, sampler_of
 from ldm.ranks import Ranks, follow_parent, without_launcher
+from ldm.signals import Stopped
 from ldm.text.tokenizer import Tokenizer
 from ldm.train.blockwise import BlockwiseGradients
 from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
 from ldm.train.inputs import FrozenOutputs, Inputs
 from ldm.train.learning_rate import SCHEDULES, LearningRate, tell_changes
-from ldm.train.log import ResultLog, loss_curve, read_log
+from ldm.train.log import ResultLog, loss_curve
 from ldm.train.optimizer import OPTIMIZERS, build_optimizer, check_numbers
 from ldm.train.state import (
     RESUME_NAME,
     check_room,
     check_settings,
+    delete,
     load_state,
     prune,
     refuse_used_folder,
@@ -231,6 +234,18 @@ def trained_unet(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
     return [UNET + name for name in trainable(unet, args.trainable_modules)]
 
 
+def require_finite(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> None:
+    """UserError where weights to start from are NaN or infinite: nothing good comes of those, at any learning rate."""
+    random = {UNET: args.unet_initialize_random, TEXT: args.text_encoder_initialize_random}
+    used = tuple(part for part in PARTS if not random.get(part))
+    bad = checkpoint.not_finite({name: array for name, array in tensors.items() if name.startswith(used)})
+    if bad:
+        raise UserError(
+            f"{args.pretrained_model_path}: NaN or infinity in {len(bad)} tensors, first {escaped(bad[0])}: nothing "
+            "can be trained from it; start from an earlier checkpoint, or fetch the file again"
+        )
+
+
 def open_caches(args: argparse.Namespace, config: ModelConfig, tensors: dict, dtype: str) -> FrozenOutputs:
     """The caches of what is frozen and does not change at random."""
     text = args.cache_text and not (args.train_text_encoder or args.text_encoder_initialize_random)
@@ -286,7 +301,8 @@ def fill_elsewhere(args: argparse.Namespace, ranks: Ranks) -> None:
     share = ["--use_parallel", "False", "--seed", str(args.seed), "--cache_share", f"{ranks.rank}/{ranks.size}"]
     command = [sys.executable, *sys.argv, "--cache_only", "True", *share]
     device = {"DEVICE_ID": str(ranks.local_rank)} if ranks.size > 1 else {}
-    if subprocess.run(command, env={**without_launcher(), **device}).returncode:
+    env = {**without_launcher(), **device}
+    if subprocess.run(command, env=env, start_new_session=True).returncode:  # Ctrl-C comes to this process alone
         raise UserError("the caches could not be filled; the reason is above")
 
 
@@ -335,6 +351,7 @@ def prepare(
 ) -> tuple[StableDiffusion, FrozenOutputs]:
     """The networks that are needed, and the caches, full."""
     caches, share = open_caches(args, config, ckpt.tensors, dtype), cache_share(args, ranks)
+    caches.forget_damaged(data, share)
     to_fill = any(caches.missing(data, share))
     frozen_bytes = sum(array.nbytes for array in frozen_tensors(args, ckpt).values())
     if to_fill and not args.cache_only and frozen_bytes > OWN_PROCESS_BYTES:
@@ -364,7 +381,11 @@ class Output:
         self.args, self.config, self.model, self.train_step = args, config, model, train_step
         self.frozen, self.settings = frozen, settings
         self.folder, self.progress = Path(args.output_path), {"step": 0, "written": []}
-        self.ckpt_folder = ckpt_folder(args)
+        self.ckpt_folder, self.result = ckpt_folder(args), None
+
+    def open_log(self) -> None:
+        """Go on with the table of the steps behind the last that was saved."""
+        self.result = ResultLog(self.folder / "result.log", COLUMNS, self.progress["step"])
 
     def resume(self, path: Path | None) -> int:
         """Put the run back to where a resume state left it; how many steps were made."""
@@ -380,26 +401,62 @@ class Output:
         return (2 if self.args.ckpt_dtype == "float16" else 4) * int(sum(map(np.prod, shapes.values())))
 
     def save(self, step: int, number: int) -> None:
-        """The checkpoint sd-{number} and the resume state."""
+        """The checkpoint sd-{number} and the resume state.
+
+        Raises:
+            UserError: it cannot be written, or somebody has written to the file that its frozen part is a view of.
+        """
         args, ema = self.args, self.train_step.ema
         name = f"sd-{number}{SUFFIXES[args.ckpt_format]}"
+        self._require_source(step)
         tensors = {**self.frozen, **self.model.tensors(), **(ema.tensors() if ema else {})}  # averages where there are
         checkpoint.save(self.ckpt_folder / name, tensors, describe(self.config), args.ckpt_format, args.ckpt_dtype)
+        self._require_source(step, name)
         written = [*(old for old in self.progress["written"] if old != name), name]
         self.progress = {"step": step, "written": prune(self.ckpt_folder, written, args.ckpt_max_keep)}
+        self._save_state()
+        loss_curve(self.folder / "loss_curve.png", self.result.table())
+
+    def _save_state(self) -> None:
         save_state(self.ckpt_folder / RESUME_NAME, self.train_step, self.progress, self.settings)
-        loss_curve(self.folder / "loss_curve.png", read_log(self.folder / "result.log"))
+
+    def _require_source(self, step: int, *written: str) -> None:
+        """Where the frozen part is no longer what it was, save the state, which does without it, and end the run."""
+        file = checkpoint.changed(self.frozen.values())
+        if file is None:
+            return
+        for name in written:
+            delete(self.ckpt_folder / name)
+        self.progress = {"step": step, "written": [old for old in self.progress["written"] if old not in written]}
+        self._save_state()
+        raise UserError(
+            f"{file} was written to during this run, whose checkpoints take their frozen part from it: put back what "
+            f"was there and go on with --resume True; step {step} is saved"
+        )
+
+    def save_if_new(self, step: int, number: int) -> None:
+        """`save`, where this step is not saved yet."""
+        if self.progress["step"] < step:
+            self.save(step, number)
 
     def validate(self, step: int) -> None:
-        """One picture per validation prompt, always from the same noise, side by side."""
+        """One picture per validation prompt, always from the same noise, side by side; none where a signal came."""
         args, ema = self.args, self.train_step.ema if step else None
         path = make_folder(self.folder / "validation") / f"{step:06}.png"
         settings = validation_settings(args, self.config)
         with ema.applied() if ema else contextlib.nullcontext():
             pipeline, prompts = Pipeline(self.config, self.model), args.validation_prompts
-            pictures = [pipeline.draw([prompt], [""], [i], settings)[0] for i, prompt in enumerate(prompts)]
+            pictures = [pipeline.draw([p], [""], [i], settings, until_asked)[0] for i, p in enumerate(prompts)]
         save_png(grid(np.stack(pictures), 1 if len(pictures) < 5 else 2), path)
         log.info("validation pictures: %s", path)
+
+
+def until_asked(times: Iterable) -> Iterator:
+    """The times of a sampler, until a signal asks this process to end: then Stopped is raised."""
+    for t in times:
+        if runtime.signals.asked:
+            raise Stopped(runtime.signals.asked)
+        yield t
 
 
 def ckpt_folder(args: argparse.Namespace) -> Path:
@@ -440,6 +497,8 @@ def main() -> None:
         folder = make_folder(ckpt_folder(args))
         resume_from = resume_path(args.resume, folder)
         if not args.cache_only:
+            if ranks.is_main:
+                runtime.until_end(claimed(args.output_path, "training"))
             refuse_used_folder(folder, resume_from)
         dtype = runtime.compute_dtype(args.dtype, args.device_target)
         settings = run_settings(args, config, dtype, ranks)
@@ -450,6 +509,8 @@ def main() -> None:
     runtime.connect_devices(ranks, device)
     ckpt = read_start(args, choice, weights)
     trained_unet(args, ckpt.tensors)  # before the caches are filled
+    if ranks.is_main and "cache_share" not in args:
+        require_finite(args, ckpt.tensors)
     in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # then pictures are read once at most
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)
     log.info(data.summary())
@@ -481,27 +542,40 @@ def main() -> None:
 
 def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: Inputs, first: int) -> None:
     """The loop: all steps from `first` on. Rank 0 alone writes and draws; the others meet it in the next step."""
-    is_main = output.train_step.ranks.is_main
+    ranks = output.train_step.ranks
+    is_main = ranks.is_main
     micro = args.gradient_accumulation_steps
     epoch = max(1, batches.steps_per_epoch // micro)
     total = args.train_steps or args.epochs * epoch
     log.info("%d steps of %d are to be made, %d to an epoch", max(0, total - first), total, epoch)
     rate = learning_rate(args, total)
+
+    def number(step: int) -> int:
+        """Of a checkpoint after that many steps."""
+        return step if args.step_mode else -(-step // epoch)
+
     if is_main:
         rate.warn()
     if is_main and args.validation_prompts and not first:  # what there is to improve on, and whether drawing works
         output.validate(0)
     stream = map(inputs, batches)
-    result = ResultLog(output.folder / "result.log", COLUMNS, first) if is_main else None
-    with tqdm(total=total, initial=first, unit="step") as bar:
+    if is_main:
+        output.open_log()
+    held = runtime.signals.held("when this step is made and saved")
+    with held, tqdm(total=total, initial=first, unit="step") as bar:
         for step in range(first, total):
+            if asked := max(ranks.gather("signals", runtime.signals.asked)):
+                if is_main and step > first:
+                    output.save_if_new(step, number(step))
+                log.info("stopped after step %d of %d; --resume True goes on from there", step, total)
+                raise Stopped(asked)
             began, lr = time.perf_counter(), rate(step)
             outcome = output.train_step([next(stream) for _ in range(micro)], lr, step)
             seconds, done = time.perf_counter() - began, step + 1
             if not is_main:
                 continue
             numbers = (done, 1 + step // epoch, outcome.loss, *outcome.extras, lr, outcome.grad_norm, seconds)
-            result.write(**dict(zip(COLUMNS, numbers)))
+            output.result.write(**dict(zip(COLUMNS, numbers)))
             if not outcome.applied:
                 scale = output.train_step.loss_scale.value
                 log.warning("step %d overflowed and was left out; the loss scale is now %g", done, scale)
@@ -509,9 +583,10 @@ def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: In
             bar.update()
 
             if done % (args.ckpt_save_interval * (1 if args.step_mode else epoch)) == 0 or done == total:
-                output.save(done, done if args.step_mode else -(-done // epoch))
+                output.save(done, number(done))
             if args.validation_prompts and (done % (args.validation_interval or total) == 0 or done == total):
-                output.validate(done)
+                with contextlib.suppress(Stopped):
+                    output.validate(done)
     log.info("checkpoints are in %s, the log is %s", output.ckpt_folder, output.folder / "result.log")
 
 

@@ -1,20 +1,25 @@
-"""A file from the web, into a partial file that the next try goes on with."""
+"""A file from the web, into a partial file that the next try goes on with.
+
+Beside the partial file stands what the server said of the version that it is of: its length, and its ETag or date. The
+next try asks for the rest of that version alone, and begins anew where the server has another one now.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import shutil
 import urllib.error
 import urllib.request
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ldm.errors import UserError
-from ldm.files import sha256
+from ldm.files import claimed, sha256
 
 CHUNK = 1 << 20
 TIMEOUT = 60  # seconds without a byte
@@ -23,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch `url` to `path`, which appears only when all bytes that the server announced are there.
+    """Fetch `url` to `path`, which appears only when all announced bytes are there; one process at a time.
 
     Where the name ends in eight hexadecimal digits, as in `sd_v2_base-57526ee4.ckpt`, they are compared with the
     beginning of the file's sha256, and a difference is warned of: whose digits they are is not documented.
@@ -35,10 +40,11 @@ def download(url: str, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        have = partial.stat().st_size if partial.exists() else 0
-        _fetch(url, partial, have)
-        _refuse_page(url, partial)
-        os.replace(partial, path)
+        with claimed(path.parent, path.name, ""):
+            _fetch(url, partial)
+            _refuse_page(url, partial)
+            os.replace(partial, path)
+            _version_file(partial).unlink(missing_ok=True)
     except urllib.error.HTTPError as error:
         raise UserError(
             f"{url} answered {error.code} {error.reason}; get the file by hand and put it at {path}"
@@ -50,26 +56,17 @@ def download(url: str, path: Path) -> None:
     _compare_digits(path)
 
 
-def _fetch(url: str, partial: Path, have: int) -> None:
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # the partial file is not shorter than the whole one
-            raise
-        partial.unlink()
-        response, have = urllib.request.urlopen(url, timeout=TIMEOUT), 0
+def _fetch(url: str, partial: Path) -> None:
+    response, have, version = _open(url, partial)
     with response:
-        if response.status != 206:  # the server gives whole files only
-            have = 0
-        announced = response.headers.get("Content-Length")
-        total = have + int(announced) if announced else None
-        free = shutil.disk_usage(partial.parent).free
+        total, free = version["bytes"], shutil.disk_usage(partial.parent).free
         if total and total - have > free:
             needed, left = (f"{size / 2**30:.1f} GiB" for size in (total - have, free))
             raise UserError(f"{partial.parent} has {left} of disk left, {url} needs {needed}: make room there")
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=partial.stem)
         with open(partial, "ab" if have else "wb") as file, bar:
+            if not have:  # the old numbers are gone: from now on the new version's stand there
+                _version_file(partial).write_text(json.dumps(version), encoding="utf-8")
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -80,12 +77,63 @@ def _fetch(url: str, partial: Path, have: int) -> None:
         raise ConnectionError(f"the connection broke off after {size} of {total} bytes")
 
 
+def _open(url: str, partial: Path) -> tuple[HTTPResponse, int, dict]:
+    """(what the server sends, behind how many bytes of the partial file, the version that both are of)."""
+    have, version = _kept(url, partial)
+    response = _ask_for_rest(url, have, version) if have else urllib.request.urlopen(url, timeout=TIMEOUT)
+    if (
+        response
+        and response.status == 206
+        and all(said in (None, version[name]) for name, said in _version(response, have).items())
+    ):
+        return response, have, version
+    if response is None or response.status == 206:
+        response = urllib.request.urlopen(url, timeout=TIMEOUT)
+    return response, 0, {"url": url, **_version(response, 0)}
+
+
+def _ask_for_rest(url: str, have: int, version: dict) -> HTTPResponse | None:
+    """The answer to a request for what is behind the first bytes of this version, or else for the whole file; None
+    where the file is not longer."""
+    tag = version["ETag"] if not (version["ETag"] or "W/").startswith("W/") else version["Last-Modified"]
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", **({"If-Range": tag} if tag else {})})
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        return None
+
+
+def _version(response: HTTPResponse, before: int) -> dict:
+    """What a server says of a file of which it sends all but the first bytes."""
+    length = response.headers.get("Content-Length", "")
+    said = {name: response.headers.get(name) for name in ("ETag", "Last-Modified")}
+    return {**said, "bytes": before + int(length) if length.isdecimal() else None}
+
+
+def _version_file(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".json")
+
+
+def _kept(url: str, partial: Path) -> tuple[int, dict]:
+    """(bytes of an earlier try, the version they are of); (0, {}) where there are none that can be gone on with."""
+    try:
+        version = json.loads(_version_file(partial).read_text(encoding="utf-8"))
+        known = isinstance(version, dict) and version.keys() == {"url", "ETag", "Last-Modified", "bytes"}
+        known = known and version["url"] == url and any(version[name] for name in ("ETag", "Last-Modified", "bytes"))
+        return (partial.stat().st_size, version) if known else (0, {})
+    except (OSError, ValueError):
+        return 0, {}
+
+
 def _refuse_page(url: str, partial: Path) -> None:
     """UserError where a login or a proxy has answered with a page of its own."""
     with open(partial, "rb") as file:
         head = file.read(512).lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         partial.unlink()
+        _version_file(partial).unlink(missing_ok=True)
         raise UserError(f"{url} answered with a web page: log in to the network, or get the file by hand")
 
 

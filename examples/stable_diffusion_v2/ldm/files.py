@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +19,10 @@ ABANDONED_SECONDS = 60  # a temporary file of this age that nobody holds was lef
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(path: str | Path, new: bool = False) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of ``path`` only when the block has ended without an error.
+
+    With `new` there must be no such file yet: of several processes that write one, a single one succeeds.
 
     It is written beside it as ``<name>.<random>.partial``, forced to the disk, then renamed: a reader sees the old file
     or the new one, and a full disk costs neither. Several processes may replace the same file at once. What a killed
@@ -35,7 +38,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(partial, path)
+            (_create if new else os.replace)(partial, path)
+    except FileExistsError:
+        raise UserError(f"{path} is there already, from another run: choose another --output_path") from None
     except OSError as error:
         state = "the previous file is intact" if os.path.exists(path) else "nothing is left behind"
         advice = "make room there or write to another folder"
@@ -43,6 +48,63 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def _create(partial: Path, path: Path) -> None:
+    """Give a file its name; FileExistsError where the name is taken."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(partial, path)
+
+
+@contextmanager
+def claimed(folder: str | Path, work: str, instead: str = ", or choose another --output_path") -> Iterator[None]:
+    """Inside, other processes that claim the folder for the same work get a UserError.
+
+    It names this process, says to wait, and what they can do `instead`. The claim ends with the process, however that
+    ends. On a disk without locks there is none.
+    """
+    path = Path(folder) / f".{work}.lock"
+    file = _locked(path, instead)
+    try:
+        yield
+    finally:
+        if file:
+            with suppress(OSError):
+                path.unlink()
+            file.close()
+
+
+def _locked(path: Path, instead: str) -> BinaryIO | None:
+    """The file, which says who holds it; None where it cannot be locked."""
+    while True:
+        try:
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open as long as it is held)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                raise FileNotFoundError
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+        except FileNotFoundError:  # its holder has just ended and removed it
+            file.close()
+        except BlockingIOError:
+            file.seek(0)
+            holder = escaped(file.read(200).decode(errors="replace")) or "another process"
+            file.close()
+            raise UserError(f"{holder} is at work in {path.parent}: wait for its end{instead}") from None
+        except OSError:
+            with suppress(OSError):
+                path.unlink()
+            file.close()
+            return None
 
 
 def _remove_abandoned(path: Path) -> None:

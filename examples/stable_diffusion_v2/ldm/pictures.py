@@ -46,21 +46,29 @@ def next_number(folder: Path) -> int:
     return max(numbers, default=-1) + 1
 
 
-def save_png(picture: np.ndarray | Image.Image, path: Path, text: dict[str, str] | None = None) -> None:
-    """Write uint8 [H, W, 3], whole or not at all, with `text` as PNG text entries; UserError where it cannot be."""
+def save_png(
+    picture: np.ndarray | Image.Image, path: Path, text: dict[str, str] | None = None, new: bool = False
+) -> None:
+    """Write uint8 [H, W, 3], whole or not at all, with `text` as PNG text entries.
+
+    UserError where it cannot be, or with `new` where the file is there already.
+    """
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     entries = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         entries.add_itxt(key, value)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=entries)
-    with replacing(path) as file:
+    with replacing(path, new) as file:
         file.write(buffer.getbuffer())
 
 
 def save_drawn(picture: np.ndarray, path: Path, facts: dict) -> None:
-    """Write a picture that says how it was made, then its line in the folder's record; `facts` are JSON's values."""
-    save_png(picture, path, {ENTRY: json.dumps(facts, ensure_ascii=False)})
+    """Write a picture that says how it was made, then its line in the folder's record; `facts` are JSON's values.
+
+    UserError where one of them cannot be written, or another run has written a picture of that name.
+    """
+    save_png(picture, path, {ENTRY: json.dumps(facts, ensure_ascii=False)}, new=True)
     line = json.dumps({"file": path.name, **facts}, ensure_ascii=False).encode() + b"\n"
     record = path.with_name(RECORD)
     try:

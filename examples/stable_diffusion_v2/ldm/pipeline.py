@@ -9,6 +9,7 @@ from typing import Callable
 import numpy as np
 from mindspore import Tensor
 
+from ldm import checkpoint
 from ldm.config import ModelConfig
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import get_prediction
@@ -107,6 +108,8 @@ class Pipeline:
         self.model.rest(UNET)
         images = self.model.decode(latents)
         self.model.rest(VAE)
+        if file := checkpoint.changed(self.model.views.values()):
+            raise UserError(f"{file} was written to while pictures were drawn with it: draw them again")
         if not np.isfinite(images).all():
             raise UserError("the autoencoder returned NaN or infinity: check the checkpoint, or use --dtype float32")
         return to_uint8(images)

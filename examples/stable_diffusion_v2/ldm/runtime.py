@@ -10,25 +10,29 @@ import ctypes
 import gc
 import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NoReturn
 
 from ldm.errors import UserError
 from ldm.files import escaped
 from ldm.ranks import Ranks, follow_hub, follow_parent, place, scheduler_address, without_launcher
+from ldm.signals import Signals, Stopped, blocked, exit_code, quiet
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings on a CPU are harmless and many
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle OpenMP threads would take the cores from MindSpore's own
 if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("MS_NODE_ID", "0")) != "0":
     os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress
 
+sys.excepthook = quiet
 gc.disable()
-import mindspore as ms  # noqa: E402
-from mindspore import communication, nn  # noqa: E402
+with blocked():
+    import mindspore as ms
+    from mindspore import communication, nn
 
 gc.enable()
 gc.freeze()  # what is there stays: MindSpore looks for garbage whenever it compiles, which took 0.08 s each time
@@ -168,10 +172,17 @@ def schedule() -> None:
 
 
 _ranks = Ranks()  # those of this process, which `run` has to leave
+_until_end = contextlib.ExitStack()  # which `run` has to close
+signals = Signals()
+
+
+def until_end(context: contextlib.AbstractContextManager) -> None:
+    """Enter a context that lasts until the script's end."""
+    _until_end.enter_context(context)
 
 
 def run(main: Callable[[], None], communicates: bool = False) -> None:
-    """Run a script's main: a UserError becomes one line and exit code 1, an interrupt exit code 130.
+    """Run a script's main: a UserError becomes one line and exit code 1, a signal one line and its exit code.
 
     Args:
         main: the script.
@@ -185,23 +196,45 @@ def run(main: Callable[[], None], communicates: bool = False) -> None:
             follow_hub()
             scheduler.kill()
         return
+    with signals.listening():
+        _guarded(main)
+
+
+def _guarded(main: Callable[[], None]) -> None:
     try:
-        main()
-        if _ranks.connection:
-            _ranks.leave()
-            logging.shutdown()
-            sys.stdout.flush()
-            os._exit(0)  # all is done; MindSpore's network threads sometimes crash while the process is taken down
+        with _until_end:
+            main()
+        _leave(0)
+    except Stopped as stop:
+        _leave(stop.code)
+        sys.exit(stop.code)
     except UserError as error:
         line = escaped(error, LONGEST_LINE)  # one line, whatever a file has put into it
         if _ranks.connection:
             _ranks.fail(line)
         sys.exit(f"error: {line}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end_by_signal()
     except Exception as error:
+        if signals.asked:  # MindSpore makes other errors of an interrupt that comes while it compiles
+            _end_by_signal()
         if not _ranks.connection:
             raise
         traceback.print_exc()
         _ranks.fail(f"rank {_ranks.rank} ended with {type(error).__name__}: {error}; the traceback is in its output")
+
+
+def _leave(code: int) -> None:
+    """The end of one of several processes, where all have come to it."""
+    if _ranks.connection:
+        _ranks.leave()
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)  # all is done; MindSpore's network threads sometimes crash while the process is taken down
+
+
+def _end_by_signal() -> NoReturn:
+    number = signals.asked or signal.SIGINT
+    if _ranks.connection:
+        _ranks.fail(f"rank {_ranks.rank} was ended by {signal.Signals(number).name}")
+    sys.exit(exit_code(number))

@@ -3,6 +3,8 @@
 import errno
 import multiprocessing
 import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,7 @@ from full_disk import files_of_at_most
 
 from ldm.config import ModelConfig, TextConfig
 from ldm.errors import UserError
-from ldm.train.cache import KEY_BYTES, Rows, file_key, settings_key, text_key
+from ldm.train.cache import ENTRY_BYTES, KEY_BYTES, Rows, file_key, settings_key, text_key
 from ldm.train.inputs import FrozenOutputs
 
 SHAPE = (2, 3)
@@ -35,12 +37,12 @@ def test_rows_are_found_again_by_their_keys(tmp_path):
         assert again.take(keys(3, 1, 3))[:, 0, 0].tolist() == [3, 1, 3]
 
 
-@pytest.mark.parametrize("lost", [1, KEY_BYTES - 1, KEY_BYTES])
+@pytest.mark.parametrize("lost", [1, ENTRY_BYTES - 1, ENTRY_BYTES])
 def test_a_row_without_its_whole_key_is_written_anew(tmp_path, lost):
     """As after a kill between the two files, or in the middle of the second."""
     store = Rows(tmp_path, SHAPE)
     store.append(keys(1, 2), rows(1, 2))
-    path = tmp_path / "keys.sha256"
+    path = tmp_path / "keys.crc32"
     path.write_bytes(path.read_bytes()[:-lost])
     store = Rows(tmp_path, SHAPE)
     assert len(store) == 1
@@ -54,6 +56,74 @@ def test_keys_without_their_rows_are_forgotten(tmp_path):
     path = tmp_path / "rows.f32"
     path.write_bytes(path.read_bytes()[:-1])
     assert len(Rows(tmp_path, SHAPE)) == 1
+
+
+@pytest.mark.parametrize("name", ["rows.f32", "keys.crc32"])
+def test_a_flipped_bit_is_found_and_the_row_computed_again(tmp_path, name, caplog):
+    """Anywhere in the file: in a row, a key or a checksum."""
+    whole = Rows(tmp_path / "whole", SHAPE)
+    whole.append(keys(1, 2), rows(1, 2))
+    size = (whole.folder / name).stat().st_size
+    for place in range(0, size, 5):
+        shutil.copytree(whole.folder, tmp_path / str(place))
+        path = tmp_path / str(place) / name
+        data = bytearray(path.read_bytes())
+        data[place] ^= 4
+        path.write_bytes(data)
+        store = Rows(path.parent, SHAPE)
+        store.forget_damaged(keys(1, 2))
+        first = place < size // 2
+        assert [key in store for key in keys(1, 2)] == [not first, first]
+        store.append(keys(1, 2), rows(1, 2))
+        for again in (store, Rows(path.parent, SHAPE)):
+            again.forget_damaged(keys(1, 2))
+            assert again.take(keys(1, 2))[:, 0, 0].tolist() == [1, 2]
+    assert "1 damaged rows in the cache" in caplog.text
+
+
+def test_a_row_that_is_damaged_while_it_is_used_is_never_given(tmp_path):
+    store = Rows(tmp_path, SHAPE)
+    store.append(keys(1, 2), rows(1, 2))
+    store.take(keys(1))
+    path = tmp_path / "rows.f32"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match="was damaged while this run used it"):
+        store.take(keys(2))
+
+
+def test_rows_without_checksums_are_written_over(tmp_path):
+    """As caches once were; whoever reads them so finds no key of a row that is another's now."""
+    (tmp_path / "keys.sha256").write_bytes(b"".join(keys(1, 2)))
+    (tmp_path / "rows.f32").write_bytes(rows(1, 2).tobytes())
+    store = Rows(tmp_path, SHAPE)
+    assert not len(store)
+    store.append(keys(2), rows(2))
+    assert Rows(tmp_path, SHAPE).take(keys(2))[0, 0, 0] == 2 and not (tmp_path / "keys.sha256").exists()
+
+
+def test_a_picture_or_caption_without_an_answer_is_named(tmp_path):
+    data = SimpleNamespace(
+        samples=[SimpleNamespace(path=str(tmp_path / f"{name}.png"), text=f"a {name}") for name in ("cat", "dog")],
+        image_size=64,
+        read=lambda path: np.full((64, 64, 3), 255 * ("cat" in path), np.uint8),
+    )
+    for sample in data.samples:
+        Path(sample.path).write_bytes(sample.text.encode())
+
+    class Network:
+        def encode_images(self, images):
+            mean = np.where(images[:, :1] > 0, 0, np.nan)[:, [0] * 4, ::8, ::8].astype(np.float32)
+            return mean, mean
+
+        def encode_prompts(self, texts):
+            return np.stack([np.full((77, 1024), np.inf if "dog" in text else 0, np.float32) for text in texts])
+
+    named = {"latents": "the autoencoder gives NaN or infinity for '.*dog.png'", "text": "for 'a dog'"}
+    for kind, written in (("latents", 0), ("text", 2)):
+        caches = FrozenOutputs(tmp_path, ModelConfig("v"), {}, 64, "float32", kind == "latents", kind == "text")
+        with pytest.raises(UserError, match=named[kind]):
+            caches.fill(Network(), data, 2)
+        assert len(caches.features if written else caches.latents) == written
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path):

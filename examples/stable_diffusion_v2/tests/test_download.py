@@ -1,6 +1,8 @@
 """Downloads from a server of our own: whole, broken off and continued, refused, and without room."""
 
+import contextlib
 import hashlib
+import os
 import shutil
 import threading
 from collections import namedtuple
@@ -11,26 +13,33 @@ import pytest
 from ldm import versions
 from ldm.download import download
 from ldm.errors import UserError
+from ldm.files import claimed
 
 CONTENT = bytes(range(256)) * 9000  # more than two chunks
 
 
 @pytest.fixture
 def server():
-    """Settings of a server: ranges (whether it knows them), cut (after so many bytes it hangs up), requests (seen)."""
+    """Settings of a server: ranges (whether it knows them), cut (after so many bytes it hangs up), said (what it says
+    of its version), heeds (whether it knows If-Range), and the requests that it saw."""
 
     class Handler(BaseHTTPRequestHandler):
-        ranges, cut, requests = True, None, []
+        ranges, cut, requests, said, heeds = True, None, [], {}, True
 
         def do_GET(self):  # noqa: N802
             asked = self.headers.get("Range")
             self.requests.append(asked)
             if self.path != "/model.ckpt":
                 return self.send_error(404)
-            start = int(asked[6:-1]) if asked and self.ranges else 0
+            if_range = self.headers.get("If-Range")
+            fits = not if_range or not self.heeds or if_range in self.said.values()
+            asked = asked if self.ranges and fits else None
+            start = int(asked[6:-1]) if asked else 0
             if start >= len(CONTENT):
                 return self.send_error(416)
-            self.send_response(206 if asked and self.ranges else 200)
+            self.send_response(206 if asked else 200)
+            for name, value in self.said.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(CONTENT) - start))
             self.end_headers()
             return self.wfile.write(CONTENT[start : self.cut])
@@ -58,11 +67,49 @@ def test_a_broken_download_goes_on(server, tmp_path, ranges):
     server.cut, server.ranges = 1_500_000, ranges
     with pytest.raises(UserError, match="goes on from there"):
         download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.ckpt.partial", "model.ckpt.partial.json"]
     server.cut = None
     download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
     assert (tmp_path / "model.ckpt").read_bytes() == CONTENT
     assert server.requests == [None, "bytes=1500000-"]
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ({"ETag": '"1"'}, {"ETag": '"2"'}),
+        ({"ETag": 'W/"1"'}, {"ETag": 'W/"2"'}),
+        ({"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}, {"Last-Modified": "Tue, 02 Jan 2024 00:00:00 GMT"}),
+        ({}, {}),  # nothing but another length
+    ],
+)
+def test_two_versions_are_never_joined(server, tmp_path, monkeypatch, first, later, heeds):
+    server.cut, server.said, server.heeds = 1_500_000, first, heeds
+    with pytest.raises(UserError, match="goes on from there"):
+        download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
+    other = CONTENT[::-1] + b"x" * (not first)
+    monkeypatch.setitem(globals(), "CONTENT", other)
+    server.cut, server.said = None, later
+    download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
+    assert (tmp_path / "model.ckpt").read_bytes() == other
+    assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
+
+
+@pytest.mark.parametrize("said", [{"ETag": '"1"'}, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}])
+def test_the_same_version_goes_on(server, tmp_path, said):
+    server.cut, server.said = 1_500_000, said
+    for cut in (1_500_000, None):
+        server.cut = cut
+        with pytest.raises(UserError) if cut else contextlib.nullcontext():
+            download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
+    assert (tmp_path / "model.ckpt").read_bytes() == CONTENT and server.requests == [None, "bytes=1500000-"]
+
+
+def test_a_file_is_fetched_by_one_process_at_a_time(server, tmp_path):
+    with claimed(tmp_path, "model.ckpt"), pytest.raises(UserError, match=f"process {os.getpid()} on .* is at work in"):
+        download(f"{server.url}/model.ckpt", tmp_path / "model.ckpt")
+    assert not server.requests
 
 
 def test_a_partial_file_that_is_too_long_is_begun_anew(server, tmp_path):

@@ -851,7 +851,7 @@ def test_caches_are_filled_on_the_devices_of_their_ranks(monkeypatch):
     """Under mpirun nothing else tells a process that is started for it which one it is."""
     seen = []
 
-    def start(command, env):
+    def start(command, env, start_new_session):
         seen.append((command[-2:], env.get("DEVICE_ID"), env.get("OMPI_COMM_WORLD_RANK")))
         return SimpleNamespace(returncode=0)
 

@@ -1,5 +1,7 @@
 """The table of a run and its picture."""
 
+import time
+
 import numpy as np
 import pytest
 from full_disk import files_of_at_most
@@ -111,6 +113,31 @@ def test_curve_falls_from_left_to_right(tmp_path):
     rows, columns = np.nonzero(np.abs(picture - (31, 99, 181)).max(-1) < 40)
     heights = [rows[(columns >= start) & (columns < start + 50)].mean() for start in range(0, 1000, 50)]
     assert all(a < b for a, b in zip(heights, heights[1:]))
+
+
+def test_a_long_run_is_drawn_as_fast_as_a_short_one(tmp_path):
+    """And the table is there without reading the file again."""
+    n = 300_000
+    step = np.arange(1.0, n + 1)
+    table = {"step": step, "loss": 1 - step / n, "learning_rate": np.full(n, 1e-4)}
+    table["loss"][n // 2] = 0.95  # a single step
+    began = time.process_time()
+    loss_curve(tmp_path / "curve.png", table)
+    assert time.process_time() - began < 5  # 28 s where every step took part in every mean
+    picture = np.array(Image.open(tmp_path / "curve.png"))[80:570, 100:1100].astype(int)
+    rows, columns = np.nonzero(np.abs(picture - (31, 99, 181)).max(-1) < 40)
+    heights = [rows[(columns >= start) & (columns < start + 50)].mean() for start in range(0, 1000, 50)]
+    assert all(a < b for a, b in zip(heights, heights[1:]))
+    assert near(picture[:120, 490:510], (188, 214, 242)) > 10  # it can be seen
+
+
+def test_the_table_is_that_of_the_file(tmp_path):
+    path = tmp_path / "result.log"
+    fill(path, [1, 2, 3])
+    log = fill(path, [3, 4], last_step=2)
+    read = read_log(path)
+    assert log.table().keys() == read.keys()
+    assert all(log.table()[name] == pytest.approx(read[name], rel=1e-6) for name in read)
 
 
 def test_values_that_cannot_be_drawn(tmp_path):

@@ -11,6 +11,8 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
+import zlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +24,9 @@ from ldm.errors import UserError
 from ldm.files import sha256
 from ldm.pictures import make_folder
 
-KEY_BYTES = 32
+KEY_BYTES, SUM_BYTES = 32, 4
+ENTRY_BYTES = KEY_BYTES + SUM_BYTES
+log = logging.getLogger(__name__)
 OTHERWISE = "choose another --cache_path, or switch cache_latents and cache_text off"
 
 
@@ -55,7 +59,8 @@ def text_key(text: str) -> bytes:
 class Rows:
     """Arrays float32 of one shape in a file that only grows, and their keys in another.
 
-    A row is written before its key: whatever is killed or fills the disk in between, a row that has a key is whole.
+    A row is written before its key: whatever is killed or fills the disk in between, a row that has a key is whole. The
+    row's checksum stands beside the key, for what disks and copies do to it later.
 
     Args:
         folder: for this network and these settings alone.
@@ -64,9 +69,10 @@ class Rows:
 
     def __init__(self, folder: str | Path, shape: tuple[int, ...]):
         self.folder, self.shape = make_folder(folder), tuple(shape)
-        self.values_path, self.keys_path = self.folder / "rows.f32", self.folder / "keys.sha256"
+        self.values_path, self.keys_path = self.folder / "rows.f32", self.folder / "keys.crc32"
         self.row_bytes = 4 * int(np.prod(shape))
         self.places: dict[bytes, int] = {}
+        self.sums: dict[bytes, int] = {}  # of the rows
         self.written = 0
         self.values = np.empty((0, *self.shape), np.float32)  # mapped when it is needed
         self._read_keys()
@@ -79,9 +85,28 @@ class Rows:
 
     def take(self, keys: Iterable[bytes]) -> np.ndarray:
         """The rows of these keys, [len(keys), *shape]; they must be there."""
+        keys = list(keys)
+        rows = self._mapped()[[self.places[key] for key in keys]]
+        for key, row in zip(keys, rows):
+            if self.sums[key] != zlib.crc32(row):
+                raise UserError(
+                    f"the cache {self.folder} was damaged while this run used it: --resume True computes it anew"
+                )
+        return rows
+
+    def forget_damaged(self, keys: Iterable[bytes]) -> None:
+        """Drop those of these keys that have another row than was written for them, so that it is computed again."""
+        known = sorted((self.places[key], key) for key in set(keys) if key in self.places)
+        bad = [key for place, key in known if self.sums[key] != zlib.crc32(self._mapped()[place])]
+        for key in bad:
+            del self.places[key], self.sums[key]
+        if bad:
+            log.warning("%d damaged rows in the cache %s are computed again", len(bad), self.folder)
+
+    def _mapped(self) -> np.ndarray:
         if len(self.values) < self.written:
             self.values = np.memmap(self.values_path, np.float32, "r", shape=(self.written, *self.shape))
-        return self.values[[self.places[key] for key in keys]]
+        return self.values
 
     def append(self, keys: list[bytes], values: np.ndarray) -> None:
         """Add rows [len(keys), *shape]; those that another process has added meanwhile stay as they are.
@@ -95,16 +120,21 @@ class Rows:
             self._write([keys[n] for n in new], values[new])
 
     def _write(self, keys: list[bytes], values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, np.float32)
+        sums = [zlib.crc32(row) for row in values]
         try:
+            if not self.written:  # caches were once without checksums: those rows are written over
+                (self.folder / "keys.sha256").unlink(missing_ok=True)
             with open(self.values_path, "r+b" if self.values_path.exists() else "wb") as file:
                 file.seek(self.written * self.row_bytes)  # over a row that lost its key
-                file.write(np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8))
+                file.write(values.reshape(-1).view(np.uint8))
             with open(self.keys_path, "r+b" if self.keys_path.exists() else "wb") as file:
-                file.seek(self.written * KEY_BYTES)
-                file.write(b"".join(keys))
+                file.seek(self.written * ENTRY_BYTES)
+                file.write(b"".join(key + sum_.to_bytes(SUM_BYTES, "big") for key, sum_ in zip(keys, sums)))
         except OSError as error:
             raise UserError(f"cannot write the cache {self.folder}: {error.strerror}; make room, {OTHERWISE}") from None
         self.places.update({key: self.written + n for n, key in enumerate(keys)})
+        self.sums.update(zip(keys, sums))
         self.written += len(keys)
 
     @contextlib.contextmanager
@@ -133,9 +163,11 @@ class Rows:
         if not (self.keys_path.exists() and self.values_path.exists()):
             return
         with open(self.keys_path, "rb") as file:
-            file.seek(self.written * KEY_BYTES)
-            keys = file.read()
+            file.seek(self.written * ENTRY_BYTES)
+            entries = file.read()
         rows = self.values_path.stat().st_size // self.row_bytes - self.written
-        for i in range(min(len(keys) // KEY_BYTES, rows)):
-            self.places[keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]] = self.written
+        for i in range(min(len(entries) // ENTRY_BYTES, rows)):
+            entry = entries[i * ENTRY_BYTES : (i + 1) * ENTRY_BYTES]
+            key = entry[:KEY_BYTES]
+            self.places[key], self.sums[key] = self.written, int.from_bytes(entry[KEY_BYTES:], "big")
             self.written += 1

@@ -20,11 +20,22 @@ from ldm.data.dataset import CaptionedImages
 from ldm.data.images import DECODER, crop, to_float
 from ldm.diffusion.timestep_bias import timesteps_at
 from ldm.errors import UserError
+from ldm.files import quoted
 from ldm.models.stable_diffusion import TEXT, VAE, StableDiffusion
 from ldm.randomness import generator, spread
 from ldm.train.cache import OTHERWISE, Rows, file_key, settings_key, text_key
 
 log = logging.getLogger(__name__)
+
+
+def require_finite(answers: np.ndarray, network: str, asked: list[str]) -> None:
+    """UserError where a frozen network answers a picture or caption, by its name, with NaN or infinity."""
+    bad = [name for name, answer in zip(asked, answers) if not np.isfinite(answer).all()]
+    if bad:
+        raise UserError(
+            f"{network} gives NaN or infinity for {quoted(bad[0], 200)}, one of {len(bad)}: use --dtype float32, or "
+            "take it out of the data"
+        )
 
 
 class FrozenOutputs:
@@ -66,13 +77,25 @@ class FrozenOutputs:
             )
 
     def missing(self, data: CaptionedImages, share: tuple[int, int] = (0, 1)) -> tuple[list[str], list[str]]:
-        """(paths, captions) that have no row yet, each once: of all, or of a share (rank, ranks) of all."""
-        paths = dict.fromkeys(sample.path for sample in data.samples) if self.latents is not None else ()
-        texts = dict.fromkeys(["", *(sample.text for sample in data.samples)]) if self.features is not None else ()
+        """(paths, captions) that have no row, each once: of all, or of a share (rank, ranks) of all."""
+        paths, texts = self._paths(data)[share[0] :: share[1]], self._texts(data)[share[0] :: share[1]]
         return (
-            [path for path in [*paths][share[0] :: share[1]] if file_key(path) not in self.latents],
-            [text for text in [*texts][share[0] :: share[1]] if text_key(text) not in self.features],
+            [path for path in paths if file_key(path) not in self.latents],
+            [text for text in texts if text_key(text) not in self.features],
         )
+
+    def _paths(self, data: CaptionedImages) -> list[str]:
+        return [*dict.fromkeys(sample.path for sample in data.samples)] if self.latents is not None else []
+
+    def _texts(self, data: CaptionedImages) -> list[str]:
+        return [*dict.fromkeys(["", *(sample.text for sample in data.samples)])] if self.features is not None else []
+
+    def forget_damaged(self, data: CaptionedImages, share: tuple[int, int] = (0, 1)) -> None:
+        """Take the rows of a share (rank, ranks) of all that are not what was written for missing; reads them all."""
+        for rows, names in ((self.latents, self._paths(data)), (self.features, self._texts(data))):
+            if rows is not None:
+                key = file_key if rows is self.latents else text_key
+                rows.forget_damaged([key(name) for name in names[share[0] :: share[1]]])
 
     def fill(
         self, model: StableDiffusion, data: CaptionedImages, batch_size: int, share: tuple[int, int] = (0, 1)
@@ -113,10 +136,12 @@ class FrozenOutputs:
                 size - len(pictures)
             )  # one size, one graph
             gaussians = np.stack(model.encode_images(to_float(full)), 1)[: len(pictures)]
+            require_finite(gaussians, "the autoencoder", [*pictures])
             self.latents.append([file_key(path) for path in pictures], gaussians)
 
     def _fill_text(self, model: StableDiffusion, data: CaptionedImages, texts: list[str], size: int) -> None:
         features = model.encode_prompts(texts + [""] * (size - len(texts)))[: len(texts)]
+        require_finite(features, "the text encoder", texts)
         self.features.append([text_key(text) for text in texts], features)
 
     def _check_room(self, paths: list[str], texts: list[str]) -> None:
@@ -162,6 +187,7 @@ class Inputs:
         """
         if self.frozen.latents is None:
             mean, std = self.model.encode_images(batch.images)
+            require_finite(mean + std, "the autoencoder", [self.data.samples[i].path for i in batch.indices])
         else:
             rows = self.frozen.latents.take(file_key(self.data.samples[i].path) for i in batch.indices)
             mean, std = rows[:, 0], rows[:, 1]
@@ -179,4 +205,6 @@ class Inputs:
             return self.model.tokenizer.encode(texts)
         if self.frozen.features is not None:
             return self.frozen.features.take(map(text_key, texts))
-        return self.model.encode_prompts(texts)
+        features = self.model.encode_prompts(texts)
+        require_finite(features, "the text encoder", texts)
+        return features

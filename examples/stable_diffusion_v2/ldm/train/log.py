@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,17 +33,21 @@ class ResultLog:
         old = read_log(path) if last_step and Path(path).exists() else {}
         steps = old.get("step", np.zeros(0))
         nothing = np.full(len(steps), np.nan)
-        rows = zip(*(old.get(column, nothing)[steps <= last_step] for column in self.columns))
+        kept = [old.get(column, nothing)[steps <= last_step] for column in self.columns]
+        self.numbers = [array("d", column) for column in kept]
         with replacing(path) as file:
-            file.write("".join(map(_line, (self.columns, *rows))).encode())
+            file.write("".join(map(_line, (self.columns, *zip(*kept)))).encode())
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
         self.failed = False
 
     def write(self, **values: float) -> None:
         """Add a line: one value for every column. Where the disk refuses, one warning says so and the run goes on:
         whether there is room again at its next checkpoint is for that to find out."""
-        line = _line([values.pop(column) for column in self.columns])
+        row = [values.pop(column) for column in self.columns]
         assert not values, f"no columns for {list(values)}"
+        line = _line(row)
+        for column, value in zip(self.numbers, row):
+            column.append(value)
         try:
             self.file.write(line)
         except OSError as error:
@@ -53,6 +58,10 @@ class ResultLog:
                     error.strerror,
                 )
             self.failed = True
+
+    def table(self) -> dict[str, np.ndarray]:
+        """The columns by name, float64, without reading the file."""
+        return {name: np.array(column) for name, column in zip(self.columns, self.numbers)}
 
 
 def read_log(path: str | Path) -> dict[str, np.ndarray]:
@@ -78,6 +87,7 @@ def _line(values: Sequence) -> str:
 # ---- the loss curve ----
 
 _SIZE = (1200, 640)
+_POINTS = 2000  # of a curve at most, more than it has pixels
 _SHARPNESS = 2  # drawn so many times larger, then reduced: smooth lines
 _MARGINS = (92, 72, 96, 62)  # left, top, right, bottom
 _TEXT, _GRID, _FRAME = "#333a44", "#e6e9ee", "#9aa3b0"
@@ -87,6 +97,9 @@ _RAW, _SMOOTH, _RATE = "#bcd6f2", "#1f63b5", "#e08a2e"
 def loss_curve(path: str | Path, log: dict[str, np.ndarray]) -> None:
     """Draw the loss over the steps, each step's faint, smoothed strong, and the learning rate behind it.
 
+    Of a long run the smooth line goes through means of neighbouring steps, the faint one through their lowest and
+    highest: the time to draw does not grow with the run.
+
     Args:
         path: of the PNG; replaced as a whole.
         log: columns step, loss and learning_rate, as ``read_log`` gives them.
@@ -95,15 +108,19 @@ def loss_curve(path: str | Path, log: dict[str, np.ndarray]) -> None:
     step, loss, rate = (log[column][fine] for column in ("step", "loss", "learning_rate"))
     if not len(step):
         return
-    smooth = _smoothed(loss)
+    groups = np.linspace(0, len(step), min(len(step), _POINTS) + 1).astype(int)[:-1]  # where each begins
+    means = [np.add.reduceat(x, groups) / np.diff([*groups, len(x)]) for x in (step, loss, rate)]
+    centre, smooth, rate = means[0], _smoothed(means[1]), means[2]
     low, high = np.percentile(loss, [0.5, 99.5])
     low, high = min(low, smooth.min()), max(high, smooth.max())
     pad = 0.06 * (high - low) or abs(high) / 2 or 1.0
     plot = _Plot(step[0], max(step[-1], step[0] + 1), max(low - pad, 0.0) if low >= 0 else low - pad, high + pad)
     plot.axes(rate.max())
-    plot.curve(step, rate / (rate.max() or 1) * plot.height * 0.94 + plot.low, _RATE, 1.5)
-    plot.curve(step, loss, _RAW, 1)
-    plot.curve(step, smooth, _SMOOTH, 3)
+    plot.curve(centre, rate / (rate.max() or 1) * plot.height * 0.94 + plot.low, _RATE, 1.5)
+    ends = np.stack([np.minimum.reduceat(loss, groups), np.maximum.reduceat(loss, groups)], -1)
+    short = len(groups) == len(step)
+    plot.curve(centre if short else centre.repeat(2), loss if short else ends.reshape(-1), _RAW, 1)
+    plot.curve(centre, smooth, _SMOOTH, 3)
     plot.legend([(_RAW, "loss"), (_SMOOTH, f"smoothed, last {smooth[-1]:.4g}"), (_RATE, "learning rate (right)")])
     save_png(plot.image.resize(_SIZE, Image.LANCZOS), Path(path))
 

@@ -8,6 +8,7 @@ is replaced as a whole or not at all.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -24,14 +25,9 @@ from ldm.train.step import TrainStep
 
 RESUME_NAME = "train_resume.safetensors"
 _KEY, _VERSION = "train_state", 1
-_LATER = (
-    "text.padding",
-    "data",
-    "picture_contents",
-    "frozen",
-    "max_grad_norm",
-)  # settings that states were written without once
+_LATER = ("text.padding", "data", "picture_contents", "frozen", "max_grad_norm")  # states were once without these
 _NO_LONGER = ("schedule.spacing",)  # settings that states were written with once
+_DOOMED = ".deleted"  # the end of a checkpoint's name while it is removed
 _CHECKPOINT = re.compile(r"sd-\d+(\.ckpt|\.safetensors)?")  # or a diffusers folder
 
 
@@ -153,7 +149,15 @@ def prune(folder: str | Path, written: Sequence[str], keep: int) -> list[str]:
     names = list(dict.fromkeys(reversed(written)))[::-1]  # one written twice is as young as its last writing
     old = names[:-keep] if keep else []
     for name in old:
-        path = Path(folder) / name
-        with suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        delete(Path(folder) / name)
     return names[len(old) :]
+
+
+def delete(path: Path) -> None:
+    """Remove a checkpoint, which is never there in part; what a killed process has left of others goes too."""
+    doomed = path.with_name(path.name + _DOOMED)
+    with suppress(OSError):
+        os.replace(path, doomed)
+    for left in path.parent.glob(f"sd-*{_DOOMED}"):
+        with suppress(OSError):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()

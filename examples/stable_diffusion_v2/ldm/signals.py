@@ -1,0 +1,120 @@
+"""Ctrl-C, SIGTERM and SIGHUP: one line, what is finished is kept, exit code 130, 143 or 129; a second one ends at once.
+
+A thread waits for them and all others have them blocked. Python's own way does not do here: its handlers run when a
+graph has ended, and while MindSpore compiles or runs one, it has a handler of its own, which turns Ctrl-C into SIGTERM.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):  # noqa: N818 (no error)
+    """The run ends by a signal at a place where everything is saved."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.code = exit_code(number)
+
+
+def exit_code(number: int) -> int:
+    """By which a shell tells that a signal ended a process."""
+    return 128 + number
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """For the start of foreign threads, which never take these signals then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Signals:
+    """What has been asked of this process.
+
+    Attributes:
+        asked: the number of the first signal; 0 where none has come.
+    """
+
+    def __init__(self):
+        self.asked, self._until, self._closing = 0, "", False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, a signal raises KeyboardInterrupt in the main thread, where the block must be, or see `held`."""
+        numbers = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
+        if not numbers:
+            yield
+            return
+        handlers = {number: signal.signal(number, self._handle) for number in numbers}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        self.asked, self._closing = 0, False
+        waiting = threading.Thread(target=self._wait, args=(numbers,), daemon=True)
+        waiting.start()
+        try:
+            yield
+        finally:
+            self._closing = True
+            signal.pthread_kill(waiting.ident, numbers[0])
+            waiting.join()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def held(self, until: str) -> Iterator[None]:
+        """Inside, a signal only sets `asked`; whoever is inside looks at it, and ends `until`, which the line tells."""
+        self._until = until
+        try:
+            yield
+        finally:
+            self._until = ""
+
+    def raise_if_asked(self) -> None:
+        """KeyboardInterrupt where a signal has come in a block that held it."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def _wait(self, numbers: list[int]) -> None:
+        while True:
+            number = signal.sigwait(numbers)
+            if self._closing:
+                return
+            if self.asked:
+                sys.stderr.flush()
+                os._exit(exit_code(self.asked))
+            self._note(number)
+            _thread.interrupt_main(number)
+
+    def _note(self, number: int) -> None:
+        self.asked = number
+        until = self._until or "at once, what is finished is kept"
+        log.warning("\n%s: the run ends %s; a second signal ends it as it is", signal.Signals(number).name, until)
+
+    def _handle(self, number: int, _) -> None:
+        if not self.asked:  # a thread took it that was there before
+            self._note(number)
+        if not self._until:
+            raise KeyboardInterrupt
+
+
+def quiet(kind: type[BaseException], error: BaseException, trace) -> None:
+    """An excepthook: Ctrl-C before there is anything to end needs no traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
