@@ -367,7 +367,8 @@ def train(
             if asked := runtime.signals.asked:
                 if step > first and step % args.save_interval:
                     save(result, step)
-                log.info("stopped after step %d of %d; --resume True goes on from there", step, args.steps)
+                told = "--resume True goes on from there" if step else "there is nothing to save"
+                log.info("stopped after step %d of %d; %s", step, args.steps, told)
                 raise Stopped(asked)
             began, lr, batch = time.perf_counter(), rate(step), next(stream)
             inputs = Tensor(batch.images), Tensor(task.second_input(batch, step))

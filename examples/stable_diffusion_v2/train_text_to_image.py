@@ -567,7 +567,8 @@ def train(args: argparse.Namespace, output: Output, batches: Batches, inputs: In
             if asked := max(ranks.gather("signals", runtime.signals.asked)):
                 if is_main and step > first:
                     output.save_if_new(step, number(step))
-                log.info("stopped after step %d of %d; --resume True goes on from there", step, total)
+                told = "--resume True goes on from there" if step else "there is nothing to save"
+                log.info("stopped after step %d of %d; %s", step, total, told)
                 raise Stopped(asked)
             began, lr = time.perf_counter(), rate(step)
             outcome = output.train_step([next(stream) for _ in range(micro)], lr, step)

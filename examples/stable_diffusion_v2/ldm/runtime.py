@@ -216,7 +216,7 @@ def _guarded(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _end_by_signal()
     except Exception as error:
-        if signals.asked:  # MindSpore makes other errors of an interrupt that comes while it compiles
+        if signals.interrupts:  # MindSpore makes other errors of an interrupt that comes while it compiles
             _end_by_signal()
         if not _ranks.connection:
             raise

@@ -6,7 +6,6 @@ graph has ended, and while MindSpore compiles or runs one, it has a handler of i
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import logging
 import os
@@ -16,6 +15,7 @@ import threading
 from collections.abc import Iterator
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WAKE = signal.SIGURG  # from the waiting thread to the main one, whatever it waits for; nobody else uses it
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,11 @@ class Signals:
 
     Attributes:
         asked: the number of the first signal; 0 where none has come.
+        interrupts: it came where it ends at once what was done, so that errors behind it are its own.
     """
 
     def __init__(self):
-        self.asked, self._until, self._closing = 0, "", False
+        self.asked, self.interrupts, self._until, self._closing = 0, False, "", False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -60,9 +61,9 @@ class Signals:
         if not numbers:
             yield
             return
-        handlers = {number: signal.signal(number, self._handle) for number in numbers}
+        handlers = {number: signal.signal(number, self._handle) for number in (*numbers, WAKE)}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        self.asked, self._closing = 0, False
+        self.asked, self.interrupts, self._closing = 0, False, False
         waiting = threading.Thread(target=self._wait, args=(numbers,), daemon=True)
         waiting.start()
         try:
@@ -98,17 +99,17 @@ class Signals:
                 sys.stderr.flush()
                 os._exit(exit_code(self.asked))
             self._note(number)
-            _thread.interrupt_main(number)
+            signal.pthread_kill(threading.main_thread().ident, WAKE)
 
     def _note(self, number: int) -> None:
-        self.asked = number
+        self.asked, self.interrupts = number, not self._until
         until = self._until or "at once, what is finished is kept"
         log.warning("\n%s: the run ends %s; a second signal ends it as it is", signal.Signals(number).name, until)
 
     def _handle(self, number: int, _) -> None:
-        if not self.asked:  # a thread took it that was there before
+        if not self.asked and number != WAKE:  # a thread took it that was there before
             self._note(number)
-        if not self._until:
+        if self.asked and not self._until:
             raise KeyboardInterrupt
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 
 import pytest
 
 from ldm.errors import UserError
-from ldm.files import ABANDONED_SECONDS, escaped, quoted, replacing
+from ldm.files import ABANDONED_SECONDS, claimed, escaped, quoted, replacing
 
 
 def write_often(path, letter: bytes, size: int) -> None:
@@ -74,3 +75,38 @@ def test_foreign_words_are_one_short_line():
     assert quoted("a\nb\x1b[31m\u202e\ud800") == r"'a\nb\x1b[31m\u202e\ud800'"
     assert escaped("a\nb") == r"a\nb"
     assert len(quoted("x" * 10**6)) <= 82 and quoted("x" * 10**6, 20).count("…") == 1
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_is_never_in_the_place_of_another(tmp_path, monkeypatch, links):
+    if not links:  # as on some network disks
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    path = tmp_path / "00000.png"
+    with replacing(path, new=True) as file:
+        file.write(b"first")
+    refused = pytest.raises(UserError, match="00000.png is there already, from another run")
+    with refused, replacing(path, new=True) as file:
+        file.write(b"second")
+    assert path.read_bytes() == b"first" and [file.name for file in tmp_path.iterdir()] == ["00000.png"]
+
+
+def hold(folder, ready, end) -> None:
+    with claimed(folder, "training"):
+        ready.set()
+        end.wait(20)
+
+
+def test_a_folder_has_one_run_of_a_kind_at_a_time(tmp_path):
+    ready, end = multiprocessing.Event(), multiprocessing.Event()
+    other = multiprocessing.Process(target=hold, args=(tmp_path, ready, end))
+    other.start()
+    assert ready.wait(20)
+    with pytest.raises(UserError, match=f"process {other.pid} on .* is at work in"), claimed(tmp_path, "training"):
+        pass
+    with claimed(tmp_path, "drawing"):  # other files
+        pass
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    with claimed(tmp_path, "training"):
+        assert (tmp_path / ".training.lock").exists()
+    assert not list(tmp_path.iterdir())

@@ -610,3 +610,17 @@ def test_only_own_old_checkpoints_are_deleted(tmp_path):
     with pytest.raises(ValueError):
         prune(tmp_path, ["best.ckpt", "sd-4.ckpt"], 1)
     assert (tmp_path / "best.ckpt").exists()
+
+
+def test_a_checkpoint_is_whole_or_gone(tmp_path, monkeypatch):
+    """A kill in the middle of deleting a folder leaves nothing that could be taken for a checkpoint."""
+    for name in ("sd-1", "sd-2"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, ["sd-1", "sd-2"], 1)
+    assert not (tmp_path / "sd-1").exists() and (tmp_path / "sd-2").exists()
+    prune(tmp_path, ["sd-2"], 1)
+    prune(tmp_path, ["sd-2", "sd-3"], 1)
+    assert not any(path.name.startswith("sd-1") for path in tmp_path.iterdir())
