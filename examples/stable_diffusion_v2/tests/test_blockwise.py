@@ -40,7 +40,7 @@ def rng():
 def filled(net, rng):
     net.set_train(False)
     for parameter in net.get_parameters():
-        fill(parameter, rng.standard_normal(parameter.shape, np.float32) * np.float32(0.1))
+        fill(parameter, rng.standard_normal(parameter.shape, np.float32) * np.float32(0.1), copy=True)
     return net
 
 
