@@ -51,9 +51,9 @@ from ldm.pipeline import Pipeline, Settings, check_config, sampler_of
 from ldm.ranks import Ranks, follow_parent, without_launcher
 from ldm.signals import Stopped
 from ldm.text.tokenizer import Tokenizer
-from ldm.train.blockwise import BlockwiseGradients
 from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
+from ldm.train.gradients import LayerByLayer
 from ldm.train.inputs import FrozenOutputs, Inputs
 from ldm.train.learning_rate import SCHEDULES, LearningRate, tell_changes
 from ldm.train.log import ResultLog, loss_curve
@@ -330,7 +330,7 @@ def build_train_step(
         args.max_grad_norm if args.clip_grad else None,
         LossScale(args.init_loss_scale, args.scale_window) if dtype == "float16" else None,
         ranks,
-        BlockwiseGradients(loss, trained) if blockwise else None,
+        LayerByLayer(loss, trained) if blockwise else None,
     )
 
 

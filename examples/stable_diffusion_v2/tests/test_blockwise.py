@@ -12,12 +12,12 @@ from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.weighting import loss_weight
-from ldm.models.blockwise import BlockwiseText, BlockwiseUNet
+from ldm.models.blockwise import BlockwiseText, BlockwiseUNet, graph_key
 from ldm.models.clip import VARIANTS
-from ldm.models.layers import fill
-from ldm.models.unet import UNet
-from ldm.train.blockwise import BlockwiseGradients
+from ldm.models.layers import Conv2d, GroupNorm, fill
+from ldm.models.unet import ResBlock, SpatialTransformer, UNet
 from ldm.train.ema import Ema
+from ldm.train.gradients import LayerByLayer
 from ldm.train.optimizer import build_optimizer
 from ldm.train.step import TrainStep
 from ldm.train.trainable import trainable
@@ -68,7 +68,24 @@ def test_text_encoder(rng, variant):
     compare(net, BlockwiseText(net), [(Tensor(rng.integers(50, size=(2, 7)).astype(np.int32)),) for _ in range(2)])
 
 
-PART = ["attn2", r"^input_blocks\.1\.", "^time_embed"]
+PART = ["attn2", r"^out\.2"]  # the way back ends at the first transformer
+
+
+def test_layers_share_a_graph_where_all_that_makes_it_is_the_same():
+    """Shapes of parameters alone do not tell: heads, strides, epsilons and groups are in none of them."""
+    silu = [GroupNorm(32, eps, silu=act) for eps, act in ((1e-5, False), (1e-6, False), (1e-5, True))]
+    different = [
+        *silu,
+        Conv2d(32, 32, 3),
+        Conv2d(32, 32, 3, stride=2),
+        Conv2d(32, 32, 3, padding=(0, 1, 0, 1)),
+        Conv2d(32, 32, 1),
+        *(SpatialTransformer(64, replace(CONFIG, num_heads=heads)) for heads in (2, 4)),
+        SpatialTransformer(64, replace(CONFIG, use_linear_in_transformer=False)),
+    ]
+    assert len({graph_key(layer) for layer in different}) == len(different)
+    for cls, *words in ((SpatialTransformer, 64, CONFIG), (ResBlock, 32, 64, 128)):
+        assert graph_key(cls(*words)) == graph_key(cls(*words))
 
 
 @pytest.mark.parametrize("most, chosen", [(1.0, []), (None, []), (None, PART)])
@@ -83,7 +100,7 @@ def test_training(rng, most, chosen):
         loss = DiffusionLoss(net, schedule, prediction, loss_weight("none", schedule, prediction))
         params = {param.name: param for param in net.get_parameters()}
         params = [params[name] for name in trainable(params, chosen)]
-        gradients = BlockwiseGradients(loss, params) if blockwise else None
+        gradients = LayerByLayer(loss, params) if blockwise else None
         optimizer = build_optimizer("adamw", params, (0.9, 0.999), weight_decay=0.01)
         steps.append(TrainStep(loss, optimizer, Ema(params, 0.9), most, gradients=gradients))
         assert steps[-1].by_layers == (blockwise and most is None)

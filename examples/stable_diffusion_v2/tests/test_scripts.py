@@ -832,8 +832,8 @@ def test_a_large_unet_is_trained_block_by_block(place, tmp_path):
     losses = []
     for most in (0, 50_000_000):
         code = (
-            "import train_text_to_image as script; from ldm import runtime; made = script.BlockwiseGradients; "
-            f"script.MANY_WEIGHTS = {most}; script.BlockwiseGradients = lambda *a: print('by blocks') or made(*a); "
+            "import train_text_to_image as script; from ldm import runtime; made = script.LayerByLayer; "
+            f"script.MANY_WEIGHTS = {most}; script.LayerByLayer = lambda *a: print('by blocks') or made(*a); "
             "runtime.run(script.main)"
         )
         words = training(place, tmp_path / str(most), "--train_steps", 3, "--gradient_accumulation_steps", 2)

@@ -61,6 +61,8 @@ class Loss(nn.Cell):
 class ByLayers:
     """All gradients of one graph, given out one by one, from the last parameter on."""
 
+    layer_by_layer = True
+
     def __init__(self, loss, params):
         self.params, self.graph = params, ops.value_and_grad(loss, None, params, has_aux=True)
 

@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 
 from ldm import kernels
 from ldm.kernels import add
-from ldm.models.layers import Embedding, Heads, LayerNorm, Linear, MatMul, normal, parameter
+from ldm.models.layers import Embedding, Heads, LayerNorm, Linear, MatMul, Weighted, normal, parameter
 
 
 def causal_mask(length: int) -> Tensor:
@@ -66,8 +66,10 @@ class OpenCLIPBlock(nn.Cell):
         return add(x, self.mlp(self.ln_2(x)))
 
 
-class MergedAttention(nn.Cell):
+class MergedAttention(Weighted):
     """Self-attention whose three projections are one parameter, as in PyTorch's MultiheadAttention."""
+
+    multiplies = False  # its `matmul` does
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -78,8 +80,12 @@ class MergedAttention(nn.Cell):
         self.add_bias = kernels.select().AddBias()
 
     def construct(self, x, mask):
-        q, k, v = self.split(self.add_bias(self.matmul(x, self.in_proj_weight), self.in_proj_bias))  # [B, N, C] each
+        x = self.add_bias(self.matmul(x, self.effective_weight()), self.in_proj_bias)  # [B, N, 3C]
+        q, k, v = self.split(x)
         return self.out_proj(self.heads(q, k, v, mask))
+
+    def effective_weight(self):
+        return self.in_proj_weight
 
     def reset(self, rng: np.random.Generator) -> None:
         self.in_proj_weight.set_data(normal(rng, self.in_proj_weight.shape, self.in_proj_weight.shape[1] ** -0.5))

@@ -44,10 +44,18 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Tens
     return Tensor(rng.standard_normal(shape, np.float32) * np.float32(std))
 
 
-class Linear(nn.Cell):
-    """y = x Wᵀ + b; x [..., in], weight [out, in]. `zero`: start at zero, so that the branch it ends adds nothing."""
+class Weighted(nn.Cell):
+    """A layer that multiplies by a weight. Whatever uses the weight asks `effective_weight` for it."""
 
     multiplies = True  # see runtime.set_compute_dtype
+
+    def effective_weight(self):
+        """The weight that the layer works with. An adapter changes it here and nowhere else."""
+        return self.weight
+
+
+class Linear(Weighted):
+    """y = x Wᵀ + b; x [..., in], weight [out, in]. `zero`: start at zero, so that the branch it ends adds nothing."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, zero: bool = False):
         super().__init__()
@@ -58,7 +66,7 @@ class Linear(nn.Cell):
         self.add_bias = kernels.select().AddBias()
 
     def construct(self, x):
-        y = self.matmul(reshape(x, (-1, x.shape[-1])), self.weight)
+        y = self.matmul(reshape(x, (-1, x.shape[-1])), self.effective_weight())
         if self.bias is not None:
             y = self.add_bias(y, self.bias)
         return reshape(y, x.shape[:-1] + (-1,))
@@ -80,10 +88,8 @@ class MatMul(nn.Cell):
         return reshape(self.matmul(reshape(x, (-1, x.shape[-1])), weight), x.shape[:-1] + (-1,))
 
 
-class Conv2d(nn.Cell):
+class Conv2d(Weighted):
     """2-D convolution; x [B, in, H, W], weight [out, in, k, k]; `padding`: a number or (top, bottom, left, right)."""
-
-    multiplies = True
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding=None, zero: bool = False):
         super().__init__()
@@ -95,17 +101,18 @@ class Conv2d(nn.Cell):
         self.bias_add = ops.BiasAdd()  # its gradient is three times faster than that of a broadcast addition
 
     def construct(self, x):
-        return self.bias_add(self.conv(x, self.weight), self.bias)
+        return self.bias_add(self.conv(x, self.effective_weight()), self.bias)
 
     def reset(self, rng: np.random.Generator) -> None:
         reset_uniform(self, self.weight.size // self.weight.shape[0], rng)
 
 
 class ShiftedConv2d(Conv2d):
-    """A convolution whose bias is left to the caller, who gives `shift` [B, out, 1, 1] in its place."""
+    """A convolution that adds `shift` [B, out] to its bias, which saves an addition to every pixel."""
 
     def construct(self, x, shift):
-        return add(self.conv(x, self.weight), shift)
+        shift = add(self.bias, shift)
+        return add(self.conv(x, self.effective_weight()), reshape(shift, shift.shape + (1, 1)))
 
 
 class GroupNorm(nn.Cell):

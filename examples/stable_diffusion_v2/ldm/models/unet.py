@@ -68,18 +68,10 @@ class UNet(nn.Cell):
             self.recompute_blocks()
 
     def construct(self, z, t, context):
-        emb = self.time_embed(t)  # [B, 4 width]
-        h, skips = z, ()
-        for stage in self.input_blocks:
-            for layer in stage:
-                h = layer(h, emb, context)
-            skips += (h,)
-        for layer in self.middle_block:
-            h = layer(h, emb, context)
-        for i, stage in enumerate(self.output_blocks):
-            h = concat_channels((h, skips[-1 - i]))
-            for layer in stage:
-                h = layer(h, emb, context)
+        return self.read_out(walk(self, z, self.time_embed(t), context, run_layer, join))
+
+    def read_out(self, h):
+        """The prediction, float32, from the last layer's output."""
         return self.out(h).astype(ms.float32)
 
     def recompute_blocks(self) -> None:
@@ -90,6 +82,43 @@ class UNet(nn.Cell):
         for _, cell in self.cells_and_names():
             if isinstance(cell, (ResBlock, CrossAttention, FeedForward)):
                 cell.recompute()
+
+
+def run_layer(layer, h, emb, context):
+    return layer(h, emb, context)
+
+
+def join(h, skip):
+    """h with a skip's channels behind its own."""
+    return concat_channels((h, skip))
+
+
+def walk(net: UNet, z, emb, context, run, join):
+    """The only walk through the U. One graph holds it whole; drawing block by block and training layer by layer walk on
+    the host, with `run` and `join` of their own.
+
+    Args:
+        z: [B, in_channels, H, W].
+        emb: [B, 4 width], what the network is told of the time.
+        context: [B, L, context_dim].
+        run: (layer, h, emb, context) -> the layer's output.
+        join: (h, skip) -> both, [B, C of h + C of skip, H, W].
+
+    Returns:
+        the last layer's output [B, C, H, W], for `UNet.read_out`.
+    """
+    h, skips = z, ()
+    for stage in net.input_blocks:
+        for layer in stage:
+            h = run(layer, h, emb, context)
+        skips += (h,)
+    for layer in net.middle_block:
+        h = run(layer, h, emb, context)
+    for i, stage in enumerate(net.output_blocks):
+        h = join(h, skips[-1 - i])
+        for layer in stage:
+            h = run(layer, h, emb, context)
+    return h
 
 
 class Frequencies(nn.Cell):
@@ -108,7 +137,7 @@ class ConvIn(Conv2d):
     """A convolution as a stage's layer."""
 
     def construct(self, h, emb, context):
-        return self.bias_add(self.conv(h, self.weight), self.bias)
+        return self.bias_add(self.conv(h, self.effective_weight()), self.bias)
 
 
 class ResBlock(nn.Cell):
@@ -127,8 +156,7 @@ class ResBlock(nn.Cell):
 
     def construct(self, h, emb, context):
         norm, _, conv = self.in_layers
-        shift = add(conv.bias, self.emb_layers[1](emb))  # one addition for the bias and the embedding  [B, C]
-        inner = conv(norm(h), reshape(shift, shift.shape + (1, 1)))
+        inner = conv(norm(h), self.emb_layers[1](emb))
         inner = self.out_layers[3](self.out_layers[0](inner))
         return add(self.skip_connection(h), inner)
 
@@ -225,7 +253,8 @@ class SelfAttention(CrossAttention):
         self.matmul, self.join, self.split = MatMul(), ops.Concat(0), ops.Split(2, 3)
 
     def construct(self, x):
-        weight = self.join((self.to_q.weight, self.to_k.weight, self.to_v.weight))  # [3C, C]
+        weights = self.to_q.effective_weight(), self.to_k.effective_weight(), self.to_v.effective_weight()
+        weight = self.join(weights)  # [3C, C]
         q, k, v = self.split(self.matmul(x, weight))  # [B, N, C] each
         return self.to_out[0](self.heads(q, k, v))
 

@@ -15,16 +15,16 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Callable
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.errors import UserError
 from ldm.models.layers import require_own
 from ldm.ranks import Ranks
 from ldm.train.ema import Ema
+from ldm.train.gradients import LayerByLayer, WholeGraph
 from ldm.train.optimizer import Optimizer
 
 
@@ -83,8 +83,7 @@ class TrainStep:
         max_grad_norm: longer gradients are shortened to it; None leaves them.
         loss_scale: for half precision.
         ranks: all of which make the same steps, each with micro-batches of its own, of one size.
-        gradients: (loss scale, *batch, add) -> (outputs of the loss, gradients of the scaled loss, added to those of
-            the last call where `add`); by default one graph. With a method `layers`, see `BlockwiseGradients`.
+        gradients: of that loss and those parameters; by default by one graph.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class TrainStep:
         max_grad_norm: float | None = None,
         loss_scale: LossScale | None = None,
         ranks: Ranks | None = None,
-        gradients: Callable | None = None,
+        gradients: WholeGraph | LayerByLayer | None = None,
     ):
         self.check(max_grad_norm)
         require_own(optimizer.params)
@@ -103,11 +102,11 @@ class TrainStep:
         self.max_grad_norm = max_grad_norm or math.inf
         self.loss_scale = loss_scale or LossScale()
         self.batch_names = tuple(inspect.signature(loss.construct).parameters)
-        self.accumulates, self.gradients = bool(gradients), gradients or _Gradients(loss, optimizer.params)
-        self.add, self.norm, self.update = _Add(), GlobalNorm(), _Update(optimizer, ema)
+        self.gradients = gradients or WholeGraph(loss, optimizer.params)
+        self.norm, self.update = GlobalNorm(), _Update(optimizer, ema)
         self.sum_of_ranks = _SumOfRanks() if self.ranks.size > 1 else None
         wait = max_grad_norm is not None or loss_scale is not None or self.ranks.size > 1 or not optimizer.separable
-        self.by_layers = hasattr(gradients, "layers") and not wait
+        self.by_layers = self.gradients.layer_by_layer and not wait
 
     @staticmethod
     def check(max_grad_norm: float | None) -> None:
@@ -128,11 +127,7 @@ class TrainStep:
         scale = Tensor(self.loss_scale.value, ms.float32)
         outputs, grads = [], None
         for batch in micro_batches:
-            if self.accumulates:
-                output, grads = self.gradients(scale, *batch, add=grads is not None)
-            else:
-                output, new = self.gradients(scale, *batch)
-                grads = self.add(*grads, *new) if grads else new
+            output, grads = self.gradients(scale, *batch, onto=grads)
             outputs.append([value.asnumpy().mean(dtype=np.float64) for value in output])
         own = np.mean(outputs, axis=0).tolist()
         loss, *extras = np.mean(self.ranks.gather("loss", own), axis=0).tolist()  # now all have their gradients
@@ -228,42 +223,6 @@ def _square_sum(x: np.ndarray) -> float:
 def _first_bad(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[int, str] | None:
     """Place in the order, and name."""
     return next(((n, name) for n, (name, x) in enumerate(tensors) if not np.isfinite(x).all()), None)
-
-
-class _Scaled(nn.Cell):
-    """(scaled loss, outputs of the loss)."""
-
-    def __init__(self, loss: nn.Cell):
-        super().__init__(auto_prefix=False)
-        self.loss = loss
-
-    def construct(self, scale, *batch):
-        outputs = self.loss(*batch)
-        return outputs[0] * scale, outputs
-
-
-class _Gradients(nn.Cell):
-    """(loss scale, *batch) -> outputs of the loss, gradients of the scaled loss."""
-
-    def __init__(self, loss: nn.Cell, params: Iterable[Parameter]):
-        super().__init__(auto_prefix=False)
-        self.value_and_grad = ops.value_and_grad(_Scaled(loss), None, ParameterTuple(params), has_aux=True)
-
-    def construct(self, scale, *batch):
-        (_, outputs), grads = self.value_and_grad(scale, *batch)
-        return outputs, grads
-
-
-class _Add(nn.Cell):
-    """Sums of two lists of tensors, given one after the other."""
-
-    def __init__(self):
-        super().__init__(auto_prefix=False)
-        self.map = ops.HyperMap()
-
-    def construct(self, *both):
-        half = len(both) // 2
-        return self.map(ops.add, both[:half], both[half:])
 
 
 class _SumOfRanks(nn.Cell):

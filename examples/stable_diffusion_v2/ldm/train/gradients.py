@@ -1,0 +1,259 @@
+"""The gradients of a loss, in one of two ways: one graph for all of the network, or a graph for each kind of layer.
+
+Both are called alike: (loss scale, *batch, onto=None) -> (outputs of the loss, gradients of the scaled loss). The
+gradients are those of the trained parameters, in their order, added to `onto` where that is given: what the last call
+has returned.
+
+One graph for everything holds the activations of all layers at once on a CPU, even where they are to be recomputed.
+Layer by layer, every layer keeps its input alone; on the way back a graph for each kind of layer runs it again,
+forwards and backwards (arXiv 1604.06174, section 4). The graphs are small and few, so they are soon compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from ldm.diffusion.loss import DiffusionLoss
+from ldm.models.blockwise import Blocks, Kind
+from ldm.models.unet import join, walk
+
+Outputs = tuple[Tensor, ...]
+OfLayer = tuple[Sequence[Parameter], Sequence[Tensor]]  # parameters and their gradients
+
+
+class WholeGraph:
+    """The gradients of any loss by one graph.
+
+    Args:
+        loss: Cell, loss(*batch) -> (scalar to be minimized, further outputs...).
+        params: what is trained.
+    """
+
+    layer_by_layer = False
+
+    def __init__(self, loss: nn.Cell, params: Sequence[Parameter]):
+        self.graph, self.sum = _ValueAndGradients(loss, params), _Sum()
+
+    def __call__(self, scale: Tensor, *batch: Tensor, onto: tuple[Tensor, ...] | None = None) -> tuple[Outputs, tuple]:
+        outputs, grads = self.graph(scale, *batch)
+        return outputs, self.sum(*onto, *grads) if onto else grads
+
+
+class _Scaled(nn.Cell):
+    """(scaled loss, outputs of the loss)."""
+
+    def __init__(self, loss: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.loss = loss
+
+    def construct(self, scale, *batch):
+        outputs = self.loss(*batch)
+        return outputs[0] * scale, outputs
+
+
+class _ValueAndGradients(nn.Cell):
+    def __init__(self, loss: nn.Cell, params: Sequence[Parameter]):
+        super().__init__(auto_prefix=False)
+        self.value_and_grad = ops.value_and_grad(_Scaled(loss), None, ParameterTuple(params), has_aux=True)
+
+    def construct(self, scale, *batch):
+        (_, outputs), grads = self.value_and_grad(scale, *batch)
+        return outputs, grads
+
+
+class _Sum(nn.Cell):
+    """Sums of two lists of tensors, given one after the other."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.map = ops.HyperMap()
+
+    def construct(self, *both):
+        half = len(both) // 2
+        return self.map(ops.add, both[:half], both[half:])
+
+
+class LayerByLayer(Blocks):
+    """The gradients of a `DiffusionLoss` of a UNet, in little more memory than the weights take.
+
+    The gradients are always the same tensors: compiled graphs keep their last inputs, so that those of two steps would
+    be held. `layers` does without them.
+
+    Args:
+        loss: of a UNet.
+        params: the UNet's parameters that are trained. No gradient of another is computed, and the way back ends where
+            nothing before is trained.
+    """
+
+    layer_by_layer = True
+
+    def __init__(self, loss: DiffusionLoss, params: Sequence[Parameter]):
+        super().__init__(loss.network)
+        self.params, self.arrays, self.grads = params, {}, ()
+        self.trained = {id(param) for param in params}
+        time_embed, out = loss.network.time_embed, loss.network.out
+        self.noisy, self.head = _Noisy(loss), _Head(time_embed, self.of_trained(time_embed))
+        self.tail = _Tail(loss, self.of_trained(out))
+
+    def of_trained(self, layer: nn.Cell) -> list[Parameter]:
+        """The layer's parameters that are trained."""
+        return [param for param in layer.get_parameters() if id(param) in self.trained]
+
+    def key(self, layer: nn.Cell) -> tuple:
+        return (super().key(layer), tuple(id(param) in self.trained for param in layer.get_parameters()))
+
+    def new_kind(self, layer: nn.Cell, parameters: list[Parameter]) -> Kind:
+        kind = Kind(layer, parameters)
+        kind.backward = _Backward(layer, self.of_trained(layer))
+        return kind
+
+    def __call__(self, scale: Tensor, *batch: Tensor, onto: tuple[Tensor, ...] | None = None) -> tuple[Outputs, tuple]:
+        if not self.arrays:
+            self.arrays = {id(param): np.empty(param.shape, np.float32) for param in self.params}
+            self.grads = tuple(map(Tensor.from_numpy, self.arrays.values()))
+        assert onto is None or onto is self.grads
+        outputs, layers = self.layers(scale, *batch)
+        for params, grads in layers:
+            for param, grad in zip(params, grads):
+                array, new = self.arrays[id(param)], grad.asnumpy()
+                array[...] = array + new if onto else new
+        return outputs, self.grads
+
+    def layers(
+        self, scale: Tensor, latents: Tensor, context: Tensor, eps: Tensor, t: Tensor
+    ) -> tuple[Outputs, Iterator[OfLayer]]:
+        """(outputs of the loss, the way back): parameters with their gradients, layer by layer from the last on.
+
+        Every trained parameter comes once and may be changed as soon as it has come. The way back must be gone to its
+        end.
+        """
+        self.weights.clear()  # the parameters may have got other memory since, as by the moving average's validation
+        emb, tape = self.network.time_embed(t), Tape(self.run)
+        h = walk(self.network, self.noisy(latents, eps, t), emb, context, tape.run, tape.join)
+        (_, outputs), (dh, of_tail) = self.tail(h, scale, latents, eps, t)
+        return outputs, self.way_back(tape.entries, dh, of_tail, t, emb, context)
+
+    def way_back(self, entries: list[Ran | Joined], dh: Tensor, of_tail, t, emb, context) -> Iterator[OfLayer]:
+        """Gradients of the trained parameters, by what the tape has and the gradient `dh` of its last output."""
+        yield self.tail.weights, of_tail
+        demb, of_skips = ops.zeros_like(emb), {}  # the second by the entry that made the skip
+        for number in reversed(range(self.first_needed(entries), len(entries))):
+            entry = entries.pop()
+            if number in of_skips:
+                dh = dh + of_skips.pop(number)
+            if isinstance(entry, Joined):
+                of_skips[entry.source], dh = dh[:, entry.width :], dh[:, : entry.width]
+            else:
+                (dh, part, _), grads = self.with_weights_of(entry.layer).backward(entry.h, emb, context, dh)
+                demb = demb + part
+                yield self.of_trained(entry.layer), grads
+        if self.head.weights:
+            yield self.head.weights, self.head(t, demb)
+        for kind in self.kinds.values():  # whose parameters the optimizer moves
+            self.with_weights_of(kind.layer)
+
+    def first_needed(self, entries: Sequence[Ran | Joined]) -> int:
+        """Where the way back ends: no layer before has anything that is trained."""
+        if self.head.weights:
+            return 0
+        trained = (n for n, entry in enumerate(entries) if isinstance(entry, Ran) and self.of_trained(entry.layer))
+        return next(trained, len(entries))
+
+
+class Ran(NamedTuple):
+    """A layer's run, with the input that it had."""
+
+    layer: nn.Cell
+    h: Tensor
+
+
+class Joined(NamedTuple):
+    """h, so many channels wide, and a skip, which the entry of this number made."""
+
+    width: int
+    source: int
+
+
+class Tape:
+    """What `walk` does on the way there. It holds the inputs of the layers and nothing else."""
+
+    def __init__(self, run: Callable[..., Tensor]):
+        self.entries: list[Ran | Joined] = []
+        self.makers: dict[int, int] = {}  # numbers of entries, by the ids of what they made; skips live until the end
+        self.run_layer = run
+
+    def run(self, layer: nn.Cell, h: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        output = self.run_layer(layer, h, emb, context)
+        self.makers[id(output)] = len(self.entries)
+        self.entries.append(Ran(layer, h))
+        return output
+
+    def join(self, h: Tensor, skip: Tensor) -> Tensor:
+        self.entries.append(Joined(h.shape[1], self.makers[id(skip)]))
+        return join(h, skip)
+
+
+class _Backward(nn.Cell):
+    """(h, emb, context, gradient of the output) -> gradients of (h, emb, context), of the trained parameters."""
+
+    def __init__(self, layer: nn.Cell, params: Sequence[Parameter]):
+        super().__init__(auto_prefix=False)
+        self.layer, self.weights = layer, ParameterTuple(params)
+        self.grad = ops.GradOperation(get_all=True, get_by_list=bool(params), sens_param=True)
+
+    def construct(self, h, emb, context, dout):
+        if self.weights:
+            return self.grad(self.layer, self.weights)(h, emb, context, dout)
+        return self.grad(self.layer)(h, emb, context, dout), ()
+
+
+class _Head(nn.Cell):
+    """(t, gradient of the time embedding) -> gradients of its trained parameters, of which there are some."""
+
+    def __init__(self, time_embed: nn.Cell, params: Sequence[Parameter]):
+        super().__init__(auto_prefix=False)
+        self.time_embed, self.weights = time_embed, ParameterTuple(params)
+        self.grad = ops.GradOperation(get_by_list=True, sens_param=True)
+
+    def construct(self, t, demb):
+        return self.grad(self.time_embed, self.weights)(t, demb)
+
+
+class _Noisy(nn.Cell):
+    def __init__(self, loss: DiffusionLoss):
+        super().__init__(auto_prefix=False)
+        self.loss = loss
+
+    def construct(self, latents, eps, t):
+        return self.loss.noisy(latents, eps, t)
+
+
+class _LossOfOutput(nn.Cell):
+    """From the last layer's output: (scaled loss, outputs of the loss)."""
+
+    def __init__(self, loss: DiffusionLoss):
+        super().__init__(auto_prefix=False)
+        self.loss, self.network = loss, loss.network
+
+    def construct(self, h, scale, latents, eps, t):
+        outputs = self.loss.compare(self.network.read_out(h), latents, eps, t)
+        return outputs[0] * scale, outputs
+
+
+class _Tail(nn.Cell):
+    """((scaled loss, outputs of the loss), (gradient of h, gradients of the trained parameters))."""
+
+    def __init__(self, loss: DiffusionLoss, params: Sequence[Parameter]):
+        super().__init__(auto_prefix=False)
+        self.weights = ParameterTuple(params)
+        self.value_and_grad = ops.value_and_grad(_LossOfOutput(loss), 0, self.weights or None, has_aux=True)
+
+    def construct(self, h, scale, latents, eps, t):
+        if self.weights:
+            return self.value_and_grad(h, scale, latents, eps, t)
+        outputs, dh = self.value_and_grad(h, scale, latents, eps, t)
+        return outputs, (dh, ())
