@@ -30,8 +30,8 @@ from ldm.diffusion.spacing import SPACINGS
 from ldm.errors import UserError
 from ldm.files import claimed, escaped
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
+from ldm.model import StableDiffusion
 from ldm.models.blockwise import MANY_WEIGHTS
-from ldm.models.stable_diffusion import StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, str2bool
 from ldm.pictures import grid, make_folder, next_number, read_facts, read_png, save_drawn, save_png
 from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, sampler_of

@@ -37,8 +37,8 @@ from ldm.data.images import crop, to_float
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.files import claimed
+from ldm.model import VAE, StableDiffusion
 from ldm.models.layers import initialize
-from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.pictures import grid, make_folder, save_png, to_uint8
 from ldm.pipeline import Pipeline, Settings, check_config, sampler_of

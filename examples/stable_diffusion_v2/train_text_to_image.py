@@ -42,9 +42,9 @@ from ldm.diffusion.weighting import WEIGHTINGS, loss_weight
 from ldm.errors import UserError
 from ldm.files import claimed, escaped
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS
+from ldm.model import PARTS, TEXT, UNET, VAE, StableDiffusion
 from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.layers import initialize
-from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE, StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool, whole
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, check_config, sampler_of
@@ -181,8 +181,8 @@ class TextLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.text_encoder, self.loss = text_encoder, loss
 
-    def construct(self, latents, ids, eps, t):
-        return self.loss(latents, self.text_encoder(ids), eps, t)
+    def construct(self, latents, eps, t, weight, ids):
+        return self.loss(latents, eps, t, weight, self.text_encoder(ids))
 
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:
@@ -192,10 +192,10 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     require_at_least(1, args, "train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval")
     require_at_least(0, args, "train_steps", "ckpt_max_keep", "validation_interval")
     check_config(config, args.image_size)
-    schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
+    schedule = build_schedule(config.schedule)
     validation_settings(args, config).sampler.times(schedule, validation_settings(args, config).steps)
     timestep_bias(args, config)
-    weight = loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
+    weight = timestep_weight(args, config)
     learning_rate(args, args.train_steps or 1)
     LossScale(args.init_loss_scale, args.scale_window)
     TrainStep.check(args.max_grad_norm if args.clip_grad else None)
@@ -226,6 +226,12 @@ def timestep_bias(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
     """How often each timestep is trained, float64 [T]."""
     numbers = {name: getattr(args, f"timestep_bias_{name}") for name in ("multiplier", "portion", "begin", "end")}
     return timestep_density(args.timestep_bias_strategy, config.schedule.timesteps, **numbers)
+
+
+def timestep_weight(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
+    """On the squared error at each timestep, float64 [T]."""
+    schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
+    return loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
 
 
 def trained_unet(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
@@ -320,8 +326,7 @@ def build_train_step(
     trained = [unet[name] for name in trained_unet(args, unet)]
     trained += list(model.text_encoder.get_parameters()) if args.train_text_encoder else []
     schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
-    weight = loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
-    loss = DiffusionLoss(model.unet, schedule, prediction, weight)
+    loss = DiffusionLoss(model.unet, schedule, prediction)
     blockwise = trains_blockwise(args, config, dtype) and sum(param.size for param in unet.values()) > MANY_WEIGHTS
     return TrainStep(
         TextLoss(model.text_encoder, loss) if args.train_text_encoder else loss,
@@ -536,7 +541,8 @@ def main() -> None:
     start = first * args.gradient_accumulation_steps
     pictures = caches.latents is None
     batches = Batches(data, args.train_batch_size, args.seed, augment, start, ranks.rank, ranks.size, pictures)
-    inputs = Inputs(model, data, batches, caches, args.train_text_encoder, timestep_bias(args, config))
+    of_times = timestep_bias(args, config), timestep_weight(args, config)
+    inputs = Inputs(model, data, batches, caches, args.train_text_encoder, *of_times)
     train(args, output, batches, inputs, first)
 
 

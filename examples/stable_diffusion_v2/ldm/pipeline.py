@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
-from mindspore import Tensor
 
 from ldm import checkpoint
+from ldm.conditioning import Condition
 from ldm.config import ModelConfig
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.samplers import Sampler, get_sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
-from ldm.models.stable_diffusion import UNET, VAE, StableDiffusion
+from ldm.model import UNET, VAE, StableDiffusion
 from ldm.pictures import to_uint8
 from ldm.randomness import generator
 from ldm.runtime import give_back_memory
@@ -89,7 +89,7 @@ class Pipeline:
         self.schedule = build_schedule(config.schedule)
         self.prediction = get_prediction(config.prediction_type)
         self.schedule.check(self.prediction)
-        self.features: dict[str, np.ndarray] = {}
+        self.conditions: dict[str, Condition] = {}  # of single prompts
 
     def draw(
         self,
@@ -105,9 +105,9 @@ class Pipeline:
         denoise = self.denoiser(prompts, negative_prompts, settings.guidance_scale)
         times = settings.sampler.times(self.schedule, settings.steps)
         latents = settings.sampler(denoise, noise(-1), times, self.schedule, noise, progress)
-        self.model.rest(UNET)
+        self.model.give_back(UNET)
         images = self.model.decode(latents)
-        self.model.rest(VAE)
+        self.model.give_back(VAE)
         if file := checkpoint.changed(self.model.views.values()):
             raise UserError(f"{file} was written to while pictures were drawn with it: draw them again")
         if not np.isfinite(images).all():
@@ -133,25 +133,25 @@ class Pipeline:
 
     def denoiser(self, prompts: list[str], negative_prompts: list[str], guidance_scale: float) -> Denoiser:
         """What a sampler calls for this batch of prompts."""
-        cond = Tensor(self.encode(prompts))
-        uncond = None if guidance_scale == 1 else Tensor(self.encode(negative_prompts))
+        cond = self.condition(prompts)
+        uncond = None if guidance_scale == 1 else self.condition(negative_prompts)
         return Denoiser(self.model.unet, self.schedule, self.prediction, cond, uncond, guidance_scale)
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
         """Encode all prompts of a run, at most CACHED_PROMPTS, and let go of the text encoder."""
         for prompt in prompts:
-            self.encode([prompt])
+            self.condition([prompt])
         self.model.forget_text_encoder()
-        self.model.rest(VAE)
+        self.model.give_back(VAE)
         give_back_memory()
 
-    def encode(self, prompts: list[str]) -> np.ndarray:
-        """Features [B, L, D], float32; the last CACHED_PROMPTS are kept."""
-        features = []
+    def condition(self, prompts: list[str]) -> Condition:
+        """What the UNet is told of a batch of prompts; the last CACHED_PROMPTS are kept."""
+        found = []
         for prompt in prompts:
-            if prompt not in self.features:
-                self.features[prompt] = self.model.encode_prompts([prompt])[0]
-            features.append(self.features[prompt])
-            if len(self.features) > CACHED_PROMPTS:
-                del self.features[next(iter(self.features))]  # the oldest
-        return np.stack(features)
+            if prompt not in self.conditions:
+                self.conditions[prompt] = self.model.conditioner([prompt])
+            found.append(self.conditions[prompt])
+            if len(self.conditions) > CACHED_PROMPTS:
+                del self.conditions[next(iter(self.conditions))]  # the oldest
+        return Condition.join(found)

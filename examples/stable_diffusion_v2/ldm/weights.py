@@ -22,7 +22,7 @@ from ldm.config import ModelConfig, SamplingConfig, from_yaml, load_model_config
 from ldm.diffusion.prediction import get_prediction
 from ldm.errors import UserError
 from ldm.files import quoted
-from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE
+from ldm.model import PARTS, TEXT, UNET, VAE
 from ldm.text.tokenizer import PADDING
 from ldm.versions import VERSIONS, published
 

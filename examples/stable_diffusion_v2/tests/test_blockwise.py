@@ -11,7 +11,6 @@ from ldm.config import ScheduleConfig, TextConfig, UNetConfig
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.schedule import build_schedule
-from ldm.diffusion.weighting import loss_weight
 from ldm.models.blockwise import BlockwiseText, BlockwiseUNet, graph_key
 from ldm.models.clip import VARIANTS
 from ldm.models.layers import Conv2d, GroupNorm, fill
@@ -97,7 +96,7 @@ def test_training(rng, most, chosen):
     steps = []
     for blockwise in (False, True):
         net = filled(UNet(config), np.random.default_rng(0))
-        loss = DiffusionLoss(net, schedule, prediction, loss_weight("none", schedule, prediction))
+        loss = DiffusionLoss(net, schedule, prediction)
         params = {param.name: param for param in net.get_parameters()}
         params = [params[name] for name in trainable(params, chosen)]
         gradients = LayerByLayer(loss, params) if blockwise else None
@@ -108,7 +107,8 @@ def test_training(rng, most, chosen):
         micro = []
         for _ in range(1 + number % 2):
             z, eps, context = (rng.standard_normal(shape, np.float32) for shape in [(2, 4, 8, 8)] * 2 + [(2, 7, 32)])
-            micro.append(tuple(map(Tensor, (z, context, eps, np.array([300, 3 + number], np.int32)))))
+            t, weight = np.array([300, 3 + number], np.int32), np.array([1, 0.5], np.float32)
+            micro.append(tuple(map(Tensor, (z, eps, t, weight, context))))
         wanted, got = (step(micro, 1e-3, number) for step in steps)
         for step in steps:
             with step.ema.applied():  # gives the weights other memory

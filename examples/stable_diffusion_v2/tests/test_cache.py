@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from full_disk import files_of_at_most
 
+from ldm.conditioning import Condition
 from ldm.config import ModelConfig, TextConfig
 from ldm.errors import UserError
 from ldm.train.cache import ENTRY_BYTES, KEY_BYTES, Rows, file_key, settings_key, text_key
@@ -115,8 +116,8 @@ def test_a_picture_or_caption_without_an_answer_is_named(tmp_path):
             mean = np.where(images[:, :1] > 0, 0, np.nan)[:, [0] * 4, ::8, ::8].astype(np.float32)
             return mean, mean
 
-        def encode_prompts(self, texts):
-            return np.stack([np.full((77, 1024), np.inf if "dog" in text else 0, np.float32) for text in texts])
+        def conditioner(self, texts):
+            return Condition(np.stack([np.full((77, 1024), np.inf if "dog" in t else 0, np.float32) for t in texts]))
 
     named = {"latents": "the autoencoder gives NaN or infinity for '.*dog.png'", "text": "for 'a dog'"}
     for kind, written in (("latents", 0), ("text", 2)):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.model import VAE, StableDiffusion
 from ldm.models.layers import initialize
-from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.train.latent_channels import alive, keep_channels
 
 KEPT = [0, 2, 3, 5]

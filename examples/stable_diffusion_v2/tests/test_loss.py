@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
+from ldm.conditioning import Condition
 from ldm.config import ScheduleConfig
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import DiffusionLoss
@@ -55,15 +56,15 @@ class Guess(nn.Cell):
 
 @pytest.fixture
 def batch():
-    """latents, context, eps, t."""
+    """latents, eps, t, weight, context."""
     rng = np.random.default_rng(0)
-    draw = [rng.standard_normal(shape).astype(np.float32) for shape in (SHAPE, (4, 7, 6), SHAPE)]
-    return [*draw, T]
+    latents, context, eps = (rng.standard_normal(shape).astype(np.float32) for shape in (SHAPE, (4, 7, 6), SHAPE))
+    return [latents, eps, T, np.ones(4, np.float32), context]
 
 
 def expected(batch, prediction, weight, a, b):
     """The loss of `Linear` in float64."""
-    x0, context, eps, t = (array.astype(np.float64) for array in batch)
+    x0, eps, t, _, context = (array.astype(np.float64) for array in batch)
     alpha, sigma = (share[:, None, None, None] for share in (SD.alpha(t), SD.sigma(t)))
     output = a * (alpha * x0 + sigma * eps) + (b * context.mean((1, 2)) + t / 1000)[:, None, None, None]
     squared = (output - prediction.target(x0, eps, alpha, sigma)) ** 2
@@ -75,7 +76,8 @@ def expected(batch, prediction, weight, a, b):
 def test_value_and_gradient(name, weighting, batch):
     prediction = get_prediction(name)
     weight = loss_weight(weighting, SD, prediction)
-    loss = DiffusionLoss(Linear(), SD, prediction, weight)
+    batch[3] = weight[T].astype(np.float32)
+    loss = DiffusionLoss(Linear(), SD, prediction)
     grad = ms.value_and_grad(loss, None, loss.trainable_params(), has_aux=True)
     (value, x0_loss, eps_loss), slopes = grad(*map(Tensor, batch))
     assert value.dtype == ms.float32 and x0_loss.shape == eps_loss.shape == (4,)
@@ -89,7 +91,7 @@ def test_value_and_gradient(name, weighting, batch):
 def test_a_perfect_network_has_no_loss_and_types_can_be_compared(batch):
     for prediction in PREDICTIONS.values():
         network = Guess(batch[0], prediction)
-        loss = DiffusionLoss(network, SD, prediction, loss_weight("none", SD, prediction))
+        loss = DiffusionLoss(network, SD, prediction)
         assert loss(*map(Tensor, batch))[0].asnumpy() < 1e-10
         network.x0.set_data(network.x0 + 0.25)  # whatever the network predicts, it is wrong by as much
         value, x0_loss, eps_loss = (out.asnumpy() for out in loss(*map(Tensor, batch)))
@@ -115,19 +117,20 @@ def test_min_snr_values():
 
 def test_last_step_without_signal(batch):
     v = get_prediction("v")
-    loss = DiffusionLoss(Linear(), ZERO, v, loss_weight("none", ZERO, v))
+    loss = DiffusionLoss(Linear(), ZERO, v)
     assert all(np.isfinite(out.asnumpy()).all() for out in loss(*map(Tensor, batch)))
     for refused in (
-        lambda: DiffusionLoss(Linear(), ZERO, get_prediction("eps"), np.ones(1000)),
+        lambda: DiffusionLoss(Linear(), ZERO, get_prediction("eps")),
         lambda: loss_weight("none", ZERO, get_prediction("eps")),
-        lambda: Denoiser(Linear(), ZERO, get_prediction("eps"), Tensor(batch[1])),
+        lambda: Denoiser(Linear(), ZERO, get_prediction("eps"), Condition(batch[4])),
     ):
         with pytest.raises(UserError, match="zero_terminal_snr"):
             refused()
 
 
 def contexts():
-    return [Tensor(np.random.default_rng(seed).standard_normal((4, 7, 6)), ms.float32) for seed in (1, 2)]
+    drawn = (np.random.default_rng(seed).standard_normal((4, 7, 6)) for seed in (1, 2))
+    return [Condition(context.astype(np.float32)) for context in drawn]
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
@@ -169,7 +172,7 @@ def test_denoiser_refuses_what_it_cannot_mean():
     with pytest.raises(AssertionError, match="as many latents"):
         denoise(np.zeros((3, *SHAPE[1:])), 500)
     with pytest.raises(AssertionError, match="one negative prompt"):
-        Denoiser(Linear(), SD, get_prediction("v"), contexts()[0], contexts()[1][:1], 3.0)
+        Denoiser(Linear(), SD, get_prediction("v"), contexts()[0], Condition(contexts()[1].context[:1]), 3.0)
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
@@ -179,3 +182,17 @@ def test_sampling_with_a_perfect_network_gives_the_data(name):
     denoise = Denoiser(Guess(x0, prediction), SD, prediction, contexts()[0])
     x, sampler = np.random.default_rng(5).standard_normal(SHAPE), get_sampler("dpm_solver_pp", SD, spacing="trailing")
     np.testing.assert_allclose(sampler(denoise, x, sampler.times(SD, 8), SD), x0, atol=1e-5)
+
+
+def test_every_field_of_a_condition_reaches_the_network():
+    """As a pooled text's features do: they are joined and guided like the text's own."""
+    calls = []
+
+    def network(x, t, context, vector):
+        calls.append((context.asnumpy(), vector.asnumpy()))
+        return x
+
+    cond, uncond = (Condition(np.full((4, 2, 3), n, np.float32), np.full((4, 5), -n, np.float32)) for n in (1, 2))
+    Denoiser(network, SD, get_prediction("v"), cond, uncond, 3.0)(np.zeros(SHAPE), 20)
+    for got, n in zip(calls[0], (1, -1)):
+        assert len(got) == 8 and (got[:4] == 2 * n).all() and (got[4:] == n).all()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ldm.diffusion.samplers import get_sampler
-from ldm.models.stable_diffusion import StableDiffusion
+from ldm.model import StableDiffusion
 from ldm.pipeline import Pipeline, normal_draws
 from ldm.weights import choose_config, open_weights
 

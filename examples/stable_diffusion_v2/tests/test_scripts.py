@@ -36,8 +36,8 @@ from ldm.config import (
 )
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
+from ldm.model import VAE, StableDiffusion
 from ldm.models.layers import initialize
-from ldm.models.stable_diffusion import VAE, StableDiffusion
 from ldm.options import read_options
 from ldm.randomness import generator
 from ldm.ranks import Ranks

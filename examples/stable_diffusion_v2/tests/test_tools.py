@@ -34,8 +34,8 @@ from ldm.config import (  # noqa: E402
 )
 from ldm.data.images import to_float  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.model import UNET, VAE, StableDiffusion  # noqa: E402
 from ldm.models.layers import initialize  # noqa: E402
-from ldm.models.stable_diffusion import UNET, VAE, StableDiffusion  # noqa: E402
 
 
 def test_the_demo_trains_beside_what_is_there(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from ldm.checkpoint import Checkpoint
 from ldm.config import SamplingConfig, from_yaml, load_model_config, save_model_config
 from ldm.errors import UserError
-from ldm.models.stable_diffusion import PARTS, TEXT, UNET, VAE
+from ldm.model import PARTS, TEXT, UNET, VAE
 from ldm.versions import VERSIONS, published
 from ldm.weights import Choice, Weights, check_words, choose_config, config_key, describe, tensors_of
 

@@ -27,8 +27,8 @@ import numpy as np  # noqa: E402
 from ldm import checkpoint  # noqa: E402
 from ldm.config import UNetConfig, load_model_config  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.model import UNET, StableDiffusion  # noqa: E402
 from ldm.models.layers import initialize  # noqa: E402
-from ldm.models.stable_diffusion import UNET, StableDiffusion  # noqa: E402
 from ldm.options import seed  # noqa: E402
 from ldm.weights import describe, read_checkpoint  # noqa: E402
 

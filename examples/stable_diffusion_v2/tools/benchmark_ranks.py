@@ -34,7 +34,6 @@ from ldm.config import load_model_config  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.prediction import get_prediction  # noqa: E402
 from ldm.diffusion.schedule import build_schedule  # noqa: E402
-from ldm.diffusion.weighting import loss_weight  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.models.layers import initialize  # noqa: E402
 from ldm.models.unet import UNet  # noqa: E402
@@ -71,9 +70,9 @@ class Stopwatch:
     def around(self, part: str, function: Callable) -> Callable:
         """The function, its time added to the part's."""
 
-        def timed(*args):
+        def timed(*args, **words):
             began = time.perf_counter()
-            result = function(*args)
+            result = function(*args, **words)
             ms.runtime.synchronize()  # a device may run ahead
             self.seconds[part] += time.perf_counter() - began
             return result
@@ -91,7 +90,7 @@ def measure(args) -> None:
     net = UNet(config.unet)
     initialize(net, 0)
     schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
-    loss = DiffusionLoss(net, schedule, prediction, loss_weight("none", schedule, prediction))
+    loss = DiffusionLoss(net, schedule, prediction)
     trained = list(net.get_parameters())
     step = TrainStep(loss, build_optimizer("adamw", trained, (0.9, 0.999), weight_decay=0.0), ranks=ranks)
 
@@ -99,8 +98,8 @@ def measure(args) -> None:
     shape = args.batch, config.unet.in_channels, args.size, args.size
     latents, eps = (rng.standard_normal(shape, np.float32) for _ in range(2))
     features = rng.standard_normal((args.batch, config.text.context_length, config.unet.context_dim), np.float32)
-    times = rng.integers(0, len(schedule), args.batch).astype(np.int32)
-    batch = [tuple(Tensor(ranks.share(array)) for array in (latents, features, eps, times))]
+    times, weight = rng.integers(0, len(schedule), args.batch).astype(np.int32), np.ones(args.batch, np.float32)
+    batch = [tuple(Tensor(ranks.share(array)) for array in (latents, eps, times, weight, features))]
 
     watch, rows = Stopwatch(), []
     step.gradients = watch.around("gradients", step.gradients)

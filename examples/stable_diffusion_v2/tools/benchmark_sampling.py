@@ -50,8 +50,8 @@ def make(folder: Path, width: int) -> None:
     runtime.start("CPU")
     from ldm import checkpoint
     from ldm.config import save_model_config
+    from ldm.model import StableDiffusion
     from ldm.models.layers import initialize
-    from ldm.models.stable_diffusion import StableDiffusion
     from ldm.pipeline import describe
 
     config = small_config(width)

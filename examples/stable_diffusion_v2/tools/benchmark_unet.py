@@ -71,8 +71,8 @@ def our_worker(pipe, weights: Path, batch: int, size: int) -> None:
 
     from ldm import checkpoint, kernels
     from ldm.config import load_model_config
+    from ldm.model import UNET
     from ldm.models.layers import fill
-    from ldm.models.stable_diffusion import UNET
     from ldm.models.unet import UNet
 
     net = UNet(load_model_config(HERE / "configs" / "v2-inference.yaml").unet)

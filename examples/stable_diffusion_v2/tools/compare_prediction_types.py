@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 from ldm.config import ModelConfig, load_model_config, save_model_config  # noqa: E402
 from ldm.data.dataset import CaptionedImages  # noqa: E402
 from ldm.data.images import to_float  # noqa: E402
-from ldm.models.stable_diffusion import StableDiffusion  # noqa: E402
+from ldm.model import StableDiffusion  # noqa: E402
 from ldm.pipeline import Pipeline  # noqa: E402
 from ldm.randomness import generator  # noqa: E402
 from ldm.train.state import RESUME_NAME  # noqa: E402

@@ -127,7 +127,7 @@ def reconstruct(
     from ldm import runtime  # MindSpore is wanted here alone
 
     # isort: split
-    from ldm.models.stable_diffusion import VAE, StableDiffusion
+    from ldm.model import VAE, StableDiffusion
     from ldm.weights import check_words, choose_config, open_weights
 
     paths = [sample.path for sample in read_captions(real)[:limit]]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
+from ldm.conditioning import Condition
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
@@ -19,11 +20,11 @@ class Denoiser:
     is guidance of both.
 
     Args:
-        network: Cell, network(x float32 [N, C, H, W], t float32 [N], context [N, L, D]) -> [N, C, H, W].
+        network: Cell, network(x float32 [N, C, H, W], t float32 [N], *condition) -> [N, C, H, W].
         schedule: the noise schedule that the network was trained with.
         prediction: what the network predicts.
-        cond: [B, L, D], the encoded prompts.
-        uncond: [B, L, D], the encoded negative or empty prompts; not used where guidance_scale is 1.
+        cond: of the prompts, arrays.
+        uncond: of the negative or empty prompts; not used where guidance_scale is 1.
         guidance_scale: 1 is no guidance and half the work, 0 ignores the prompts.
 
     Raises:
@@ -35,17 +36,18 @@ class Denoiser:
         network: nn.Cell,
         schedule: NoiseSchedule,
         prediction: Prediction,
-        cond: Tensor,
-        uncond: Tensor | None = None,
+        cond: Condition,
+        uncond: Condition | None = None,
         guidance_scale: float = 1.0,
     ):
         schedule.check(prediction)
-        contexts = [cond] if guidance_scale == 1 else [uncond, cond]
-        assert all(context.shape == cond.shape for context in contexts), "one negative prompt per prompt"
+        conditions = [cond] if guidance_scale == 1 else [uncond, cond]
+        assert all(each.context.shape == cond.context.shape for each in conditions), "one negative prompt per prompt"
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.guidance_scale = guidance_scale
-        self.copies = len(contexts)
-        self.context = ops.concat(contexts)  # [copies * B, L, D]
+        self.copies = len(conditions)
+        self.samples = self.copies * len(cond.context)
+        self.condition = Condition.join(conditions).map(Tensor).given()  # of copies * B
 
     def __call__(self, x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
         """(x0, eps), float64 [B, C, H, W] each, for x [B, C, H, W] at the time t, which may lie between two steps.
@@ -54,9 +56,9 @@ class Denoiser:
             UserError: the network returned NaN or infinity.
         """
         batch = np.concatenate([x] * self.copies).astype(np.float32)  # [copies * B, C, H, W]
-        assert len(batch) == len(self.context), "as many latents as prompts"
+        assert len(batch) == self.samples, "as many latents as prompts"
         times = np.full(len(batch), t, np.float32)
-        output = self.network(Tensor(batch), Tensor(times), self.context).astype(ms.float32).asnumpy()
+        output = self.network(Tensor(batch), Tensor(times), *self.condition).astype(ms.float32).asnumpy()
         if not np.isfinite(output).all():
             raise UserError(f"the network returned NaN or infinity at t = {t}: check the checkpoint, or run in float32")
         outputs = np.split(output.astype(np.float64), self.copies)  # the last one is with caption, the first without

@@ -124,7 +124,7 @@ class LayerByLayer(Blocks):
         return outputs, self.grads
 
     def layers(
-        self, scale: Tensor, latents: Tensor, context: Tensor, eps: Tensor, t: Tensor
+        self, scale: Tensor, latents: Tensor, eps: Tensor, t: Tensor, weight: Tensor, context: Tensor
     ) -> tuple[Outputs, Iterator[OfLayer]]:
         """(outputs of the loss, the way back): parameters with their gradients, layer by layer from the last on.
 
@@ -134,7 +134,7 @@ class LayerByLayer(Blocks):
         self.weights.clear()  # the parameters may have got other memory since, as by the moving average's validation
         emb, tape = self.network.time_embed(t), Tape(self.run)
         h = walk(self.network, self.noisy(latents, eps, t), emb, context, tape.run, tape.join)
-        (_, outputs), (dh, of_tail) = self.tail(h, scale, latents, eps, t)
+        (_, outputs), (dh, of_tail) = self.tail(h, scale, latents, eps, t, weight)
         return outputs, self.way_back(tape.entries, dh, of_tail, t, emb, context)
 
     def way_back(self, entries: list[Ran | Joined], dh: Tensor, of_tail, t, emb, context) -> Iterator[OfLayer]:
@@ -239,8 +239,8 @@ class _LossOfOutput(nn.Cell):
         super().__init__(auto_prefix=False)
         self.loss, self.network = loss, loss.network
 
-    def construct(self, h, scale, latents, eps, t):
-        outputs = self.loss.compare(self.network.read_out(h), latents, eps, t)
+    def construct(self, h, scale, latents, eps, t, weight):
+        outputs = self.loss.compare(self.network.read_out(h), latents, eps, t, weight)
         return outputs[0] * scale, outputs
 
 
@@ -252,8 +252,8 @@ class _Tail(nn.Cell):
         self.weights = ParameterTuple(params)
         self.value_and_grad = ops.value_and_grad(_LossOfOutput(loss), 0, self.weights or None, has_aux=True)
 
-    def construct(self, h, scale, latents, eps, t):
+    def construct(self, h, scale, latents, eps, t, weight):
         if self.weights:
-            return self.value_and_grad(h, scale, latents, eps, t)
-        outputs, dh = self.value_and_grad(h, scale, latents, eps, t)
+            return self.value_and_grad(h, scale, latents, eps, t, weight)
+        outputs, dh = self.value_and_grad(h, scale, latents, eps, t, weight)
         return outputs, (dh, ())

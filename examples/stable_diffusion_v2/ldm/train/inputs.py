@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
 
+from ldm.conditioning import Condition
 from ldm.config import ModelConfig
 from ldm.data.batches import Batch, Batches
 from ldm.data.dataset import CaptionedImages
@@ -21,7 +22,7 @@ from ldm.data.images import DECODER, crop, to_float
 from ldm.diffusion.timestep_bias import timesteps_at
 from ldm.errors import UserError
 from ldm.files import quoted
-from ldm.models.stable_diffusion import TEXT, VAE, StableDiffusion
+from ldm.model import TEXT, VAE, StableDiffusion
 from ldm.randomness import generator, spread
 from ldm.train.cache import OTHERWISE, Rows, file_key, settings_key, text_key
 
@@ -140,7 +141,7 @@ class FrozenOutputs:
             self.latents.append([file_key(path) for path in pictures], gaussians)
 
     def _fill_text(self, model: StableDiffusion, data: CaptionedImages, texts: list[str], size: int) -> None:
-        features = model.encode_prompts(texts + [""] * (size - len(texts)))[: len(texts)]
+        features = model.conditioner(texts + [""] * (size - len(texts))).context[: len(texts)]
         require_finite(features, "the text encoder", texts)
         self.features.append([text_key(text) for text in texts], features)
 
@@ -165,6 +166,7 @@ class Inputs:
         frozen: the caches, full.
         token_ids: give token ids int32 [B, L], for a text encoder that is trained, not features float32 [B, L, D].
         density: how often each timestep comes, float64 [T]; see `timestep_density`.
+        weight: on the squared error at each timestep, [T]; see `loss_weight`.
     """
 
     def __init__(
@@ -175,13 +177,15 @@ class Inputs:
         frozen: FrozenOutputs,
         token_ids: bool,
         density: np.ndarray,
+        weight: np.ndarray,
     ):
         self.model, self.data, self.batches, self.frozen = model, data, batches, frozen
-        self.token_ids, self.density = token_ids, density
+        self.token_ids, self.density, self.weight = token_ids, density, weight.astype(np.float32)
         self.shape = model.latent_shape(data.image_size, data.image_size)
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(latents float32 [B, C, h, w] of unit variance, text, eps like the latents, t int32 [B]).
+    def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
+        """(latents float32 [B, C, h, w] of unit variance, eps like the latents, t int32 [B], weight float32 [B], and
+        what the network is told of the texts).
 
         Latents are drawn from the autoencoder's Gaussian, as SD was trained, not set to its mean.
         """
@@ -194,17 +198,17 @@ class Inputs:
         latents = mean + std * self._noise("latent", batch.ordinals)
         t = timesteps_at(self.density, spread(self.batches.seed, "timestep", batch.ordinals))
         eps = self._noise("noise", batch.ordinals)
-        return Tensor(latents), Tensor(self._text(batch.texts)), Tensor(eps), Tensor(t)
+        return tuple(map(Tensor, (latents, eps, t, self.weight[t], *self._condition(batch.texts))))
 
     def _noise(self, purpose: str, ordinals: np.ndarray) -> np.ndarray:
         seed = self.batches.seed
         return np.stack([generator(seed, purpose, i).standard_normal(self.shape, np.float32) for i in ordinals])
 
-    def _text(self, texts: list[str]) -> np.ndarray:
+    def _condition(self, texts: list[str]) -> tuple[np.ndarray, ...]:
         if self.token_ids:
-            return self.model.tokenizer.encode(texts)
+            return (self.model.tokenizer.encode(texts),)
         if self.frozen.features is not None:
-            return self.frozen.features.take(map(text_key, texts))
-        features = self.model.encode_prompts(texts)
-        require_finite(features, "the text encoder", texts)
-        return features
+            return Condition(self.frozen.features.take(map(text_key, texts))).given()
+        condition = self.model.conditioner(texts)
+        require_finite(condition.context, "the text encoder", texts)
+        return condition.given()

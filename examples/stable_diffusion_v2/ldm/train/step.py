@@ -202,7 +202,8 @@ class TrainStep:
     def _tensors(self, micro_batches, loss, grads) -> Iterator[tuple[str, np.ndarray]]:
         """All tensors of a step with their names, in the order in which they come to be."""
         for batch in micro_batches:
-            yield from ((f"the input '{name}'", x.asnumpy()) for name, x in zip(self.batch_names, batch))
+            names = (*self.batch_names, *self.batch_names[-1:] * len(batch))  # the last one may stand for several
+            yield from ((f"the input '{name}'", x.asnumpy()) for name, x in zip(names, batch))
         yield from ((f"the weights {param.name}", param.asnumpy()) for param in self.optimizer.params)
         yield "the loss", loss
         yield from ((f"the gradient of {p.name}", g.asnumpy()) for p, g in zip(self.optimizer.params, grads))

@@ -17,7 +17,7 @@ from ldm.checkpoint import formats  # noqa: E402
 from ldm.checkpoint.names import from_diffusers  # noqa: E402
 from ldm.config import SamplingConfig, from_yaml, load_model_config  # noqa: E402
 from ldm.diffusion.samplers import get_sampler  # noqa: E402
-from ldm.models.stable_diffusion import StableDiffusion  # noqa: E402
+from ldm.model import StableDiffusion  # noqa: E402
 from ldm.pipeline import Pipeline  # noqa: E402
 from ldm.weights import describe  # noqa: E402
 

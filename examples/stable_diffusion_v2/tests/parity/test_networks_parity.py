@@ -14,7 +14,7 @@ from reference import CONFIGS, THEIR_TYPES, reference, relative_rms, states  # n
 
 from ldm.checkpoint.names import from_diffusers  # noqa: E402
 from ldm.diffusion.samplers import get_sampler  # noqa: E402
-from ldm.models.stable_diffusion import StableDiffusion  # noqa: E402
+from ldm.model import StableDiffusion  # noqa: E402
 from ldm.pipeline import Pipeline  # noqa: E402
 
 pytestmark = pytest.mark.parity

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from threading import Thread
+from typing import NamedTuple
 
 import numpy as np
 from mindspore import Tensor, nn
 
 from ldm import checkpoint
+from ldm.conditioning import Conditioner
 from ldm.models.blockwise import BlockwiseText, BlockwiseUNet
 from ldm.models.clip import VARIANTS, Under
 from ldm.models.layers import fill
@@ -20,6 +22,15 @@ UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
 PARTS = (VAE, UNET, TEXT)
 
 log = logging.getLogger(__name__)
+
+
+class Networks(NamedTuple):
+    """What is called; a network that is not built is None. MindSpore does not look into this for parameters."""
+
+    unet: UNet | BlockwiseUNet | None
+    vae: AutoencoderKL | None
+    text: nn.Cell | BlockwiseText | None
+    vae_encode: VAEEncode | None
 
 
 class StableDiffusion(nn.Cell):
@@ -42,9 +53,9 @@ class StableDiffusion(nn.Cell):
             self.first_stage_model = vae
         if text_encoder:
             self.cond_stage_model = under_prefix(text_encoder)
-        self.parts = (unet, vae, text_encoder, VAEEncode(vae) if vae else None)
         padding = config.text.padding or PADDING[config.text.variant]
         self.tokenizer = Tokenizer(config.text.vocab_size, config.text.context_length, padding)
+        self.networks = Networks(unet, vae, text_encoder, VAEEncode(vae) if vae else None)
         self.scale_factor = config.scale_factor
         self.channels, self.factor = config.vae.embed_dim, config.vae.factor
         self.views: dict[str, np.ndarray] = {}  # of a checkpoint's file, behind parameters
@@ -52,37 +63,38 @@ class StableDiffusion(nn.Cell):
 
     @property
     def unet(self) -> UNet:
-        return self.parts[0]
+        return self.networks.unet
 
     @property
     def vae(self) -> AutoencoderKL:
-        return self.parts[1]
+        return self.networks.vae
 
     @property
     def text_encoder(self) -> nn.Cell:
-        return self.parts[2]
+        return self.networks.text
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """What makes of texts what the UNet is told of them."""
+        return Conditioner(self.tokenizer, self.networks.text)
 
     def compile_blockwise(self) -> None:
         """For drawing alone: compile UNet and text encoder block by block, in a fraction of the time and the memory."""
-        unet, vae, text_encoder, encode = self.parts
-        self.parts = (BlockwiseUNet(unet), vae, BlockwiseText(text_encoder), encode)
+        unet, text = self.networks.unet, self.networks.text
+        self.networks = self.networks._replace(unet=BlockwiseUNet(unet), text=BlockwiseText(text))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """[C, H / f, W / f] for a picture's height and width in pixels."""
         return self.channels, height // self.factor, width // self.factor
 
-    def encode_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Features of the prompts, float32 [B, context_length, width]."""
-        return self.text_encoder(Tensor(self.tokenizer.encode(prompts))).asnumpy().astype(np.float32)
-
     def forget_text_encoder(self) -> None:
         """Let go of the text encoder, which must not be asked for any more: a quarter of the whole model's memory."""
-        self.rest(TEXT)
+        self.give_back(TEXT)
         self.views = {name: array for name, array in self.views.items() if not name.startswith(TEXT)}
         del self.cond_stage_model
-        self.parts = (*self.parts[:2], None, self.parts[3])
+        self.networks = self.networks._replace(text=None)
 
-    def rest(self, part: str) -> None:
+    def give_back(self, part: str) -> None:
         """Give back the memory of a network that is not needed for a while, where a file can fill it again."""
         for name, array in self.views.items():
             if name.startswith(part):
@@ -94,7 +106,7 @@ class StableDiffusion(nn.Cell):
         Args:
             images: float32 [B, 3, H, W] in [-1, 1].
         """
-        mean, log_var = (part.asnumpy().astype(np.float32) for part in self.parts[3](Tensor(images)))
+        mean, log_var = (part.asnumpy().astype(np.float32) for part in self.networks.vae_encode(Tensor(images)))
         return mean * self.scale_factor, np.exp(log_var / 2) * self.scale_factor
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -123,7 +135,8 @@ class StableDiffusion(nn.Cell):
             if name not in fitting:
                 continue
             if fill(parameter, fitting[name], copy):
-                bad += [name] * (not is_finite(fitting[name]))
+                if not is_finite(fitting[name]):
+                    bad.append(name)
                 checkpoint.release(fitting[name])
             else:
                 views[name] = fitting[name]
@@ -132,11 +145,14 @@ class StableDiffusion(nn.Cell):
         def check() -> None:
             for part in (TEXT, UNET, VAE):
                 bad.extend(name for name, array in views.items() if name.startswith(part) and not is_finite(array))
-            self.rest(VAE)  # it is used last
+            self.give_back(VAE)  # it is used last
             if bad:
                 log.warning("%s: NaN or infinity in %d of %d tensors, first %s", path, len(bad), len(fitting), bad[0])
 
-        Thread(target=check).start() if views else check()
+        if views:
+            Thread(target=check).start()
+        else:
+            check()
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every parameter by name, float32."""
