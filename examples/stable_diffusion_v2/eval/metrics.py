@@ -185,8 +185,3 @@ def _covered(points: np.ndarray, centres: np.ndarray, square_radii: np.ndarray) 
             hit |= (_square_distances(rows, block) <= square_radii[start : start + BLOCK]).any(1)
         inside += hit.sum()
     return float(inside / len(points))
-
-
-def psnr(squared_error: float | np.ndarray) -> float | np.ndarray:
-    """Peak signal-to-noise ratio in dB of mean squared errors of pictures in [-1, 1]."""
-    return 10 * np.log10(4 / squared_error)

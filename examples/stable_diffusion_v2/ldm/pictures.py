@@ -158,3 +158,8 @@ def captioned_rows(columns: dict[str, np.ndarray], captions: list[str], scale: i
         left = (w + GAP) * len(columns) + 12
         draw.multiline_text((left, middle), textwrap.fill(caption, 28), "black", small, anchor="lm")
     return sheet
+
+
+def psnr(squared_error: float | np.ndarray) -> float | np.ndarray:
+    """Peak signal-to-noise ratio in dB of mean squared errors of pictures in [-1, 1]."""
+    return 10 * np.log10(4 / squared_error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -41,6 +42,7 @@ from ldm.models.layers import initialize
 from ldm.options import read_options
 from ldm.randomness import generator
 from ldm.ranks import Ranks
+from ldm.train import autoencoder, finetune
 from ldm.train.log import read_log
 from ldm.weights import Choice, describe, open_weights, tensors_of
 
@@ -247,12 +249,12 @@ def test_caches_change_no_loss_and_stand_in_for_the_networks(place, tmp_path, mo
         return np.array([float(row.split("\t")[2]) for row in rows])
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_text_to_image, "OWN_PROCESS_BYTES", 0)  # filled in a process of its own
-        patch.setattr(train_text_to_image.StableDiffusion, "encode_images", None)  # which this one must not need
+        patch.setattr(finetune, "OWN_PROCESS_BYTES", 0)  # filled in a process of its own
+        patch.setattr(finetune.StableDiffusion, "encode_images", None)  # which this one must not need
         cached = losses("cached", *shared)
     np.testing.assert_allclose(losses("uncached", *off), cached, rtol=1e-5)
     with monkeypatch.context() as patch:  # a second run on the same data finds everything there
-        patch.setattr(train_text_to_image.StableDiffusion, "__init__", only_unet(train_text_to_image.StableDiffusion))
+        patch.setattr(finetune.StableDiffusion, "__init__", only_unet(finetune.StableDiffusion))
         assert np.array_equal(losses("again", *shared), cached)
     saved = tensors(tmp_path / "again/ckpt/rank_0/sd-1.ckpt")
     assert len(saved) == len(tensors(tmp_path / "uncached/ckpt/rank_0/sd-1.ckpt"))
@@ -262,7 +264,7 @@ def only_unet(network):
     build = network.__init__
 
     def checked(self, config, parts):
-        assert parts == (train_text_to_image.UNET,)
+        assert parts == (finetune.UNET,)
         build(self, config, parts)
 
     return checked
@@ -544,15 +546,15 @@ def test_a_decoder_learns_from_denoised_latents_and_the_rest_stays(place, tmp_pa
     before, after = (checkpoint.load(path) for path in (place / "base.safetensors", whole / "model.safetensors"))
     assert before.tensors.keys() == after.tensors.keys() and after.meta["prediction_type"] == "v"
     changed = {name for name in after.tensors if not np.array_equal(before.tensors[name], after.tensors[name])}
-    assert changed == {name for name in after.tensors if name.startswith(train_autoencoder.DECODER)}
+    assert changed == {name for name in after.tensors if name.startswith(autoencoder.DECODER)}
 
-    def stop(self, batch, step, second_input=train_autoencoder.DecoderAlone.second_input):
+    def stop(self, batch, step, second_input=autoencoder.DecoderAlone.second_input):
         if step == 10:
             raise UserError("the power failed")
         return second_input(self, batch, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_autoencoder.DecoderAlone, "second_input", stop)
+        patch.setattr(autoencoder.DecoderAlone, "second_input", stop)
         assert "power" in refusal(patch, capsys, train_autoencoder, [*words, "--output_path", parts])
     other = tmp_path / "base.safetensors"
     checkpoint.save(other, {n: 2 * a for n, a in before.tensors.items()}, before.meta, "safetensors")
@@ -684,11 +686,11 @@ def test_training_starts_from_the_weights_and_the_autoencoder_that_were_asked_fo
     words = training(place, tmp_path, *map(str, more))
     args = train_text_to_image.read_options(train_text_to_image.build_parser(), words)
     choice, weights = train_text_to_image.settle(args)
-    ckpt = train_text_to_image.read_start(args, choice, weights)
-    assert ckpt.tensors.keys() == base.tensors.keys()
+    start = finetune.start_tensors(args, choice.config, weights)
+    assert start.keys() == base.tensors.keys()
     for name, array in base.tensors.items():
-        assert np.array_equal(ckpt.tensors[name], array + 2 if name.startswith(prefix) else array), name
-    frozen = train_text_to_image.frozen_tensors(args, ckpt)
+        assert np.array_equal(start[name], array + 2 if name.startswith(prefix) else array), name
+    frozen = finetune.frozen_tensors(args, start)
     assert np.array_equal(frozen[f"{prefix}quant_conv.bias"], base.tensors[f"{prefix}quant_conv.bias"] + 2)
 
 
@@ -832,9 +834,9 @@ def test_a_large_unet_is_trained_block_by_block(place, tmp_path):
     losses = []
     for most in (0, 50_000_000):
         code = (
-            "import train_text_to_image as script; from ldm import runtime; made = script.LayerByLayer; "
-            f"script.MANY_WEIGHTS = {most}; script.LayerByLayer = lambda *a: print('by blocks') or made(*a); "
-            "runtime.run(script.main)"
+            "import train_text_to_image as script; from ldm import runtime; from ldm.train import finetune; "
+            f"made = finetune.LayerByLayer; finetune.MANY_WEIGHTS = {most}; "
+            "finetune.LayerByLayer = lambda *a: print('by blocks') or made(*a); runtime.run(script.main)"
         )
         words = training(place, tmp_path / str(most), "--train_steps", 3, "--gradient_accumulation_steps", 2)
         words += ["--model_config", str(tmp_path / "model.yaml")]
@@ -851,13 +853,14 @@ def test_caches_are_filled_on_the_devices_of_their_ranks(monkeypatch):
     """Under mpirun nothing else tells a process that is started for it which one it is."""
     seen = []
 
-    def start(command, env, start_new_session):
-        seen.append((command[-2:], env.get("DEVICE_ID"), env.get("OMPI_COMM_WORLD_RANK")))
+    def start(command, env, input, start_new_session):
+        assert start_new_session
+        seen.append((pickle.loads(input)[-1], env.get("DEVICE_ID"), env.get("OMPI_COMM_WORLD_RANK")))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "11")
     monkeypatch.delenv("DEVICE_ID", raising=False)
-    monkeypatch.setattr(train_text_to_image.subprocess, "run", start)
+    monkeypatch.setattr(finetune.subprocess, "run", start)
     for ranks in (Ranks(11, 16, 3), Ranks()):
-        train_text_to_image.fill_elsewhere(SimpleNamespace(seed=1), ranks)
-    assert seen == [(["--cache_share", "11/16"], "3", None), (["--cache_share", "0/1"], None, None)]
+        finetune.fill_in_child(SimpleNamespace(seed=1), CONFIG, "float32", ranks)
+    assert seen == [((11, 16), "3", None), ((0, 1), None, None)]

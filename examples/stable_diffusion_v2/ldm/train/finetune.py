@@ -1,0 +1,338 @@
+"""Fine-tuning of a whole model: its UNet, and its text encoder if asked, on captioned pictures."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from ldm import checkpoint, runtime
+from ldm.config import ModelConfig
+from ldm.data.batches import Batch
+from ldm.data.dataset import CaptionedImages
+from ldm.diffusion.loss import DiffusionLoss
+from ldm.diffusion.prediction import get_prediction
+from ldm.diffusion.schedule import build_schedule
+from ldm.diffusion.timestep_bias import timestep_density
+from ldm.diffusion.weighting import loss_weight
+from ldm.errors import UserError
+from ldm.files import escaped
+from ldm.model import PARTS, TEXT, UNET, VAE, StableDiffusion
+from ldm.models.blockwise import MANY_WEIGHTS
+from ldm.models.layers import initialize
+from ldm.pictures import grid, make_folder, save_png
+from ldm.pipeline import Pipeline, Settings, sampler_of
+from ldm.ranks import Ranks, follow_parent, without_launcher
+from ldm.signals import Stopped
+from ldm.train.cache import settings_key
+from ldm.train.ema import Ema
+from ldm.train.frozen import FrozenOutputs
+from ldm.train.gradients import LayerByLayer
+from ldm.train.inputs import Inputs
+from ldm.train.optimizer import build_optimizer
+from ldm.train.run import Plan, Task
+from ldm.train.step import LossScale, StepResult, TrainStep
+from ldm.train.trainable import trainable
+from ldm.weights import Weights, describe, open_weights
+
+log = logging.getLogger(__name__)
+
+OWN_PROCESS_BYTES = 256 << 20  # frozen networks larger than this fill the caches in a process of their own
+SUFFIXES = {"mindspore": ".ckpt", "safetensors": ".safetensors", "diffusers": ""}  # of checkpoints, by their format
+
+
+# ---- what the options mean ----
+
+
+def random_parts(args: argparse.Namespace) -> tuple[str, ...]:
+    """The networks that start from random weights."""
+    asked = {UNET: args.unet_initialize_random, TEXT: args.text_encoder_initialize_random}
+    return tuple(part for part, random in asked.items() if random)
+
+
+def start_tensors(args: argparse.Namespace, config: ModelConfig, weights: Weights) -> dict[str, np.ndarray]:
+    """The checkpoint's tensors, with the autoencoder that was asked for."""
+    tensors = weights.checkpoint.tensors
+    return checkpoint.with_vae(tensors, args.vae_path, config.scale_factor) if args.vae_path else tensors
+
+
+def require_finite_weights(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> None:
+    """UserError where weights to start from are NaN or infinite: nothing good comes of those, at any learning rate."""
+    used = tuple(part for part in PARTS if part not in random_parts(args))
+    bad = checkpoint.not_finite({name: array for name, array in tensors.items() if name.startswith(used)})
+    if bad:
+        raise UserError(
+            f"{args.pretrained_model_path}: NaN or infinity in {len(bad)} tensors, first {escaped(bad[0])}: nothing "
+            "can be trained from it; start from an earlier checkpoint, or fetch the file again"
+        )
+
+
+def frozen_tensors(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of the networks beside the UNet, which go into every checkpoint."""
+    kept = (VAE,) if args.text_encoder_initialize_random else (VAE, TEXT)
+    return {name: array for name, array in tensors.items() if name.startswith(kept)}
+
+
+def trained_unet(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Of the UNet's parameters' names those that are trained."""
+    unet = [name.removeprefix(UNET) for name in names if name.startswith(UNET)]
+    return [UNET + name for name in trainable(unet, args.trainable_modules)]
+
+
+def timestep_weight(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
+    """On the squared error at each timestep, float64 [T]."""
+    schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
+    return loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
+
+
+def timestep_bias(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
+    """How often each timestep is trained, float64 [T]."""
+    numbers = {name: getattr(args, f"timestep_bias_{name}") for name in ("multiplier", "portion", "begin", "end")}
+    return timestep_density(args.timestep_bias_strategy, config.schedule.timesteps, **numbers)
+
+
+def validation_settings(args: argparse.Namespace, config: ModelConfig) -> Settings:
+    """How validation pictures are drawn: as text_to_image.py would, where no option says otherwise."""
+    own, size = config.sampling, args.image_size
+    steps = own.steps if args.validation_steps is None else args.validation_steps
+    scale = config.guidance_scale if args.validation_scale is None else args.validation_scale
+    return Settings(sampler_of(config, args.validation_sampler), steps, scale, size, size, args.seed)
+
+
+def caches_latents(args: argparse.Namespace) -> bool:
+    return args.cache_latents and not (args.random_crop or args.flip)
+
+
+def open_data(args: argparse.Namespace) -> CaptionedImages:
+    """The pictures and captions; UserError where there are none, or one cannot be read."""
+    in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # then pictures are read once at most
+    return CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)
+
+
+def run_settings(args: argparse.Namespace, config: ModelConfig, dtype: str, ranks: Ranks) -> dict:
+    """What of the options must be the same when a run is resumed, lest it silently become another one.
+
+    How the samples of a step are divided into ranks and micro-batches may change: a step is the same all the same.
+    """
+    names = ("image_size", "seed", "optim", "use_ema", "ema_decay")
+    names += ("caption_dropout", "random_crop", "flip", "train_text_encoder", "loss_weighting", "snr_gamma")
+    names += ("betas", "weight_decay", "clip_grad", "max_grad_norm")
+    facts = {"pretrained": Path(args.pretrained_model_path).name, "dtype": dtype}
+    facts["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * ranks.size
+    facts.update(prediction_type=config.prediction_type, scale_factor=config.scale_factor)
+    for part in ("schedule", "unet", "vae", "text"):
+        facts.update({f"{part}.{key}": value for key, value in asdict(getattr(config, part)).items()})
+    del facts["unet.use_checkpoint"]  # changes memory and time, not the result
+    if args.trainable_modules:
+        names += ("trainable_modules",)
+    if args.timestep_bias_strategy != "none":
+        names += tuple(name for name in vars(args) if name.startswith("timestep_bias_"))
+    return {**facts, **{name: getattr(args, name) for name in names}}
+
+
+# ---- networks and caches ----
+
+
+def build_model(
+    args: argparse.Namespace, config: ModelConfig, tensors: dict[str, np.ndarray], parts: tuple[str, ...], dtype: str
+) -> StableDiffusion:
+    """The networks with the checkpoint's weights, or random ones where that is asked for."""
+    random, model = random_parts(args), StableDiffusion(config, parts)
+    model.load(tensors, args.pretrained_model_path, tuple(part for part in parts if part not in random), copy=True)
+    for part, network in ((UNET, model.unet), (TEXT, model.text_encoder)):
+        if network and part in random:
+            initialize(network, args.seed)
+    runtime.set_compute_dtype(model, dtype)
+    return model
+
+
+def open_caches(args: argparse.Namespace, config: ModelConfig, tensors: dict, dtype: str) -> FrozenOutputs:
+    """The caches of what is frozen and does not change at random."""
+    text = args.cache_text and not (args.train_text_encoder or args.text_encoder_initialize_random)
+    folder = Path(args.cache_path or Path(args.output_path) / "cache")
+    return FrozenOutputs(folder, config, tensors, args.image_size, dtype, caches_latents(args), text)
+
+
+def fill_in_child(args: argparse.Namespace, config: ModelConfig, dtype: str, ranks: Ranks) -> None:
+    """Fill the caches in a process of its own, with which the memory of the frozen networks goes away."""
+    env = {**without_launcher(), "PYTHONPATH": os.pathsep.join([str(runtime.HERE), os.environ.get("PYTHONPATH", "")])}
+    if ranks.size > 1:
+        env["DEVICE_ID"] = str(ranks.local_rank)
+    code = "from ldm import runtime; from ldm.train import finetune; runtime.run(finetune.child)"
+    job = pickle.dumps((args, config, dtype, (ranks.rank, ranks.size)))
+    # In a session of its own, for Ctrl-C is to come to this process alone.
+    if subprocess.run([sys.executable, "-c", code], env=env, input=job, start_new_session=True).returncode:
+        raise UserError("the caches could not be filled; the reason is above")
+
+
+def child() -> None:
+    """The main of the process that fills the caches; what it has to do comes by its standard input."""
+    args, config, dtype, share = pickle.load(sys.stdin.buffer)
+    follow_parent()
+    runtime.start(args.device_target, args.mode)
+    fill_caches(args, config, dtype, share)
+
+
+def fill_caches(args: argparse.Namespace, config: ModelConfig, dtype: str, share: tuple[int, int]) -> None:
+    """Compute a share (rank, ranks) of what the caches lack."""
+    tensors = start_tensors(args, config, open_weights(args.pretrained_model_path, raw=True))
+    caches, data = open_caches(args, config, tensors, dtype), open_data(args)
+    caches.forget_damaged(data, share)
+    if any(caches.missing(data, share)):
+        model = build_model(args, config, tensors, (VAE, TEXT), dtype)
+        caches.fill(model, data, args.train_batch_size, share)
+
+
+def prepare(
+    args: argparse.Namespace, config: ModelConfig, tensors: dict, data: CaptionedImages, dtype: str, ranks: Ranks
+) -> tuple[StableDiffusion, FrozenOutputs]:
+    """The networks that this process needs, and the caches, full."""
+    caches, share = open_caches(args, config, tensors, dtype), (ranks.rank, ranks.size)
+    caches.forget_damaged(data, share)
+    to_fill = any(caches.missing(data, share))
+    if to_fill and sum(array.nbytes for array in frozen_tensors(args, tensors).values()) > OWN_PROCESS_BYTES:
+        fill_in_child(args, config, dtype, ranks)
+        to_fill = False
+    drawing = to_fill or bool(args.validation_prompts and ranks.is_main)
+    vae, text = drawing or caches.latents is None, drawing or caches.features is None
+    parts = tuple(part for part, wanted in ((VAE, vae), (UNET, True), (TEXT, text)) if wanted)
+    model = build_model(args, config, tensors, parts, dtype)
+    if to_fill:
+        caches.fill(model, data, args.train_batch_size, share)
+    ranks.barrier("caches full")
+    caches.leave_out_missing(data)
+    return model, caches
+
+
+# ---- the task ----
+
+
+class TextLoss(nn.Cell):
+    """The diffusion loss behind the text encoder: token ids int32 [B, L] in the place of a condition."""
+
+    def __init__(self, text_encoder: nn.Cell, loss: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.text_encoder, self.loss = text_encoder, loss
+
+    def construct(self, latents, eps, t, weight, ids):
+        return self.loss(latents, eps, t, weight, self.text_encoder(ids))
+
+
+class FineTune(Task):
+    """The UNet of a model, and its text encoder if asked.
+
+    Args:
+        args: the options of train_text_to_image.py.
+        config: the model's.
+        tensors: of the checkpoint to start from.
+        data: captioned pictures.
+        dtype: what the networks compute in.
+        ranks: all processes of the run.
+    """
+
+    figures = ("loss", "x0_loss", "eps_loss")
+
+    def __init__(self, args, config: ModelConfig, tensors: dict, data: CaptionedImages, dtype: str, ranks: Ranks):
+        self.args, self.config, self.keep = args, config, args.ckpt_max_keep
+        self.folder = Path(args.output_path)
+        self.model, self.caches = prepare(args, config, tensors, data, dtype, ranks)
+        self.frozen = frozen_tensors(args, tensors)  # for networks that were not built
+        self.step = build_train_step(args, config, self.model, dtype, ranks)
+        of_times = timestep_bias(args, config), timestep_weight(args, config)
+        self.inputs_of = Inputs(self.model, data, args.seed, self.caches, args.train_text_encoder, *of_times)
+        used = dict(self.frozen)
+        if args.trainable_modules:
+            used.update({name: array for name, array in tensors.items() if name.startswith(UNET)})
+        trained = {param.name for param in self.step.optimizer.params}
+        self.frozen_key = settings_key({name: array for name, array in used.items() if name not in trained})
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether the batches must bring pictures, which no cache holds."""
+        return self.caches.latents is None
+
+    def inputs(self, batch: Batch, step: int) -> tuple[Tensor, ...]:
+        return self.inputs_of(batch)
+
+    def measured(self, result: StepResult) -> dict[str, float]:
+        return dict(zip(self.figures, (result.loss, *result.extras)))
+
+    def facts(self) -> dict:
+        """Stands for the weights that the run uses as they are: a resume state does not hold them."""
+        return {"frozen": self.frozen_key}
+
+    def changed_source(self) -> str | None:
+        return checkpoint.changed(self.frozen.values())
+
+    def export_bytes(self) -> int:
+        shapes = {**{name: array.shape for name, array in self.frozen.items()}, **self.model.shapes()}
+        return (2 if self.args.ckpt_dtype == "float16" else 4) * int(sum(map(np.prod, shapes.values())))
+
+    def export(self, step: int, plan: Plan) -> Path:
+        """The checkpoint sd-{number}, with the moving averages where there are some."""
+        args, ema = self.args, self.step.ema
+        path = ckpt_folder(args) / f"sd-{plan.number(step)}{SUFFIXES[args.ckpt_format]}"
+        tensors = {**self.frozen, **self.model.tensors(), **(ema.tensors() if ema else {})}
+        checkpoint.save(path, tensors, describe(self.config), args.ckpt_format, args.ckpt_dtype)
+        return path
+
+    def validate(self, step: int) -> None:
+        """One picture per validation prompt, always from the same noise, side by side; none where a signal came."""
+        args, ema = self.args, self.step.ema if step else None
+        path = make_folder(self.folder / "validation") / f"{step:06}.png"
+        settings = validation_settings(args, self.config)
+        with ema.applied() if ema else nullcontext():
+            pipeline, prompts = Pipeline(self.config, self.model), args.validation_prompts
+            pictures = [pipeline.draw([p], [""], [i], settings, until_asked)[0] for i, p in enumerate(prompts)]
+        save_png(grid(np.stack(pictures), 1 if len(pictures) < 5 else 2), path)
+        log.info("validation pictures: %s", path)
+
+
+def until_asked(times: Iterable) -> Iterator:
+    """The times of a sampler, until a signal asks this process to end: then Stopped is raised."""
+    for t in times:
+        if runtime.signals.asked:
+            raise Stopped(runtime.signals.asked)
+        yield t
+
+
+def ckpt_folder(args: argparse.Namespace) -> Path:
+    return Path(args.output_path) / "ckpt" / "rank_0"
+
+
+def build_train_step(
+    args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, dtype: str, ranks: Ranks
+) -> TrainStep:
+    """What the optimizer moves, by which loss, and how."""
+    unet = {param.name: param for param in model.unet.get_parameters()}
+    trained = [unet[name] for name in trained_unet(args, unet)]
+    if args.train_text_encoder:
+        trained += model.text_encoder.get_parameters()
+    loss = DiffusionLoss(model.unet, build_schedule(config.schedule), get_prediction(config.prediction_type))
+    by_layers = trains_by_layers(args, config, dtype) and sum(param.size for param in unet.values()) > MANY_WEIGHTS
+    return TrainStep(
+        TextLoss(model.text_encoder, loss) if args.train_text_encoder else loss,
+        build_optimizer(args.optim, trained, tuple(args.betas), weight_decay=args.weight_decay),
+        Ema(trained, args.ema_decay) if args.use_ema else None,
+        args.max_grad_norm if args.clip_grad else None,
+        LossScale(args.init_loss_scale, args.scale_window) if dtype == "float16" else None,
+        ranks,
+        LayerByLayer(loss, trained) if by_layers else None,
+    )
+
+
+def trains_by_layers(args: argparse.Namespace, config: ModelConfig, dtype: str) -> bool:
+    """Whether a large UNet's activations are to be computed again, where MindSpore's own way of it saves nothing."""
+    device = args.device_target or runtime.default_device()
+    plain = dtype == "float32" and not args.train_text_encoder
+    return device == "CPU" and args.mode == 0 and config.unet.use_checkpoint and plain
