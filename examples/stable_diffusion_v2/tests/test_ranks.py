@@ -24,10 +24,12 @@ from test_scripts import CONFIG, fill_place, refusal, run, sampling, tensors, tr
 
 from ldm import checkpoint
 from ldm.errors import UserError
+from ldm.hub import Hub
 from ldm.launch import build_parser, command, main, read_hosts, this_host
-from ldm.ranks import Hub, Ranks, place, without_launcher
+from ldm.ranks import Ranks, place, without_launcher
 
 ROOT = Path(__file__).parents[1]
+TOKEN = "0123456789abcdef"
 STATE = Path("ckpt/rank_0/train_resume.safetensors")
 MEET = """
 import sys, time
@@ -36,7 +38,7 @@ from ldm.ranks import Ranks, place
 here = place()
 ranks = Ranks(here.rank, here.size, here.local_rank)
 try:
-    ranks.connect()
+    ranks.connect(lambda number: print(number, flush=True))
     exec(sys.argv[1])
     ranks.leave()
 except UserError as error:
@@ -172,9 +174,9 @@ def test_a_rank_that_does_not_come_is_named():
 
 
 def test_a_port_that_is_taken():
-    hub = Hub(2, "", free_port(), 10)
+    hub = Hub(2, "", free_port(), 10, TOKEN)
     with pytest.raises(UserError, match="choose another --port"):
-        Hub(2, "", hub.server.getsockname()[1], 10)
+        Hub(2, "", hub.server.getsockname()[1], 10, TOKEN)
     hub.close()
 
 
