@@ -442,6 +442,36 @@ def test_a_rank_killed_in_the_first_pass_of_the_data(small, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
 
 
+def test_a_signal_to_the_launcher_or_to_a_rank_is_a_place_to_go_on_from(small, tmp_path):
+    """Three parts of a run, each ended by a signal but for the last, are the run in one part."""
+    run("train_text_to_image.py", *steps(small, tmp_path / "one", 20, "--train_batch_size", 6))
+    output, done = tmp_path / "two", 0
+    more = ["--resume", True, "--ckpt_save_interval", 1000]  # the signal saves, not the interval
+    words = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *steps(small, output, 20)]
+    for number, rank in ((signal.SIGTERM, None), (signal.SIGHUP, 1)):
+        started, log = distributed("run_train_distributed.sh", words, tmp_path), output / "result.log"
+        deadline = time.monotonic() + 250
+        while not log.exists() or len(log.read_text().splitlines()) < done + 4:
+            waits = time.monotonic() < deadline and started.poll() is None
+            assert waits, (tmp_path / "console.log").read_text()[-3000:]
+            time.sleep(0.01)
+        pids = processes_with(str(output))
+        os.kill(started.pid if rank is None else ranks_of(pids)[rank], number)
+        assert started.wait(60) == 128 + number
+        console = (tmp_path / "console.log").read_text()
+        assert console.count("SIGTERM: the run ends when this step is made and saved") == (rank is None), console
+        assert re.search(r"stopped after step \d+ of 20; --resume True goes on from there$", console, re.MULTILINE)
+        assert "error" not in console and "Traceback" not in console
+        assert not set(pids) & set(processes_with(str(output)))
+        done = len(log.read_text().splitlines()) - 1
+        state = json.loads(checkpoint.formats.read(output / STATE)[1]["train_state"])
+        assert 3 <= done < 20 and state["progress"]["step"] == done
+        words = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *steps(small, output, 20, *more)]
+    assert distributed("run_train_distributed.sh", words, tmp_path).wait(250) == 0
+    assert relative_difference(weights(tmp_path / "one" / STATE), weights(output / STATE)) < 2e-6
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(output), rtol=1e-5)
+
+
 def test_rank_0_killed_while_it_saves(small, tmp_path):
     """The state before is intact, and the run goes on from there."""
     output = tmp_path / "two"
