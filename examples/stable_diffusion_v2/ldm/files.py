@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -116,6 +117,27 @@ def _remove_abandoned(path: Path) -> None:
             with open(partial, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError where its writer lives
                 partial.unlink()
+
+
+def private_folder(name: str) -> Path:
+    """A folder of that name in the user's cache folder, made where it is not there, to which nobody else can write.
+
+    Raises:
+        UserError: it belongs to somebody else, everybody may write to it, or it cannot be made.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid != os.geteuid():
+            raise UserError(f"{folder} belongs to another user: set XDG_CACHE_HOME to a folder of your own")
+        if found.st_mode & stat.S_IWOTH:
+            raise UserError(f"everybody may write to {folder}: delete it, it is made again")
+        if found.st_mode & stat.S_IWGRP:  # by a umask for groups
+            folder.chmod(stat.S_IMODE(found.st_mode) & ~stat.S_IWGRP)
+    except (OSError, RuntimeError) as error:  # no room, no right, no home
+        raise UserError(f"no folder {name} in the user's cache folder: {escaped(error, 200)}") from None
+    return folder
 
 
 def _literal(name: str) -> str:

@@ -26,6 +26,9 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from ldm.errors import UserError
+from ldm.files import escaped, private_folder, replacing, sha256
+
 SCORE_BYTES = 64 * 2**20  # the most attention scores held at once on a CPU ...
 MOST_SLICES = 32  # ... but for very large pictures: more slices take longer to compile
 SOURCE = Path(__file__).with_name("kernels_cpu.cc")
@@ -226,27 +229,58 @@ def native_library() -> str | None:
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     model = "".join(line for line in cpu.splitlines() if line.startswith(("flags", "Features", "model name")))
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, COMPILE_FLAGS, model)).encode()).hexdigest()[:16]
-    cache = "the user's cache folder"
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-kernels"
-        library = cache / f"kernels_cpu-{key}.so"
-        if not library.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                made, flags = Path(scratch) / library.name, [*COMPILE_FLAGS, str(SOURCE)]
-                subprocess.run([compiler, *flags, "-o", str(made)], check=True, capture_output=True)
-                os.replace(made, library)
-        ctypes.CDLL(str(library))  # or MindSpore would fail later, in the middle of a graph
-    except (OSError, RuntimeError) as error:  # no room, no right, no home, a disk from which nothing may be run
-        return _no_native(f"{cache}: {getattr(error, 'strerror', None) or error}")
+        library = private_folder("ldm-kernels") / f"kernels_cpu-{key}.so"
+        if not (_is_as_recorded(library) and _loads(library)):
+            _compile(compiler, library)
+            ctypes.CDLL(str(library))
+    except UserError as error:
+        return _no_native(str(error))
+    except OSError as error:  # no room, a disk from which nothing may be run
+        return _no_native(f"{library.parent}: {error.strerror or error}")
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         return _no_native(lines[0] if lines else f"{compiler} failed")
     return str(library)
 
 
+def _record(library: Path) -> Path:
+    """The file beside a library that has its size and sha256, of which a damaged or foreign one has others."""
+    return library.with_suffix(".sha256")
+
+
+def _is_as_recorded(library: Path) -> bool:
+    """Whether the file is what the compiler made: one that was cut off would end the process by SIGBUS when loaded."""
+    try:
+        size, digest = _record(library).read_bytes()[:100].split()
+        return library.stat().st_size == int(size) and sha256(library).hex().encode() == digest
+    except (OSError, ValueError):
+        return False
+
+
+def _loads(library: Path) -> bool:
+    """Whether this system can load it: a home folder may be shared with one that has other libraries."""
+    try:
+        return bool(ctypes.CDLL(str(library)))
+    except OSError:
+        return False
+
+
+def _compile(compiler: str, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made = Path(scratch) / library.name
+        command = [compiler, *COMPILE_FLAGS, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True)
+        content = made.read_bytes()
+    with replacing(library) as file:
+        file.write(content)
+    with replacing(_record(library)) as file:
+        file.write(f"{len(content)} {hashlib.sha256(content).hexdigest()}".encode())
+
+
 def _no_native(reason: str) -> None:
-    print(f"warning: CPU kernels not compiled, the plain ones are several times slower: {reason}", file=sys.stderr)
+    line = "CPU kernels not compiled, the plain ones are several times slower, the next run tries again"
+    print(f"warning: {line}: {escaped(reason, 400)}", file=sys.stderr)
 
 
 def _native(name: str, out) -> ops.Custom:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import os
 import re
@@ -17,23 +18,30 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.options import Parser, read_options
-from ldm.ranks import (
+from ldm.hub import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     FAREWELL,
     HUB,
     JOIN_SECONDS,
     PATIENCE,
+    TOKEN,
     Hub,
-    follow_parent,
-    without_launcher,
+    enter,
+    new_token,
+    packed,
+    publish_token,
 )
+from ldm.options import Parser, read_options
+from ldm.ranks import follow_parent, without_launcher
+from ldm.signals import ENDING, exit_code
 
 FORWARDED = re.compile(r"PATH|PYTHONPATH|LD_LIBRARY_PATH|GLOG_v|OMP_NUM_THREADS|(MS|LDM|ASCEND|HCCL)_\w+")  # by mpirun
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 
 
 def build_parser() -> Parser:
@@ -118,36 +126,95 @@ def command(args: argparse.Namespace, hosts: dict[str, int], here: int, env: dic
 
 
 def launch(words: list[str], hub: Hub | None, env: dict[str, str]) -> int:
-    """Run the command to its end, and the hub beside it; the exit code."""
+    """Run the command to its end, and the hub beside it; the exit code.
+
+    A signal is passed on to all ranks, which end by themselves; a second one ends them at once.
+    """
+    _adopt_orphans()
     child = subprocess.Popen(words, env=env, start_new_session=True, preexec_fn=follow_parent)
-    verdict = []  # the hub's
-    serving = threading.Thread(target=lambda: verdict.append(hub.serve()), daemon=True)
+    verdict, asked = [], _passed_on(hub, env)
     if hub:
+        serving = threading.Thread(target=lambda: verdict.append(hub.serve()), daemon=True)
         serving.start()
-
-    def stop(number, _):
-        if hub:
-            hub.cancelled = f"stopped by {signal.Signals(number).name}"
-        else:
-            child.terminate()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
-    while child.poll() is None and False not in verdict:
+    while child.poll() is None and not verdict and (hub or len(asked) < 2):
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(0.2)
     if hub:
         serving.join(1)  # a good end reaches both at about the same time
-        hub.cancelled = f"{words[0]} ended before its ranks did, with exit code {child.returncode}"
+        hub.cancel(f"{words[0]} ended before its ranks did, with exit code {child.returncode}")
         serving.join(FAREWELL)
-        if False in verdict:
-            child.terminate()
-            hub.kill_local()
+        verdict = verdict or [1]
+    if any(verdict) or len(asked) > 1:
+        child.terminate()  # before the ranks end: msrun would print how
+    if hub:
+        hub.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(FAREWELL)
-    with contextlib.suppress(OSError):
-        os.killpg(child.pid, signal.SIGKILL)  # msrun's scheduler is of its group
-    return abs(child.wait()) or int(False in verdict)
+    _end_descendants()
+    child.kill()
+    codes = verdict if hub else [exit_code(number) for number in asked[:1]]
+    codes.append(abs(child.wait()))
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:  # adopted ones; a container's first process may not care for them
+            pass
+    return next(filter(None, codes), 0)
+
+
+def _passed_on(hub: Hub | None, env: dict[str, str]) -> list[int]:
+    """The signals that come from now on; where the hub is here it ends the run at the second, else `launch` does."""
+    asked = []
+
+    def handle(number, _):
+        asked.append(number)
+        if hub is None:
+            threading.Thread(target=_ask_hub, args=(number, env), daemon=True).start()
+        elif len(asked) == 1:
+            hub.ask(number)
+        else:
+            hub.cancel("", exit_code(asked[0]))
+
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handle)
+    return asked
+
+
+def _ask_hub(number: int, env: dict[str, str]) -> None:
+    """Pass a signal on from one of several hosts to the hub on the first, which tells all ranks."""
+    with contextlib.suppress(UserError, OSError):
+        connection, _ = enter({"follow": True}, FAREWELL, env)
+        connection.sendall(packed({"signal": number}))
+
+
+def _adopt_orphans() -> None:
+    """Let Linux give to this process whatever processes its children leave behind."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl:
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants() -> set[int]:
+    """The processes that this one has started, with all that those have started. None of them is a zombie."""
+    parents, found = {}, {os.getpid()}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents[int(path.parent.name)] = int(parent)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {os.getpid()}
+
+
+def _end_descendants() -> None:
+    """Give the run's processes time to end, then end them. No number that came over the network is ever believed."""
+    patience, deadline = time.monotonic() + FAREWELL / 2, time.monotonic() + FAREWELL
+    while (left := descendants()) and time.monotonic() < deadline:
+        if time.monotonic() > patience:
+            for pid in left:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def settle(args: argparse.Namespace) -> tuple[dict[str, int], int, dict[str, str]]:
@@ -187,12 +254,30 @@ def settle(args: argparse.Namespace) -> tuple[dict[str, int], int, dict[str, str
         raise UserError(
             f"msrun starts 'python', which is {python} and not {sys.executable}: put that first on the PATH"
         )
+    if os.environ.get(TOKEN):
+        env[TOKEN] = new_token()
     env.pop("RANK_TABLE_FILE", None)  # deprecated since MindSpore 2.4, and a forgotten one wins over the launcher
     env.update(MS_SCHED_HOST=address, MS_SCHED_PORT=str(args.port))
-    env[HUB] = f"{env['MS_SCHED_HOST']}:{args.port + 1}"
+    env[HUB] = f"{DEFAULT_HOST if len(hosts) == 1 else address}:{args.port + 1}"
     if args.device == "CPU":
         env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // own)))
     return hosts, here, env
+
+
+def keep_hub(args: argparse.Namespace, hosts: dict[str, int], env: dict[str, str]) -> Hub:
+    """The hub of the run, whose token goes into the environment of the ranks, or into a file for msrun's other hosts.
+
+    Raises:
+        UserError: one of the two ports is taken.
+    """
+    listen, seconds = DEFAULT_HOST if len(hosts) == 1 else "", float(env.get(PATIENCE, JOIN_SECONDS))
+    given, token = TOKEN in env, new_token(env)
+    Hub(0, listen, args.port, seconds, token).close()  # or the port is taken
+    hub = Hub(sum(hosts.values()), listen, args.port + 1, seconds, token)
+    if args.launcher == "msrun" and len(hosts) > 1 and not given:
+        publish_token(token, env)
+    env[TOKEN] = token
+    return hub
 
 
 def main() -> None:
@@ -203,11 +288,7 @@ def main() -> None:
     args = build_parser().parse_args(words)
     hosts, here, env = settle(args)
     check_script(args.script, script)
-    hub = None
-    if here == 0 and sum(hosts.values()) > 1:
-        listen, seconds = DEFAULT_HOST if len(hosts) == 1 else "", float(env.get(PATIENCE, JOIN_SECONDS))
-        Hub(0, listen, args.port, seconds).close()  # or the port is taken
-        hub = Hub(sum(hosts.values()), listen, args.port + 1, seconds)
+    hub = keep_hub(args, hosts, env) if here == 0 else None
     words = [*command(args, hosts, here, env), args.script, *script]
     sys.exit(launch([*words, "--use_parallel", "True", "--device_target", args.device], hub, env))
 

@@ -20,7 +20,8 @@ from typing import Callable, NoReturn
 
 from ldm.errors import UserError
 from ldm.files import escaped
-from ldm.ranks import Ranks, follow_hub, follow_parent, place, scheduler_address, without_launcher
+from ldm.hub import HUB, LONGEST_LINE, scheduler_address
+from ldm.ranks import Ranks, follow_hub, follow_parent, place, without_launcher
 from ldm.signals import Signals, Stopped, blocked, exit_code, quiet
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings on a CPU are harmless and many
@@ -39,7 +40,6 @@ gc.freeze()  # what is there stays: MindSpore looks for garbage whenever it comp
 DEVICES = ("Ascend", "GPU", "CPU")
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 HERE = Path(__file__).parents[1]
-LONGEST_LINE = 2000  # characters of an error message
 SLOW_ON_CPU = (2, 9)  # from this version on, CPU convolutions wider than 1×1 run some 300 times slower than in 2.8
 
 log = logging.getLogger(__name__)
@@ -123,12 +123,12 @@ def join(use_parallel: bool) -> Ranks:
                 "the work: add --use_parallel True"
             )
         return _ranks
-    if found.size > 1:
+    if found.size > 1 or HUB in os.environ:
         follow_parent()
         if found.rank:
             silence()
         _ranks = Ranks(found.rank, found.size, found.local_rank)
-        _ranks.connect()
+        _ranks.connect(signals.tell)
     return _ranks
 
 
@@ -227,7 +227,7 @@ def _guarded(main: Callable[[], None]) -> None:
 def _leave(code: int) -> None:
     """The end of one of several processes, where all have come to it."""
     if _ranks.connection:
-        _ranks.leave()
+        _ranks.leave(code)
         logging.shutdown()
         sys.stdout.flush()
         os._exit(code)  # all is done; MindSpore's network threads sometimes crash while the process is taken down
@@ -236,5 +236,5 @@ def _leave(code: int) -> None:
 def _end_by_signal() -> NoReturn:
     number = signals.asked or signal.SIGINT
     if _ranks.connection:
-        _ranks.fail(f"rank {_ranks.rank} was ended by {signal.Signals(number).name}")
+        _ranks.interrupted(number)
     sys.exit(exit_code(number))

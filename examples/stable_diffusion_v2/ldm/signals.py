@@ -90,6 +90,11 @@ class Signals:
         if self.asked:
             raise KeyboardInterrupt
 
+    def tell(self, number: int) -> None:
+        """From another thread: as if the signal had been sent to this process, where none has come yet."""
+        if not self.asked:
+            os.kill(os.getpid(), number)
+
     def _wait(self, numbers: list[int]) -> None:
         while True:
             number = signal.sigwait(numbers)

@@ -1,5 +1,14 @@
 """The CPU's kernels against the plain definitions: values and every gradient."""
 
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mindspore as ms
@@ -8,6 +17,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from ldm import kernels
+from ldm.files import sha256
 
 pytestmark = pytest.mark.skipif(kernels.native_library() is None, reason="no C++ compiler on this machine")
 
@@ -127,14 +137,101 @@ def test_half_precision_comes_out_as_float32_and_its_gradient_as_half(rng, nativ
     np.testing.assert_allclose(given.asnumpy(), wanted.asnumpy(), atol=1e-2)
 
 
+def compiled() -> tuple[Path, Path]:
+    """The library that this machine has, and the record beside it."""
+    library = Path(kernels.native_library())
+    return library, library.with_suffix(".sha256")
+
+
+@pytest.fixture
+def place(monkeypatch, tmp_path) -> Path:
+    """A cache folder with a copy of them."""
+    folder = tmp_path / "ldm-kernels"
+    folder.mkdir(mode=0o700)
+    for path in compiled():
+        shutil.copy(path, folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return folder
+
+
+FIND = "from ldm import kernels; print(kernels.native_library() or 'plain')"
+
+
+def find(**env: str) -> tuple[str, str]:
+    """What a process of its own says: (path or "plain", errors). A damaged library would end it by SIGBUS."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIND], env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done
+    return done.stdout.splitlines()[-1], done.stderr
+
+
+def another_library() -> bytes:
+    """A good one, of other functions."""
+    return Path(importlib.util.find_spec("PIL._imaging").origin).read_bytes()
+
+
+DAMAGE = {
+    "cut off": lambda library, record: os.truncate(library, library.stat().st_size // 2),
+    "cut off at a page": lambda library, record: os.truncate(library, 8192),
+    "empty": lambda library, record: os.truncate(library, 0),
+    "garbage": lambda library, record: library.write_bytes(b"\x7fELF" + bytes(range(256)) * 99),
+    "foreign": lambda library, record: library.write_bytes(another_library()),
+    "one bit": lambda library, record: library.write_bytes(library.read_bytes()[:-1] + b"\x55"),
+    "no record": lambda library, record: record.unlink(),
+    "a cut record": lambda library, record: os.truncate(record, 20),
+    "a record without a library": lambda library, record: library.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_or_foreign_library_is_made_anew(place, damage):
+    own, record = (place / path.name for path in compiled())
+    DAMAGE[damage](own, record)
+    assert find() == (str(own), "")
+    assert record.read_text() == f"{own.stat().st_size} {sha256(own).hex()}"
+    assert sorted(path.name for path in place.iterdir()) == sorted((own.name, record.name))
+    assert ctypes.CDLL(str(own)).group_norm
+
+
+def test_a_good_library_is_compiled_once(place, monkeypatch):
+    monkeypatch.setattr(kernels, "_compile", None)
+    assert kernels.native_library.__wrapped__() == str(place / compiled()[0].name)
+
+
+def test_one_that_matches_its_record_but_does_not_load_is_made_anew(place):
+    own, record = (place / path.name for path in compiled())
+    own.write_bytes(b"no library")
+    record.write_text(f"10 {hashlib.sha256(b'no library').hexdigest()}")
+    assert find() == (str(own), "")
+
+
+def test_a_failed_compilation_is_said_in_one_line_and_tried_again(place, tmp_path):
+    own, _ = (place / path.name for path in compiled())
+    own.unlink()
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nprintf 'out of\\033[2Jluck\\nmore\\n' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    for _ in range(2):
+        path, errors = find(CXX=str(compiler))
+        assert path == "plain" and errors.count("\n") == 1
+        assert "plain ones are several times slower, the next run tries again: out of\\x1b[2Jluck" in errors
+    assert find() == (str(own), "")
+
+
 def test_without_a_place_for_the_library_the_plain_kernels_run(monkeypatch, tmp_path, capsys):
-    """A cache folder that is a file, and a library that cannot be loaded."""
-    find = kernels.native_library.__wrapped__
+    """A cache folder that is a file."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert find() is None and "plain ones are several times slower" in capsys.readouterr().err
-    damaged = tmp_path / "ldm-kernels" / Path(kernels.native_library()).name
-    damaged.parent.mkdir()
-    damaged.write_bytes(b"no library")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert find() is None and "plain ones are several times slower" in capsys.readouterr().err
+    assert kernels.native_library.__wrapped__() is None
+    assert "plain ones are several times slower" in capsys.readouterr().err
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(place, monkeypatch, capsys):
+    search = kernels.native_library.__wrapped__
+    place.chmod(0o777)
+    assert search() is None and f"everybody may write to {place}" in capsys.readouterr().err
+    place.chmod(0o770)
+    assert search() and place.stat().st_mode & 0o777 == 0o750
+    monkeypatch.setattr(os, "geteuid", lambda: place.stat().st_uid + 1)
+    assert search() is None and f"{place} belongs to another user" in capsys.readouterr().err

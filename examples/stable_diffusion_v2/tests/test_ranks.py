@@ -24,11 +24,13 @@ from test_scripts import CONFIG, fill_place, refusal, run, sampling, tensors, tr
 
 from ldm import checkpoint
 from ldm.errors import UserError
+from ldm.hub import Hub
 from ldm.launch import build_parser, command, main, read_hosts, this_host
-from ldm.ranks import Hub, Ranks, place, without_launcher
+from ldm.ranks import Ranks, place, without_launcher
 from ldm.train.cache import ENTRY_BYTES
 
 ROOT = Path(__file__).parents[1]
+TOKEN = "0123456789abcdef"
 STATE = Path("ckpt/rank_0/train_resume.safetensors")
 MEET = """
 import sys, time
@@ -37,7 +39,7 @@ from ldm.ranks import Ranks, place
 here = place()
 ranks = Ranks(here.rank, here.size, here.local_rank)
 try:
-    ranks.connect()
+    ranks.connect(lambda number: print(number, flush=True))
     exec(sys.argv[1])
     ranks.leave()
 except UserError as error:
@@ -173,9 +175,9 @@ def test_a_rank_that_does_not_come_is_named():
 
 
 def test_a_port_that_is_taken():
-    hub = Hub(2, "", free_port(), 10)
+    hub = Hub(2, "", free_port(), 10, TOKEN)
     with pytest.raises(UserError, match="choose another --port"):
-        Hub(2, "", hub.server.getsockname()[1], 10)
+        Hub(2, "", hub.server.getsockname()[1], 10, TOKEN)
     hub.close()
 
 
@@ -439,6 +441,36 @@ def test_a_rank_killed_in_the_first_pass_of_the_data(small, tmp_path):
     for words in (one, two):
         run("train_text_to_image.py", *words)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
+
+
+def test_a_signal_to_the_launcher_or_to_a_rank_is_a_place_to_go_on_from(small, tmp_path):
+    """Three parts of a run, each ended by a signal but for the last, are the run in one part."""
+    run("train_text_to_image.py", *steps(small, tmp_path / "one", 20, "--train_batch_size", 6))
+    output, done = tmp_path / "two", 0
+    more = ["--resume", True, "--ckpt_save_interval", 1000]  # the signal saves, not the interval
+    words = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *steps(small, output, 20)]
+    for number, rank in ((signal.SIGTERM, None), (signal.SIGHUP, 1)):
+        started, log = distributed("run_train_distributed.sh", words, tmp_path), output / "result.log"
+        deadline = time.monotonic() + 250
+        while not log.exists() or len(log.read_text().splitlines()) < done + 4:
+            waits = time.monotonic() < deadline and started.poll() is None
+            assert waits, (tmp_path / "console.log").read_text()[-3000:]
+            time.sleep(0.01)
+        pids = processes_with(str(output))
+        os.kill(started.pid if rank is None else ranks_of(pids)[rank], number)
+        assert started.wait(60) == 128 + number
+        console = (tmp_path / "console.log").read_text()
+        assert console.count("SIGTERM: the run ends when this step is made and saved") == (rank is None), console
+        assert re.search(r"stopped after step \d+ of 20; --resume True goes on from there$", console, re.MULTILINE)
+        assert "error" not in console and "Traceback" not in console
+        assert not set(pids) & set(processes_with(str(output)))
+        done = len(log.read_text().splitlines()) - 1
+        state = json.loads(checkpoint.formats.read(output / STATE)[1]["train_state"])
+        assert 3 <= done < 20 and state["progress"]["step"] == done
+        words = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *steps(small, output, 20, *more)]
+    assert distributed("run_train_distributed.sh", words, tmp_path).wait(250) == 0
+    assert relative_difference(weights(tmp_path / "one" / STATE), weights(output / STATE)) < 2e-6
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(output), rtol=1e-5)
 
 
 def test_rank_0_killed_while_it_saves(small, tmp_path):
