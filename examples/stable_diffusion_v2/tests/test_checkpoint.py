@@ -519,7 +519,7 @@ def test_contradiction_is_an_error(tmp_path, strings):
 @pytest.mark.parametrize("schedule", ["{", "[1]", "[" * 100_000])
 def test_unreadable_schedule_is_an_error(tmp_path, schedule):
     formats.write(tmp_path / "t", small(), {"schedule": schedule}, "safetensors")
-    with pytest.raises(UserError, match="contradicts itself"):
+    with pytest.raises(UserError, match="t says schedule .* no table of names and values: it is damaged"):
         checkpoint.load(tmp_path / "t")
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.checkpoint import diffusers_folder, formats, kinds, names
+from ldm.checkpoint import diffusers_folder, formats, kinds, names, words
 from ldm.checkpoint.arrays import changed, release, widened
 from ldm.diffusion.prediction import own_name
 from ldm.errors import UserError
@@ -109,6 +109,7 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
             tensors, meta = _named(path, tensors, strings, raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} contradicts itself: {escaped(error, 300)}") from None
+    words.check(path, meta)
     kind = kinds.recognise(tensors, meta)
     if kind and not kind.serves:
         raise UserError(f"{path} is {kind.name}: {kind.advice}")
@@ -139,9 +140,9 @@ def load_vae(path: str | Path, scale_factor: float) -> Tensors:
     if not tensors:
         kind = kinds.recognise(ckpt.tensors, ckpt.meta)
         raise UserError(f"{path} is {kind.name if kind else 'a file'} without an autoencoder, which is wanted here")
-    said = ckpt.meta.get("scale_factor")
-    if said is not None and not _is_about(said, scale_factor):
-        raise UserError(f"{path} scales its latents by {escaped(said)}, the model by {scale_factor}: choose another")
+    said = words.scale_factor(path, ckpt.meta)
+    if said is not None and abs(said / scale_factor - 1) > 1e-4:
+        raise UserError(f"{path} scales its latents by {said}, the model by {scale_factor}: choose another")
     return tensors
 
 
@@ -153,13 +154,6 @@ def with_vae(tensors: Tensors, path: str | Path, scale_factor: float) -> Tensors
     vae, others = load_vae(path, scale_factor), {n: a for n, a in tensors.items() if not n.startswith(kinds.VAE)}
     own = {n: array.shape for n, array in tensors.items() if n not in others and names.is_parameter(n)}
     return {**others, **(match(vae, own, path, (kinds.VAE,)) if own else vae)}
-
-
-def _is_about(text: str, number: float) -> bool:
-    try:
-        return abs(float(text) / number - 1) <= 1e-4
-    except ValueError:
-        return False
 
 
 def check_names(ckpt: Checkpoint, path: str | Path) -> None:
@@ -201,7 +195,7 @@ def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: 
         formats.write(path, names.to_mindone(tensors), strings, format, dtype)
     else:
         strings = {**meta, **_modelspec(tensors, meta, path)}
-        formats.write(path, {**tensors, **_marks(meta)}, strings, format, dtype)
+        formats.write(path, {**tensors, **_marks(path, meta)}, strings, format, dtype)
 
 
 def content_key(path: str | Path) -> str:
@@ -274,11 +268,11 @@ def _stated(tensors: Tensors, strings: Strings) -> Strings:
     derived = [_MODELSPEC + key for key in _DERIVED]
     meta = {key: text for key, text in strings.items() if text and key not in derived and key != "format"}
 
-    words = [strings.get("prediction_type"), strings.get(_MODELSPEC + "prediction_type")]
+    types = [strings.get("prediction_type"), strings.get(_MODELSPEC + "prediction_type")]
     if strings.get(_MODELSPEC + "predict_key") == _MARKED_TYPE:  # ComfyUI's; its "epsilon" is what it says in doubt
-        words.append(_MARKED_TYPE)
-    words += [_MARKED_TYPE] if _V_MARK in tensors else []
-    said = {own_name(word) for word in words if word}
+        types.append(_MARKED_TYPE)
+    types += [_MARKED_TYPE] if _V_MARK in tensors else []
+    said = {own_name(word) for word in types if word}
     if len(said) > 1:
         places = f"prediction_type, modelspec.prediction_type and .predict_key in its metadata, its tensor {_V_MARK}"
         raise ValueError(f"its prediction type is {' and '.join(map(escaped, sorted(said)))}; correct one of {places}")
@@ -289,17 +283,15 @@ def _stated(tensors: Tensors, strings: Strings) -> Strings:
         meta.setdefault("resolution", strings[_MODELSPEC + "resolution"])
     if _ZERO_SNR_MARK in tensors:
         meta.setdefault("schedule", json.dumps({"zero_terminal_snr": True}))
-    if not isinstance(json.loads(meta.get("schedule", "{}")), dict):
-        raise ValueError("its schedule is no table of names and values")
     return meta
 
 
-def _marks(meta: Strings) -> Tensors:
+def _marks(path: str | Path, meta: Strings) -> Tensors:
     """The empty tensors that stand for a v model and a zero-terminal-SNR schedule."""
     if meta.get("prediction_type") != _MARKED_TYPE:
         return {}
     marks = [_V_MARK]
-    if json.loads(meta.get("schedule", "{}")).get("zero_terminal_snr"):
+    if words.schedule(path, meta).get("zero_terminal_snr"):
         marks.append(_ZERO_SNR_MARK)
     return {mark: np.zeros(0, np.float32) for mark in marks}
 
