@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -121,8 +122,11 @@ for _class in (_Loader, _CarriedLoader, _Dumper):
 
 
 def search(path: str | Path) -> Path | None:
-    """A file named in a command or in a config: as seen from here, else from the scripts' folder; None if neither."""
-    return next((place for place in (Path(path), SCRIPTS / path) if place.is_file()), None)
+    """A file named in a command or in a config: as seen from here, else from the scripts' folder; None if neither.
+
+    A name that no file can have is one that is not there: `os.path` says so where `Path` raises.
+    """
+    return next((place for place in (Path(path), SCRIPTS / path) if os.path.isfile(place)), None)
 
 
 def find_file(path: str | Path) -> Path:

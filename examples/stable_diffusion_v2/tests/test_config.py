@@ -13,6 +13,7 @@ import train_autoencoder
 import train_text_to_image
 import yaml
 
+from ldm import checkpoint
 from ldm.config import (
     ModelConfig,
     TextConfig,
@@ -25,11 +26,13 @@ from ldm.config import (
     to_dict,
     to_yaml,
 )
+from ldm.data.captions import read_captions
 from ldm.errors import UserError
-from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
+from ldm.mindone_config import IGNORED_TRAIN_OPTIONS, is_placeholder
 from ldm.moved import answer, translated
 from ldm.options import Parser, draw_seed, read_options, seed, steps_or_share, str2bool
 from ldm.ranks import Ranks
+from ldm.train.state import resume_path
 from ldm.versions import existing
 
 FIXTURES = Path(__file__).parent / "data" / "config"
@@ -493,6 +496,32 @@ def options(tmp_path, text, *argv):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     return read_options(parser(), ["--train_config", str(path), *argv])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('data_path: "a\\0b"', "'data_path': 'a\\x00b' holds a NUL"),
+        ("data_path: [" + "x, " * 9000 + "]", "'data_path': expected one value"),
+        ("use_parallel: " + "x" * 500_000, "'use_parallel': expected True or False"),
+        ("data_path: " + "[" * 900, "line 1: more than 64 sections"),
+        ("use_parallel: !!bool abc", "line 1: 'abc' cannot be read"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_odd_values_of_options_are_told_in_a_short_line(text, told, tmp_path):
+    said = message(options, tmp_path, text)
+    assert told in said and len(said) < 400
+
+
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there(tmp_path):
+    for name in ("a" * 300, str(tmp_path / ("a" * 300))):
+        assert "there is no file" in message(load_model_config, name)
+        assert "does not exist" in message(existing, name)
+        assert "does not exist" in message(resume_path, name, tmp_path)
+        assert "does not exist" in message(read_captions, name)
+        assert "File name too long" in message(checkpoint.load, name)
+    assert is_placeholder("/path/to/" + "a" * 300)
 
 
 def complaint(capsys, *argv):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
         UserError: the file cannot be read whole, or is of a kind (``kinds``) that is no part of a model here.
     """
     try:
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             tensors, meta = diffusers_folder.read(path, widen, raw)
             form, ours = "diffusers", False
         else:
@@ -204,7 +205,7 @@ def content_key(path: str | Path) -> str:
     UserError where they cannot be read.
     """
     try:
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):
             return sha256(path).hex()
         files = sorted(file for file in Path(path).rglob("*") if file.is_file())
         each = [str(file.relative_to(path)).encode() + sha256(file) for file in files]
