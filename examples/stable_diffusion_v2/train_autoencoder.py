@@ -38,7 +38,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.files import claimed
 from ldm.models.layers import initialize
-from ldm.models.stable_diffusion import VAE, StableDiffusion
+from ldm.models.stable_diffusion import PARTS, VAE, StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.pictures import grid, make_folder, save_png, to_uint8
 from ldm.pipeline import Pipeline, Settings, check_config, sampler_of
@@ -197,10 +197,12 @@ class WholeAutoencoder:
 
     exported = "vae.safetensors"
 
-    def __init__(self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace):
+    def __init__(
+        self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace, start: dict[str, np.ndarray] | None
+    ):
         self.model, self.config, self.args = model, config, args
-        if path := args.pretrained_model_path:
-            model.load(checkpoint.load(path).tensors, path, (VAE,), copy=True)
+        if start is not None:
+            model.load(start, args.pretrained_model_path, (VAE,), copy=True)
         else:
             initialize(model.vae, args.seed)
         self.trained, self.untrained_bytes = list(model.vae.get_parameters()), 0
@@ -241,9 +243,10 @@ class DecoderAlone:
 
     exported = "model.safetensors"
 
-    def __init__(self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace):
-        self.model, self.config = model, config
-        self.whole = read_checkpoint(args.pretrained_model_path, config).tensors
+    def __init__(
+        self, model: StableDiffusion, config: ModelConfig, args: argparse.Namespace, start: dict[str, np.ndarray]
+    ):
+        self.model, self.config, self.whole = model, config, start
         model.load(self.whole, args.pretrained_model_path, copy=True)
         self.trained = [p for p in model.vae.get_parameters() if p.name.startswith(DECODER)]
         self.untrained_bytes = sum(array.nbytes for array in self.whole.values())  # exported all the same
@@ -289,6 +292,16 @@ def with_latent_channels(config: ModelConfig, channels: int) -> ModelConfig:
     )
 
 
+def read_start(args: argparse.Namespace, config: ModelConfig) -> dict[str, np.ndarray] | None:
+    """The tensors to start from; None where nothing is given. UserError where nothing can be trained from them."""
+    path = args.pretrained_model_path
+    if not path:
+        return None
+    tensors = read_checkpoint(path, config).tensors if args.decoder_only else checkpoint.load(path).tensors
+    checkpoint.require_finite(tensors, path, PARTS if args.decoder_only else (VAE,))
+    return tensors
+
+
 def main() -> None:
     args = read_options(build_parser())
     draw_seed(args, Ranks())
@@ -312,6 +325,7 @@ def main() -> None:
     rate = LearningRate(
         args.scheduler, args.start_learning_rate, args.end_learning_rate, args.warmup_steps, 0, args.steps
     )
+    start = read_start(args, config)
     run = make_folder(args.output_path)
     runtime.until_end(claimed(run, "training"))
     resume_from = resume_path(args.resume, run)
@@ -320,7 +334,7 @@ def main() -> None:
     log.info(data.summary())
     runtime.start(args.device_target, args.mode)
     model = StableDiffusion(config)
-    task = (DecoderAlone if args.decoder_only else WholeAutoencoder)(model, config, args)
+    task = (DecoderAlone if args.decoder_only else WholeAutoencoder)(model, config, args, start)
     train_step = TrainStep(
         task.loss,
         build_optimizer(args.optim, task.trained, tuple(args.betas), weight_decay=args.weight_decay),

@@ -40,7 +40,7 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.timestep_bias import STRATEGIES, timestep_density
 from ldm.diffusion.weighting import WEIGHTINGS, loss_weight
 from ldm.errors import UserError
-from ldm.files import claimed, escaped
+from ldm.files import claimed
 from ldm.mindone_config import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS
 from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.layers import initialize
@@ -235,15 +235,10 @@ def trained_unet(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
 
 
 def require_finite(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> None:
-    """UserError where weights to start from are NaN or infinite: nothing good comes of those, at any learning rate."""
+    """`checkpoint.require_finite` of what the run starts from."""
     random = {UNET: args.unet_initialize_random, TEXT: args.text_encoder_initialize_random}
     used = tuple(part for part in PARTS if not random.get(part))
-    bad = checkpoint.not_finite({name: array for name, array in tensors.items() if name.startswith(used)})
-    if bad:
-        raise UserError(
-            f"{args.pretrained_model_path}: NaN or infinity in {len(bad)} tensors, first {escaped(bad[0])}: nothing "
-            "can be trained from it; start from an earlier checkpoint, or fetch the file again"
-        )
+    checkpoint.require_finite(tensors, args.pretrained_model_path, used)
 
 
 def open_caches(args: argparse.Namespace, config: ModelConfig, tensors: dict, dtype: str) -> FrozenOutputs:

@@ -45,6 +45,7 @@ __all__ = [
     "match",
     "not_finite",
     "release",
+    "require_finite",
     "save",
     "with_vae",
 ]
@@ -178,6 +179,19 @@ def not_finite(tensors: Tensors) -> list[str]:
             bad.append(name)
         release(array)
     return bad
+
+
+def require_finite(tensors: Tensors, path: str | Path, prefixes: tuple[str, ...]) -> None:
+    """UserError where weights to start a training from, those whose names begin so, are NaN or infinite.
+
+    Nothing good comes of those, at any learning rate.
+    """
+    bad = not_finite({name: array for name, array in tensors.items() if name.startswith(prefixes)})
+    if bad:
+        raise UserError(
+            f"{path}: NaN or infinity in {len(bad)} tensors, first {escaped(bad[0])}: nothing can be trained from it; "
+            "start from an earlier checkpoint, or fetch the file again"
+        )
 
 
 def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: str | None = None) -> None:
