@@ -30,7 +30,7 @@ from ldm.model import StableDiffusion
 from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.pipeline import check_config
 from ldm.ranks import Ranks
-from ldm.train.autoencoder import DecoderAlone, WholeAutoencoder, run_settings, with_latent_channels
+from ldm.train.autoencoder import DecoderAlone, WholeAutoencoder, read_start, run_settings, with_latent_channels
 from ldm.train.ema import Ema
 from ldm.train.learning_rate import MULTI_STEP, SCHEDULES, LearningRate
 from ldm.train.optimizer import OPTIMIZERS, check_numbers
@@ -125,13 +125,14 @@ def main() -> None:
         config = with_latent_channels(config, args.latent_channels)
     ends, steps = (args.start_learning_rate, args.end_learning_rate), (args.warmup_steps, 0, args.steps)
     rate, settings = LearningRate(args.scheduler, *ends, *steps), run_settings(args, config)
+    start = read_start(args, config)
     run = Run(args, args.output_path)
     run.claim(settings)
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image)
     log.info(data.summary())
     runtime.start(args.device_target, args.mode)
     kind = DecoderAlone if args.decoder_only else WholeAutoencoder
-    task = kind(args, config, StableDiffusion(config), data)
+    task = kind(args, config, StableDiffusion(config), data, start)
     first = run.begin(task, {**settings, **data.facts(), **task.facts()})
     batches = Batches(data, args.train_batch_size, args.seed, Augment(args.random_crop, args.flip), first)
     run.train(batches, Plan(args.steps, batches.steps_per_epoch, args.save_interval), rate)

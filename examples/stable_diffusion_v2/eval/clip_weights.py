@@ -8,6 +8,7 @@ OpenAI's names but for norms, the merged projection and the token table.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def find(path: str | None) -> Path:
         if there:
             return search(f"models/{there}")
         raise UserError("no CLIP checkpoint is given, and none is in models/: " + _advice("ViT-L-14.pt"))
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         found = [Path(path) / name for name in IN_FOLDERS if (Path(path) / name).is_file()]
         if not found:
             raise UserError(f"the folder {path} holds no CLIP checkpoint: it needs one of {', '.join(IN_FOLDERS)}")

@@ -26,10 +26,10 @@ import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from eval import inception, metrics, pictures  # noqa: E402
+from eval import inception, metrics, npz, pictures  # noqa: E402
 from ldm.data.captions import read_captions  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.files import replacing  # noqa: E402
+from ldm.files import escaped, replacing  # noqa: E402
 from ldm.options import Parser, read_options, require_at_least, seed, str2bool  # noqa: E402
 from ldm.pictures import make_folder  # noqa: E402
 from ldm.randomness import generator  # noqa: E402
@@ -99,21 +99,11 @@ def find_side(path: str) -> Side:
 
 def read_statistics(path: str) -> Side:
     """The mu [2048] and sigma [2048, 2048] of an .npz file, as pytorch-fid, clean-fid and this script write it."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except Exception as error:  # zipfile's, NumPy's and the system's
-        raise UserError(f"cannot read statistics from {path}: {error}") from None
-    if not {"mu", "sigma"} <= arrays.keys():
-        raise UserError(f"{path} holds no statistics: they are arrays mu and sigma, it has {', '.join(arrays)}")
-    mean, covariance, width = arrays["mu"], arrays["sigma"], inception.FEATURES
-    if mean.shape != (width,) or covariance.shape != (width, width):
-        raise UserError(f"{path} is of other features: mu {mean.shape} and sigma {covariance.shape}, not {width} wide")
+    width = inception.FEATURES
+    arrays, said = npz.read(path, {"mu": (width,), "sigma": (width, width)})
+    mean, covariance = arrays["mu"], arrays["sigma"]
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path} holds numbers that are not finite: measure its pictures again, two at least")
-    said = {name: str(array) for name, array in arrays.items() if array.ndim == 0}
     count = int(said["count"]) if said.get("count", "").isdecimal() else None
     return Side(path, said=said, mean=mean, covariance=covariance, count=count)
 
@@ -123,7 +113,7 @@ def check_said(side: Side, settings: dict[str, str]) -> None:
     for name, value in settings.items():
         if side.said.get(name, value) != value:
             raise UserError(
-                f"{side.path} was made with {name} {side.said[name]}, not {value}: measure its pictures again"
+                f"{side.path} was made with {name} {escaped(side.said[name])}, not {value}: measure its pictures again"
             )
     if not side.pictures and "resize" not in side.said:
         hint = "pytorch-fid's files belong to --resize legacy, clean-fid's to clean"

@@ -39,7 +39,7 @@ def find_pictures(folder: str | Path) -> list[Path]:
     Raises UserError where there is no such folder, or no picture in it, or pictures of a run that are none to measure.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}")
     record = find_record(folder)
     found = _walk(record.parent if record else folder)

@@ -9,6 +9,7 @@ checkpoint's content included: a run that was cut short goes on, and pictures of
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -214,7 +215,7 @@ class Measures:
 def find_measures(args: argparse.Namespace) -> Measures:
     """Files that are named must be there; of others the table says what to get."""
     lacks, inception_file, clip_file = {}, None, None
-    if args.inception_checkpoint and not Path(args.inception_checkpoint).is_file():
+    if args.inception_checkpoint and not os.path.isfile(args.inception_checkpoint):
         raise UserError(f"there is no file {args.inception_checkpoint}")
     try:
         inception_file = Path(args.inception_checkpoint) if args.inception_checkpoint else inception.find_weights()

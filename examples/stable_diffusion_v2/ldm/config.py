@@ -7,7 +7,7 @@ schedules belong to `ldm.diffusion` and are checked there.
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,18 @@ from ldm.errors import UserError
 from ldm.files import escaped, quoted
 from ldm.mindone_config import find_model_file, from_mindone, is_foreign, without_training_sections
 from ldm.text.tokenizer import PADDING
-from ldm.yaml_file import dump_yaml, nearest, parse_yaml, read_yaml, save_yaml
+from ldm.yaml_file import dump_yaml, nearest, parse_carried, read_yaml, save_yaml
 
 LEAST_BETA = 1e-12  # 1 - beta has 16 digits
 GROUPS = 32  # every group norm of Stable Diffusion has 32 groups
+
+
+# Beyond these a size is a mistake or an attack: such a network would take all memory, or hours until it is built.
+LARGEST_SIZE = 16_384
+LARGER_SIZES = {"vocab_size": 1 << 20, "timesteps": 1_000_000}
+MOST_LEVELS = 12
+MOST_LAYERS = 1000
+MOST_WEIGHTS = 4e9  # of those that are counted here; Stable Diffusion's UNet has 0.2e9 of them
 
 
 def _require(condition: bool, message: str) -> None:
@@ -28,13 +36,26 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _require_positive(section: object, where: str) -> None:
+def _require_sizes(section: object, where: str) -> None:
+    """UserError where a number of the section is not positive, or is absurd."""
     for field in fields(section):
         value = getattr(section, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not isinstance(number, bool):
-                _require(number > 0, f"{where}.{field.name} must be positive, got {number}")
+                _require(number > 0, f"{where}.{field.name} must be positive, got {escaped(number)}")
+            if isinstance(number, int):
+                most = LARGER_SIZES.get(field.name, LARGEST_SIZE)
+                _require(number <= most, f"{where}.{field.name} must be at most {most:,}, got {escaped(number)}")
+        if isinstance(value, tuple):
+            _require(len(value) <= MOST_LEVELS, f"{where}.{field.name} has more than {MOST_LEVELS} numbers")
         _require(value != (), f"{where}.{field.name} must not be empty")
+
+
+def _require_possible(where: str, layers: int, weights: int) -> None:
+    """UserError for a network that is absurd as a whole, by a number of layers and of weights that it has at least."""
+    _require(layers <= MOST_LAYERS, f"{where} has {layers:,} layers: more than {MOST_LAYERS:,} are not built here")
+    billions = f"{weights / 1e9:,.1f} billion weights in a part of its layers"
+    _require(weights <= MOST_WEIGHTS, f"{where} has {billions}: more than {MOST_WEIGHTS / 1e9:.0f} are not built here")
 
 
 @dataclass(frozen=True)
@@ -48,7 +69,7 @@ class ScheduleConfig:
     zero_terminal_snr: bool = False
 
     def __post_init__(self):
-        _require_positive(self, "model.schedule")
+        _require_sizes(self, "model.schedule")
         _require(self.timesteps > 1, "model.schedule.timesteps must be at least 2: time goes from data to noise")
         lost = f"model.schedule.beta_start {self.beta_start} is lost in float64's rounding: give at least {LEAST_BETA}"
         _require(self.beta_start >= LEAST_BETA, lost)
@@ -71,7 +92,7 @@ class SamplingConfig:
     final_sigma: str | None = None
 
     def __post_init__(self):
-        _require_positive(self, "model.sampling")
+        _require_sizes(self, "model.sampling")
 
 
 @dataclass(frozen=True)
@@ -97,8 +118,11 @@ class UNetConfig:
         _require(given < 2, f"{where}: give num_heads or num_head_channels, not both")
         if not given:
             object.__setattr__(self, "num_head_channels", 64)
-        _require_positive(self, where)
+        _require_sizes(self, where)
         width = self.model_channels
+        levels = [width * mult for mult in self.channel_mult]
+        layers = len(levels) * self.num_res_blocks * (1 + self.transformer_depth)
+        _require_possible(where, layers, 36 * self.num_res_blocks * sum(level**2 for level in levels))
         _require(width % GROUPS == 0, f"{where}.model_channels must be a multiple of {GROUPS}, got {width}")
         factors = [2**level for level in range(len(self.channel_mult))]
         strange = sorted(set(self.attention_resolutions) - set(factors))
@@ -129,7 +153,10 @@ class VAEConfig:
     double_z: bool = True
 
     def __post_init__(self):
-        _require_positive(self, "model.vae")
+        _require_sizes(self, "model.vae")
+        levels = [self.ch * mult for mult in self.ch_mult]
+        layers = len(levels) * self.num_res_blocks
+        _require_possible("model.vae", layers, 36 * self.num_res_blocks * sum(level**2 for level in levels))
         _require(self.ch % GROUPS == 0, f"model.vae.ch must be a multiple of {GROUPS}, got {self.ch}")
         _require(self.double_z, "model.vae.double_z must be true: the encoder gives a mean and a variance")
 
@@ -161,8 +188,11 @@ class TextConfig:
         ways = (None, *PADDING.values())
         _require(self.padding in ways, f"{where}.padding must be zero or end, got {quoted(self.padding)}")
         known = ("openclip", "clip")
-        _require(self.variant in known, f"{where}.variant must be one of {', '.join(known)}, got {self.variant!r}")
-        _require_positive(self, where)
+        _require(
+            self.variant in known, f"{where}.variant must be one of {', '.join(known)}, got {quoted(self.variant)}"
+        )
+        _require_sizes(self, where)
+        _require_possible(where, self.layers, self.layers * (4 + 2 * self.mlp_ratio) * self.width**2)
         divides = self.width % self.heads == 0
         _require(divides, f"{where}: heads {self.heads} does not divide width {self.width}")
 
@@ -182,7 +212,7 @@ class ModelConfig:
     text: TextConfig = TextConfig()
 
     def __post_init__(self):
-        _require_positive(self, "model")
+        _require_sizes(self, "model")
         unet, vae, text = self.unet, self.vae, self.text
         fits = text.width == unet.context_dim
         _require(fits, f"model.text.width {text.width} and model.unet.context_dim {unet.context_dim} must be equal")
@@ -225,7 +255,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
 _KINDS = {  # a field's type: what to call it, and whether a value is one
@@ -242,11 +272,14 @@ _KINDS = {  # a field's type: what to call it, and whether a value is one
 
 def _build(data: Any, where: str) -> Any:
     """The section whose dotted path is `where`, from plain data."""
-    _require(isinstance(data, dict), f"{where} must be a section with keys of its own, got {data!r}")
+    _require(isinstance(data, dict), f"{where} must be a section with keys of its own, got {quoted(data)}")
     cls = _SECTIONS[where]
     known = {field.name: field for field in fields(cls)}
     for key in data:
-        _require(key in known, f"unknown key '{where}.{key}'; the nearest known key is '{_nearest_path(key, where)}'")
+        _require(
+            key in known,
+            f"unknown key '{where}.{escaped(key)}'; the nearest known key is '{_nearest_path(key, where)}'",
+        )
     for name, field in known.items():
         _require(name in data or field.default is not MISSING, f"the key '{where}.{name}' is missing")
     return cls(**{key: _value(known[key].type, value, f"{where}.{key}") for key, value in data.items()})
@@ -256,7 +289,7 @@ def _value(kind: str, value: Any, path: str) -> Any:
     if path in _SECTIONS:
         return _build(value, path)
     name, is_one = _KINDS[kind]
-    _require(is_one(value), f"{path} must be {name}, got {value!r}")
+    _require(is_one(value), f"{path} must be {name}, got {quoted(value)}")
     if kind.startswith("float") and value is not None:
         return float(value)
     return tuple(value) if isinstance(value, list) else value
@@ -291,8 +324,11 @@ def to_yaml(cfg: ModelConfig) -> str:
 
 
 def from_yaml(text: str, source: str) -> ModelConfig:
-    """The inverse of `to_yaml`; `source` says in messages where the text came from, e.g. a checkpoint's name."""
-    return from_dict(parse_yaml(text, source), source)
+    """The inverse of `to_yaml`, for text that a checkpoint carries; `source` says in messages where it came from.
+
+    UserError as `load_model_config`, and for what `to_yaml` never writes, such as aliases.
+    """
+    return from_dict(parse_carried(text, source), source)
 
 
 def to_dict(cfg: ModelConfig) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -227,7 +228,7 @@ def _text(params: dict, context_dim: Any) -> dict:
 
 def is_placeholder(value: Any) -> bool:
     """Whether a train file's value is what MindONE's files say where the user is to fill in a path."""
-    return isinstance(value, str) and value.startswith("/path/to/") and not Path(value).exists()
+    return isinstance(value, str) and value.startswith("/path/to/") and not os.path.exists(value)
 
 
 def remarks(values: dict, options: argparse.Namespace) -> list[str]:

@@ -129,13 +129,13 @@ def str2bool(text: str) -> bool:
         return True
     if word in ("false", "no", "off", "f", "n", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected True or False, got {quoted(text)}")
 
 
 def seed(text: str) -> int:
     """A whole number from 0, or -1, in whose place `draw_seed` puts another; for `type=`."""
     if not text.strip().isdecimal() and text.strip() != "-1":
-        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0, or -1 to draw one, not {text!r}")
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0, or -1 to draw one, not {quoted(text)}")
     return int(text)
 
 
@@ -154,7 +154,7 @@ def whole(text: str) -> int:
             return int(number)
     except (ValueError, OverflowError):
         pass
-    raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a whole number, got {quoted(text)}")
 
 
 def steps_or_share(text: str) -> int | float:
@@ -165,7 +165,8 @@ def steps_or_share(text: str) -> int | float:
         with contextlib.suppress(ValueError):
             if 0 < float(text) < 1:
                 return float(text)
-    raise argparse.ArgumentTypeError(f"expected a number of steps, or a share of them between 0 and 1, got {text!r}")
+    wanted = "a number of steps, or a share of them between 0 and 1"
+    raise argparse.ArgumentTypeError(f"expected {wanted}, got {quoted(text)}")
 
 
 def path(text: str) -> str:
@@ -250,26 +251,28 @@ def _convert(action: argparse.Action, value: Any) -> Any:
     """A YAML value through an option's `nargs`, `type` and `choices`; ValueError if it does not pass."""
     if action.nargs == 0:  # a flag such as --ddim
         if not isinstance(value, bool):
-            raise ValueError(f"expected true or false, got {value!r}")
+            raise ValueError(f"expected true or false, got {quoted(value)}")
         return value
     if action.nargs in (None, "?"):
         return _convert_one(action, value)
     items = value if isinstance(value, list) else [value]
     if isinstance(action.nargs, int) and len(items) != action.nargs:
-        raise ValueError(f"expected {action.nargs} values, got {value!r}")
+        raise ValueError(f"expected {action.nargs} values, got {quoted(value)}")
     return [_convert_one(action, item) for item in items]
 
 
 def _convert_one(action: argparse.Action, value: Any) -> Any:
     if not isinstance(value, (str, int, float)):
-        raise ValueError(f"expected one value, got {value!r}")
+        raise ValueError(f"expected one value, got {quoted(value)}")
+    if "\0" in str(value):
+        raise ValueError(f"{quoted(value)} holds a NUL, which no file and no word has")
     convert = action.type or str
     try:
         converted = convert(str(value))
     except argparse.ArgumentTypeError as e:
         raise ValueError(e) from None
     except (TypeError, ValueError):
-        raise ValueError(f"expected {getattr(convert, '__name__', 'another value')}, got {value!r}") from None
+        raise ValueError(f"expected {getattr(convert, '__name__', 'another value')}, got {quoted(value)}") from None
     if action.choices is not None and converted not in action.choices:
-        raise ValueError(f"{value!r} is none of {', '.join(map(str, action.choices))}")
+        raise ValueError(f"{quoted(value)} is none of {', '.join(map(str, action.choices))}")
     return converted

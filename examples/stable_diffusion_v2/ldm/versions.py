@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ def existing(path: str) -> str:
     name = Path(path).name
     if name.startswith(_WUKONG[1]):
         raise UserError(f"{path}: {_NOT_WUKONG}")
-    if Path(path).exists():
+    if os.path.exists(path):
         return path
     known = next((known for known, model in VERSIONS.items() if model.checkpoint == name and known != "tiny"), None)
     if known is None:

@@ -1,7 +1,8 @@
 """The files that a model's weights come from, what they say of it, and which model a command means.
 
---config decides. Without it the checkpoint's own words do: it may carry its model's config, or be a published model by
-its file's name. Else --version does. A file of which nothing is known is asked about, never guessed.
+--config decides. Without it the checkpoint's own words do: it may carry its model's config. Else a YAML file beside it
+decides that has its name, else its name where that is a published model's, else --version. A file of which nothing is
+known is asked about, never guessed.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ldm import checkpoint
-from ldm.checkpoint import Checkpoint
+from ldm.checkpoint import Checkpoint, words
 from ldm.config import ModelConfig, SamplingConfig, from_yaml, load_model_config, to_yaml
 from ldm.diffusion.prediction import get_prediction
 from ldm.errors import UserError
@@ -67,17 +68,19 @@ def choose_config(weights: Weights, config_path: str | None = None, version: str
     """The model that a command means; its text padding is settled.
 
     Raises:
-        UserError: nothing says which model it is; the file says another than --version or is published as another; the
-            config's prediction type is unknown.
+        UserError: nothing says which model it is; the file or its sidecar says another than --version, or it is
+            published as another; the sidecar is no model file; the config's prediction type is unknown.
     """
     path, ckpt = weights.of_unet
-    own, name = own_config(path, ckpt), published(path)
+    own, name, beside = own_config(path, ckpt), published(path), sidecar(path)
     if config_path:
         choice = Choice(load_model_config(config_path), "the config")
     elif own:
         choice = Choice(own, "it")
         if version:
             check_words(path, ckpt, load_model_config(VERSIONS[version].config), f"--version {version}")
+    elif beside:
+        choice = _by_sidecar(path, beside, version)
     elif version or name:
         choice = Choice(load_model_config(VERSIONS[version or name].config), f"--version {version or name}")
     else:
@@ -88,6 +91,31 @@ def choose_config(weights: Weights, config_path: str | None = None, version: str
     if name and "prediction_type" not in ckpt.meta:
         _check_published(path, name, choice)
     return choice._replace(config=pad_text(choice.config, path, weights))
+
+
+def sidecar(path: str) -> str | None:
+    """The YAML file that lies beside a checkpoint under its name, as A1111 wants it; None where there is none."""
+    beside = Path(path).with_suffix(".yaml")
+    return str(beside) if Path(path).is_file() and beside.is_file() else None
+
+
+def _by_sidecar(path: str, beside: str, version: str | None) -> Choice:
+    """UserError where it is no model file, or --version says another prediction type."""
+    try:
+        config = load_model_config(beside)
+    except UserError as error:
+        raise UserError(
+            f"{error}; it is read as it lies beside {path}: correct it, or give another as config"
+        ) from None
+    if version:
+        said = load_model_config(VERSIONS[version].config).prediction_type
+        if said != config.prediction_type:
+            raise UserError(
+                f"{beside}, beside the checkpoint, says prediction_type {quoted(config.prediction_type)}, --version "
+                f"{version} '{said}': correct or remove the file, or leave out --version"
+            )
+    log.info("%s lies beside %s and says which model it is", beside, path)
+    return Choice(config, beside)
 
 
 def own_config(path: str, ckpt: Checkpoint) -> ModelConfig | None:
@@ -138,8 +166,8 @@ def check_words(
     Raises:
         UserError: it was trained with another latent scale, prediction type or schedule, or for another architecture.
     """
-    scale = _number(path, ckpt.meta.get("scale_factor"), config.scale_factor)
-    if abs(scale / config.scale_factor - 1) > 1e-4:
+    scale = words.scale_factor(path, ckpt.meta)
+    if scale is not None and abs(scale / config.scale_factor - 1) > 1e-4:
         raise UserError(f"{path} has latents scaled by {scale}, {origin} says scale_factor {config.scale_factor}")
     parts = tuple(part for part in parts if _holds(ckpt, part))
     if UNET in parts:
@@ -162,7 +190,7 @@ def _check_type(path: str, ckpt: Checkpoint, config: ModelConfig, origin: str) -
             f"{path} was trained with prediction_type {quoted(said)}, {origin} says '{config.prediction_type}': "
             f"use a config with prediction_type: {quoted(said)}, or another checkpoint"
         )
-    schedule = json.loads(ckpt.meta.get("schedule", "{}"))
+    schedule = words.schedule(path, ckpt.meta)
     for key, value in asdict(config.schedule).items():
         if schedule.get(key, value) != value:
             raise UserError(f"{path} was trained with schedule {key}: {quoted(schedule[key])}, {origin} says {value}")
@@ -184,16 +212,6 @@ def _comparable(section: object) -> dict:
     if "padding" in fields:
         fields["padding"] = fields["padding"] or PADDING[fields["variant"]]
     return fields
-
-
-def _number(path: str, text: str | None, default: float) -> float:
-    try:
-        value = default if text is None else float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise UserError(f"{path} says scale_factor {quoted(text)}, which is no number above 0: it is damaged")
-    return value
 
 
 # ---- reading ----

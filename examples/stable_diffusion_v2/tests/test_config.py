@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import train_autoencoder
 import train_text_to_image
 import yaml
 
+from ldm import checkpoint
 from ldm.config import (
     ModelConfig,
     TextConfig,
@@ -24,11 +26,13 @@ from ldm.config import (
     to_dict,
     to_yaml,
 )
+from ldm.data.captions import read_captions
 from ldm.errors import UserError
-from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
+from ldm.mindone_config import IGNORED_TRAIN_OPTIONS, is_placeholder
 from ldm.moved import answer, translated
 from ldm.options import Parser, draw_seed, read_options, seed, steps_or_share, str2bool
 from ldm.ranks import Ranks
+from ldm.train.state import resume_path
 from ldm.versions import existing
 
 FIXTURES = Path(__file__).parent / "data" / "config"
@@ -156,15 +160,104 @@ def test_a_wrong_model_file_is_named_with_the_key(body, words, tmp_path):
         ('"a\\nb": 1', ["a\\nb"]),
         ("model:\n  prediction_type: v\n  unet: [1, 2\n", ["line 4"]),
         ("model:\n  prediction_type: v\n  prediction_type: eps\n", ["line 3", "prediction_type", "twice"]),
-        ("model:\n  prediction_type: 2020-99-99\n", ["month"]),
+        ("model:\n  prediction_type: 2020-99-99\n", ["line 2", "2020-99-99", "timestamp"]),
         ("model: \x00", ["mine.yaml"]),
+        ("model: !!bool abc", ["line 1", "'abc'", "bool"]),
+        ("model: !!int ''", ["line 1", "int"]),
+        ("model: " + "[" * 900, ["line 1", "more than 64 sections in one another"]),
+        ("model: " + "[" * 60 + "]" * 60, ["section with keys of its own"]),
+        ("model: 1" + ":1" * 100_000, ["line 1", "cannot be read"]),
+        ("model: &a [*a]", ["line 1", "'a'", "part of"]),
+        ("? [model]\n: 1", ["line 1", "key"]),
+        ("model: {prediction_type: " + "v" * 2_000_000 + "}", ["more than 1,000,000 characters"]),
+        ("? " + "x" * 500_000 + "\n: 1", ["unknown key"]),
+        ("model:\n  ? " + "x" * 500_000 + "\n  : 1", ["unknown key", "nearest"]),
+        ("model: {prediction_type: v, unet: {model_channels: [" + "1," * 9000 + "]}}", ["whole number"]),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_what_is_no_model_file(text, words, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     said = message(load_model_config, path)
     assert [word for word in [str(path), *words] if word not in said] == []
+
+
+def bomb(begin, more):
+    """Nine aliases of nine aliases of ...: a text of 500 characters that stands for a billion words."""
+    levels = [f"{a}: {more.format(a, ', '.join([f'*{b}'] * 9))}" for a, b in zip("bcdefghij", "abcdefghi")]
+    return "\n".join([begin, *levels, "model: {prediction_type: *j}"])
+
+
+@pytest.mark.parametrize("text", [bomb("a: &a [lol]", "&{} [{}]"), bomb("a: &a {k: 1}", "&{} {{<<: [{}]}}")])
+def test_aliases_of_aliases_take_no_memory(text, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    tracemalloc.start()
+    said = message(load_model_config, path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "its aliases stand for more than 1,000,000" in said and "line 7" in said and peak < 4 << 20
+
+
+def test_a_few_aliases_are_as_good_as_what_they_stand_for(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model:\n  prediction_type: v\n  unet: {channel_mult: &a [1, 2, 4, 4]}\n  vae: {ch_mult: *a}\n")
+    assert load_model_config(path) == ModelConfig("v")
+    path.write_text("model: {prediction_type: v, text: &t {width: 768, heads: 12}, unet: {<<: {context_dim: 768}}}")
+    assert load_model_config(path).unet.context_dim == 768
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("&a v", "the anchor 'a'"),
+        ("*a", "the anchor 'a'"),
+        ("!!str v", "the tag"),
+        ("v, scale_factor: .nan", "no finite number"),
+        ("v, scale_factor: -.inf", "no finite number"),
+        ("v, scale_factor: 1e999", "no finite number"),
+        ("2020-01-01", "neither a word nor a number"),
+        ("v}" + " " * 100_000, "more than 100,000 characters"),
+        ("[" * 900, "more than 64 sections"),
+        ("v, image_size: 1" + "0" * 5000, "cannot be read"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_text_that_a_checkpoint_carries_is_plain(body, told):
+    said = message(from_yaml, f"model: {{prediction_type: {body}}}", "x.ckpt: its model_config")
+    assert said.startswith("x.ckpt: its model_config") and told in said and len(said) < 300
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("unet: {model_channels: 20000}", "model.unet.model_channels must be at most 16,384, got 20000"),
+        ("unet: {model_channels: 3200}", "model.unet has 27.3 billion weights"),
+        ("unet: {transformer_depth: 1000000}", "model.unet.transformer_depth must be at most"),
+        ("unet: {transformer_depth: 1000}", "model.unet has 8,008 layers"),
+        ("unet: {num_res_blocks: 9999}", "model.unet has 79,992 layers"),
+        ("unet: {channel_mult: [" + "1, " * 9999 + "]}", "model.unet.channel_mult has more than 12 numbers"),
+        ("unet: {in_channels: 1" + "0" * 30 + "}", "model.unet.in_channels must be at most"),
+        ("vae: {ch: 1000000000}", "model.vae.ch must be at most"),
+        ("vae: {ch: 16384}", "model.vae has 715.1 billion weights"),
+        ("vae: {num_res_blocks: 9999}", "model.vae has 39,996 layers"),
+        ("text: {layers: 1000000}", "model.text.layers must be at most"),
+        ("text: {layers: 9999}", "model.text has 9,999 layers"),
+        ("text: {mlp_ratio: 9999}", "model.text has 482.4 billion weights"),
+        ("text: {vocab_size: 1000000000}", "model.text.vocab_size must be at most 1,048,576"),
+        ("schedule: {timesteps: 1000000000}", "model.schedule.timesteps must be at most 1,000,000"),
+        ("image_size: 1" + "0" * 20, "model.image_size must be at most"),
+        ("scale_factor: 1" + "0" * 90, None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_absurd_sizes_are_refused(body, told):
+    text = f"model: {{prediction_type: v, {body}}}"
+    if told:
+        assert message(from_yaml, text, "x").startswith(f"x: {told}")
+    else:
+        from_yaml(text, "x")
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -403,6 +496,32 @@ def options(tmp_path, text, *argv):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     return read_options(parser(), ["--train_config", str(path), *argv])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('data_path: "a\\0b"', "'data_path': 'a\\x00b' holds a NUL"),
+        ("data_path: [" + "x, " * 9000 + "]", "'data_path': expected one value"),
+        ("use_parallel: " + "x" * 500_000, "'use_parallel': expected True or False"),
+        ("data_path: " + "[" * 900, "line 1: more than 64 sections"),
+        ("use_parallel: !!bool abc", "line 1: 'abc' cannot be read"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_odd_values_of_options_are_told_in_a_short_line(text, told, tmp_path):
+    said = message(options, tmp_path, text)
+    assert told in said and len(said) < 400
+
+
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there(tmp_path):
+    for name in ("a" * 300, str(tmp_path / ("a" * 300))):
+        assert "there is no file" in message(load_model_config, name)
+        assert "does not exist" in message(existing, name)
+        assert "does not exist" in message(resume_path, name, tmp_path)
+        assert "does not exist" in message(read_captions, name)
+        assert "File name too long" in message(checkpoint.load, name)
+    assert is_placeholder("/path/to/" + "a" * 300)
 
 
 def complaint(capsys, *argv):

@@ -3,10 +3,14 @@
 The command runs with a small stand-in for the Inception network; the network itself is compared in tests/parity.
 """
 
+import io
 import json
 import logging
+import os
 import sys
 import threading
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import mindspore as ms
@@ -25,6 +29,7 @@ from ldm.errors import UserError  # noqa: E402
 from ldm.pictures import save_drawn, save_png  # noqa: E402
 
 WIDTH, CLASSES = 16, 7
+LARGE = 20_000_000
 
 
 # ---- figures ----
@@ -492,16 +497,74 @@ def test_bad_statistics_are_refused(command, two, tmp_path):
         "holds no statistics": {"mu": good["mu"]},
         "of other features": {"mu": np.zeros(3), "sigma": np.eye(3)},
         "not finite": {**good, "sigma": np.full((WIDTH, WIDTH), np.nan)},
-        "cannot read statistics": {**good, "extra": np.array([{}], object)},
+        "mu holds 'object'": {**good, "mu": np.array([{}] * WIDTH, object)},
+        "mu holds '<U3'": {**good, "mu": np.full(WIDTH, "1.0")},
+        "mu holds 'complex128'": {**good, "mu": np.zeros(WIDTH, complex)},
+        "mu holds 'datetime64.*'": {**good, "mu": np.zeros(WIDTH, "datetime64[s]")},
+        "sigma holds 'bool'": {**good, "sigma": np.eye(WIDTH, dtype=bool)},
+        "version": {**good, "mu": np.zeros(WIDTH, [("x" * 70_000, "f4")])},
     }
     for message, arrays in wrong.items():
-        np.savez(tmp_path / "x.npz", **arrays)
-        with pytest.raises(UserError, match=message):
+        np.savez_compressed(tmp_path / "x.npz", **arrays)
+        with pytest.raises(UserError, match=message) as caught:
             command("--real_dir", tmp_path / "x.npz", "--gen_dir", two[1])
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     (tmp_path / "x.npz").write_text("text")
     for path, message in (("x.npz", "cannot read statistics"), ("y.npz", "no file")):
         with pytest.raises(UserError, match=message):
             command("--real_dir", tmp_path / path, "--gen_dir", two[1])
+
+
+def member(dtype="<f8", shape=(WIDTH,), size=8 * WIDTH):
+    """An array's file: a header, and zeros that need not go with it."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return header.getvalue() + bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"mu": member(shape=(LARGE,), size=LARGE)}, "of other features: its mu is (20000000,)"),
+        ({"mu": member(shape=(10**18, 10**18))}, "of other features"),
+        ({"mu": member(shape=(1,) * 900)}, "of other features"),
+        ({"mu": member(size=LARGE)}, "size of mu is not that of its numbers"),
+        ({"mu": member(size=3)}, "size of mu is not that of its numbers"),
+        ({"mu": b"\x93NUMPY\x02\0" + b"\xff" * 4 + b" " * LARGE}, "version"),
+        ({"mu": b"\x93NUMPY\x01\0" + b"\xff" * 2 + b"(" * 10**5}, "cannot read"),
+        ({"mu": b""}, "cannot read"),
+        ({"other": member(shape=(LARGE,), size=LARGE), "words": member(f"<U{LARGE // 4}", (), LARGE)}, None),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, str) else "",
+)
+def test_no_more_is_unpacked_than_what_is_wanted(tmp_path, members, told, monkeypatch):
+    monkeypatch.setattr(inception, "FEATURES", WIDTH)
+    good = {"mu": member(), "sigma": member(shape=(WIDTH, WIDTH), size=8 * WIDTH**2)}
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in {**good, **members}.items():
+            archive.writestr(f"{name}.npy", data)
+    tracemalloc.start()
+    if told:
+        with pytest.raises(UserError) as caught:
+            eval_fid.read_statistics(str(tmp_path / "x.npz"))
+        assert told in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    else:
+        assert eval_fid.read_statistics(str(tmp_path / "x.npz")).said == {}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+def test_what_numpy_does_not_write_is_no_statistics_file(tmp_path):
+    """A packing that is only unpacked as a whole, and a pipe, which is waited for without end."""
+    with zipfile.ZipFile(tmp_path / "lzma.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("mu.npy", member())
+        archive.writestr("sigma.npy", member())
+    with pytest.raises(UserError, match="holds no statistics.* it has none"):
+        eval_fid.read_statistics(str(tmp_path / "lzma.npz"))
+    os.mkfifo(tmp_path / "x.npz")
+    with pytest.raises(UserError, match="cannot read statistics from .*x.npz: it is no file"):
+        eval_fid.read_statistics(str(tmp_path / "x.npz"))
 
 
 def test_mistakes_are_told_before_anything_is_measured(command, two, tmp_path, monkeypatch):

@@ -527,6 +527,19 @@ def test_the_autoencoder_learns_and_resumes(place, monkeypatch):
     call(monkeypatch, train_autoencoder, [*words, "--steps", 12, "--resume", True])  # nothing is left to do
 
 
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [(train_text_to_image, []), (train_autoencoder, []), (train_autoencoder, ["--decoder_only", True])],
+)
+def test_nothing_is_trained_from_weights_that_are_not_finite(place, tmp_path, monkeypatch, capsys, script, more):
+    ckpt, bad, name = checkpoint.load(place / "base.safetensors"), tmp_path / "bad.safetensors", VAE + "quant_conv.bias"
+    checkpoint.save(bad, {**ckpt.tensors, name: ckpt.tensors[name] * np.nan}, ckpt.meta, "safetensors")
+    words = ["--model_config", place / "model.yaml", "--data_path", place / "data", "--pretrained_model_path", bad]
+    said = refusal(monkeypatch, capsys, script, [*words, "--output_path", tmp_path / "out", *more])
+    assert f"bad.safetensors: NaN or infinity in 1 tensors, first {name}: nothing can be trained from it" in said
+    assert script is train_text_to_image or not (tmp_path / "out").exists()
+
+
 def test_a_decoder_learns_from_denoised_latents_and_the_rest_stays(place, tmp_path, monkeypatch, capsys):
     words = ["--model_config", place / "model.yaml", "--data_path", place / "data", "--decoder_only", True]
     words += ["--train_batch_size", 4, "--save_interval", 8, "--warmup_steps", 2, "--start_learning_rate", 3e-3]

@@ -253,6 +253,24 @@ def test_a_folder_of_others_is_converted_with_its_config_and_nan_is_said(monkeyp
     assert f"NaN or infinity in 1 of its {len(checkpoint.load(tmp_path / 't.ckpt').tensors)} tensors" in caplog.text
     assert f"the first is {name}" in caplog.text
     read = checkpoint.load(tmp_path / "t.ckpt")
-    wanted = replace(load_model_config("configs/tiny-vpred.yaml"), sampling=SamplingConfig())  # diffusers has none
+    tiny = load_model_config("configs/tiny-vpred.yaml")
+    wanted = replace(tiny, sampling=SamplingConfig(), text=replace(tiny.text, padding="zero"))  # diffusers has none
     assert from_yaml(read.meta["model_config"], "t") == wanted
     assert np.isnan(read.tensors[name]).all()
+
+
+def test_what_a_source_says_of_itself_is_checked_before_it_is_converted(monkeypatch, tmp_path):
+    """Whatever format it goes to: a config with a bomb of aliases, without its sections, of another model."""
+    tiny = checkpoint.load(ROOT / "models/tiny-vpred.safetensors")
+    for n, (text, said) in enumerate(
+        [
+            ("a: &a [x]\nmodel: {prediction_type: *a}", "line 1: the anchor"),
+            ("model: {prediction_type: v}", "has latents scaled by 0.85.*, it says scale_factor 0.18215"),
+            ("model: 3", "model must be a section"),
+        ]
+    ):
+        formats.write(tmp_path / f"{n}", tiny.tensors, {**tiny.meta, "model_config": text}, "safetensors")
+        for destination in ("x.ckpt", "x"):
+            with pytest.raises(UserError, match=said):
+                convert(monkeypatch, tmp_path / f"{n}", tmp_path / destination)
+            assert not (tmp_path / destination).exists()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ldm import checkpoint
 from ldm.checkpoint import Checkpoint
 from ldm.config import SamplingConfig, from_yaml, load_model_config, save_model_config
 from ldm.errors import UserError
@@ -60,6 +61,47 @@ def test_what_a_checkpoint_carries_decides():
     assert choose(weights, "configs/tiny-vpred.yaml").sampling == TINY.sampling  # the command's config decides more
     with pytest.raises(UserError, match="student.safetensors .*--version 2.1 says"):
         choose(weights, None, "2.1")
+
+
+def beside(tmp_path, name, text, meta=None):
+    """A checkpoint with a YAML file of its name beside it."""
+    path = tmp_path / name
+    path.write_bytes(b"weights")
+    path.with_suffix(".yaml").write_text(text)
+    return file(str(path), meta)
+
+
+def test_a_yaml_file_beside_a_checkpoint_says_what_it_is(tmp_path, caplog):
+    """Behind --config and the checkpoint's own words, before its name and --version."""
+    caplog.set_level("INFO")
+    text = 'model: {params: {parameterization: "v"}}'  # as many a model has it for A1111
+    weights = beside(tmp_path, "photos.safetensors", text)
+    for words in ((), (None, "2.1-v")):
+        caplog.clear()
+        choice = choose_config(weights, *words)
+        assert (choice.config.prediction_type, choice.config.image_size) == ("v", 768)
+        assert choice.origin.endswith("photos.yaml")
+        said = [line for line in caplog.messages if "lies beside" in line]
+        assert len(said) == 1 and "photos.safetensors" in said[0]
+    assert choose(weights, "configs/v2-inference.yaml").prediction_type == "eps"
+    assert choose(beside(tmp_path, "own.ckpt", text, describe(TINY))).unet == TINY.unet
+    assert (
+        choose(beside(tmp_path, "512-base-ema.ckpt", "model: {prediction_type: eps, image_size: 384}")).image_size
+        == 384
+    )
+    with pytest.raises(UserError, match="photos.yaml, .*says prediction_type 'v', --version 2.1 'eps'"):
+        choose(weights, None, "2.1")
+    with pytest.raises(UserError, match="published model 2.0, .*'eps', .*512-base-ema.yaml says 'v'"):
+        choose(beside(tmp_path, "512-base-ema.ckpt", text))
+
+
+def test_a_yaml_file_beside_a_checkpoint_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(UserError, match="x.yaml: unknown key 'note'.*lies beside .*x.ckpt: .*as config"):
+        choose(beside(tmp_path, "x.ckpt", "note: 3"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.yaml").write_text("epochs: 3")
+    with pytest.raises(UserError, match="does not say which model"):
+        choose(file(str(tmp_path / "folder")))
 
 
 def test_the_file_in_the_repository_says_how_it_draws_best():
@@ -120,17 +162,36 @@ def test_what_changes_no_answer_is_no_difference():
         {"scale_factor": "abc"},
         {"scale_factor": "nan"},
         {"scale_factor": "-1"},
+        {"scale_factor": "0"},
+        {"scale_factor": "1e999"},
+        {"schedule": "["},
+        {"schedule": "[]"},
+        {"schedule": "[" * 9000},
+        {"schedule": '{"beta_start": NaN}'},
+        {"schedule": '{"beta_start": 1e999}'},
+        {"schedule": '{"beta_start": [1]}'},
+        {"schedule": '{"beta_start": ' + "1" * 5000 + "}"},
+        {"schedule": "{" + " " * 100_000 + "}"},
+        {"model_config": "a: &a [x]\nmodel: {prediction_type: *a}"},
+        {"model_config": "model: " + "[" * 900},
+        {"model_config": "model: {prediction_type: v, unet: {model_channels: 1000000000}}"},
+        {"model_config": "model: {prediction_type: v, text: {layers: 1000000}}"},
         {"model_config": "x: 1"},
         {"model_config": "["},
         {"model_config": "model: {prediction_type: v, image_size: big}"},
     ],
-    ids=str,
+    ids=lambda meta: str(meta)[:50],
 )
-def test_damaged_words_are_one_line(meta):
+def test_damaged_words_are_one_line(meta, tmp_path):
     with pytest.raises(UserError, match="x.ckpt") as error:
         choose(file(meta=meta), "configs/v2-inference.yaml")
         check_words("x.ckpt", file(meta=meta).checkpoint, EPS)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    if "model_config" not in meta:
+        tensors = {"model.diffusion_model.out.2.bias": np.zeros(4, np.float32)}
+        checkpoint.formats.write(tmp_path / "x.ckpt", tensors, meta, "mindspore")
+        with pytest.raises(UserError, match="x.ckpt says .* it is damaged"):
+            checkpoint.load(tmp_path / "x.ckpt")
 
 
 def test_sd2_prompts_are_padded_as_the_weights_were_trained(tmp_path, caplog):

@@ -27,7 +27,7 @@ from ldm.config import to_dict  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import escaped  # noqa: E402
 from ldm.versions import VERSIONS, published  # noqa: E402
-from ldm.weights import check_words, choose_config, describe, open_weights  # noqa: E402
+from ldm.weights import check_words, choose_config, describe, open_weights, sidecar  # noqa: E402
 
 log = logging.getLogger("convert_checkpoint")
 SUFFIXES = {".ckpt": "mindspore", ".safetensors": "safetensors", "": "diffusers"}
@@ -48,7 +48,7 @@ def main() -> None:
         raise UserError(f"{args.destination} exists; remove it or give another name")
     weights = open_weights(args.source, widen=False)
     ckpt, meta = weights.checkpoint, weights.checkpoint.meta
-    if args.config or args.version or published(args.source):
+    if args.config or args.version or "model_config" in meta or published(args.source) or sidecar(args.source):
         config, origin = choose_config(weights, args.config, args.version)
         check_words(args.source, ckpt, config, origin)
         described, wrong = describe(config), kinds.contradiction(ckpt.tensors, to_dict(config)["model"])

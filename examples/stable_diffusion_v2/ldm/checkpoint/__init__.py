@@ -22,12 +22,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ldm.checkpoint import diffusers_folder, formats, kinds, names
+from ldm.checkpoint import diffusers_folder, formats, kinds, names, words
 from ldm.checkpoint.arrays import changed, release, widened
 from ldm.diffusion.prediction import own_name
 from ldm.errors import UserError
@@ -44,6 +45,7 @@ __all__ = [
     "match",
     "not_finite",
     "release",
+    "require_finite",
     "save",
     "with_vae",
 ]
@@ -100,7 +102,7 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
         UserError: the file cannot be read whole, or is of a kind (``kinds``) that is no part of a model here.
     """
     try:
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             tensors, meta = diffusers_folder.read(path, widen, raw)
             form, ours = "diffusers", False
         else:
@@ -109,6 +111,7 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
             tensors, meta = _named(path, tensors, strings, raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} contradicts itself: {escaped(error, 300)}") from None
+    words.check(path, meta)
     kind = kinds.recognise(tensors, meta)
     if kind and not kind.serves:
         raise UserError(f"{path} is {kind.name}: {kind.advice}")
@@ -139,9 +142,9 @@ def load_vae(path: str | Path, scale_factor: float) -> Tensors:
     if not tensors:
         kind = kinds.recognise(ckpt.tensors, ckpt.meta)
         raise UserError(f"{path} is {kind.name if kind else 'a file'} without an autoencoder, which is wanted here")
-    said = ckpt.meta.get("scale_factor")
-    if said is not None and not _is_about(said, scale_factor):
-        raise UserError(f"{path} scales its latents by {escaped(said)}, the model by {scale_factor}: choose another")
+    said = words.scale_factor(path, ckpt.meta)
+    if said is not None and abs(said / scale_factor - 1) > 1e-4:
+        raise UserError(f"{path} scales its latents by {said}, the model by {scale_factor}: choose another")
     return tensors
 
 
@@ -153,13 +156,6 @@ def with_vae(tensors: Tensors, path: str | Path, scale_factor: float) -> Tensors
     vae, others = load_vae(path, scale_factor), {n: a for n, a in tensors.items() if not n.startswith(kinds.VAE)}
     own = {n: array.shape for n, array in tensors.items() if n not in others and names.is_parameter(n)}
     return {**others, **(match(vae, own, path, (kinds.VAE,)) if own else vae)}
-
-
-def _is_about(text: str, number: float) -> bool:
-    try:
-        return abs(float(text) / number - 1) <= 1e-4
-    except ValueError:
-        return False
 
 
 def check_names(ckpt: Checkpoint, path: str | Path) -> None:
@@ -185,6 +181,19 @@ def not_finite(tensors: Tensors) -> list[str]:
     return bad
 
 
+def require_finite(tensors: Tensors, path: str | Path, prefixes: tuple[str, ...]) -> None:
+    """UserError where weights to start a training from, those whose names begin so, are NaN or infinite.
+
+    Nothing good comes of those, at any learning rate.
+    """
+    bad = not_finite({name: array for name, array in tensors.items() if name.startswith(prefixes)})
+    if bad:
+        raise UserError(
+            f"{path}: NaN or infinity in {len(bad)} tensors, first {escaped(bad[0])}: nothing can be trained from it; "
+            "start from an earlier checkpoint, or fetch the file again"
+        )
+
+
 def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: str | None = None) -> None:
     """Write ``tensors`` (Stability's names) and ``meta`` to ``path``, whole or not at all.
 
@@ -201,7 +210,7 @@ def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: 
         formats.write(path, names.to_mindone(tensors), strings, format, dtype)
     else:
         strings = {**meta, **_modelspec(tensors, meta, path)}
-        formats.write(path, {**tensors, **_marks(meta)}, strings, format, dtype)
+        formats.write(path, {**tensors, **_marks(path, meta)}, strings, format, dtype)
 
 
 def content_key(path: str | Path) -> str:
@@ -210,7 +219,7 @@ def content_key(path: str | Path) -> str:
     UserError where they cannot be read.
     """
     try:
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):
             return sha256(path).hex()
         files = sorted(file for file in Path(path).rglob("*") if file.is_file())
         each = [str(file.relative_to(path)).encode() + sha256(file) for file in files]
@@ -274,11 +283,11 @@ def _stated(tensors: Tensors, strings: Strings) -> Strings:
     derived = [_MODELSPEC + key for key in _DERIVED]
     meta = {key: text for key, text in strings.items() if text and key not in derived and key != "format"}
 
-    words = [strings.get("prediction_type"), strings.get(_MODELSPEC + "prediction_type")]
+    types = [strings.get("prediction_type"), strings.get(_MODELSPEC + "prediction_type")]
     if strings.get(_MODELSPEC + "predict_key") == _MARKED_TYPE:  # ComfyUI's; its "epsilon" is what it says in doubt
-        words.append(_MARKED_TYPE)
-    words += [_MARKED_TYPE] if _V_MARK in tensors else []
-    said = {own_name(word) for word in words if word}
+        types.append(_MARKED_TYPE)
+    types += [_MARKED_TYPE] if _V_MARK in tensors else []
+    said = {own_name(word) for word in types if word}
     if len(said) > 1:
         places = f"prediction_type, modelspec.prediction_type and .predict_key in its metadata, its tensor {_V_MARK}"
         raise ValueError(f"its prediction type is {' and '.join(map(escaped, sorted(said)))}; correct one of {places}")
@@ -289,17 +298,15 @@ def _stated(tensors: Tensors, strings: Strings) -> Strings:
         meta.setdefault("resolution", strings[_MODELSPEC + "resolution"])
     if _ZERO_SNR_MARK in tensors:
         meta.setdefault("schedule", json.dumps({"zero_terminal_snr": True}))
-    if not isinstance(json.loads(meta.get("schedule", "{}")), dict):
-        raise ValueError("its schedule is no table of names and values")
     return meta
 
 
-def _marks(meta: Strings) -> Tensors:
+def _marks(path: str | Path, meta: Strings) -> Tensors:
     """The empty tensors that stand for a v model and a zero-terminal-SNR schedule."""
     if meta.get("prediction_type") != _MARKED_TYPE:
         return {}
     marks = [_V_MARK]
-    if json.loads(meta.get("schedule", "{}")).get("zero_terminal_snr"):
+    if words.schedule(path, meta).get("zero_terminal_snr"):
         marks.append(_ZERO_SNR_MARK)
     return {mark: np.zeros(0, np.float32) for mark in marks}
 

@@ -74,9 +74,35 @@ def nbytes(dtype: np.dtype, shape: list[int]) -> int:
 
 
 def stored_type(array: np.ndarray, dtype: np.dtype | str | None) -> np.dtype:
-    """The type an array is written in: `dtype` for floating-point numbers, where it is given; else its own."""
+    """The type an array is written in: `dtype` for floating-point numbers, where it is given; else its own.
+
+    A number that is too large for `dtype` would become infinite: its array is float32, or its own type where that is
+    too small as well.
+    """
     own = np.dtype(np.float32) if array.dtype == BFLOAT16 else array.dtype
-    return own if dtype is None or own.kind != "f" else np.dtype(dtype)
+    if dtype is None or own.kind != "f":
+        return own
+    dtype, single = np.dtype(dtype), np.dtype(np.float32)
+    if dtype.itemsize >= own.itemsize:
+        return dtype
+    most = largest(array)
+    return next((kind for kind in (dtype, single) if kind.itemsize < own.itemsize and _holds(kind, most)), own)
+
+
+def _holds(dtype: np.dtype, number: float) -> bool:
+    with np.errstate(over="ignore"):
+        return not np.isinf(np.float64(number).astype(dtype))
+
+
+def largest(array: np.ndarray) -> float:
+    """The largest finite size of a number in an array, 0 where it has none; its pages of a file are let go."""
+    numbers = widened(array)
+    ends = [numbers.min(initial=0), numbers.max(initial=0)]
+    if not np.isfinite(ends).all():
+        finite = np.isfinite(numbers)
+        ends = [numbers.min(initial=0, where=finite), numbers.max(initial=0, where=finite)]
+    release(array)
+    return float(max(-ends[0], ends[1]))
 
 
 def raw(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

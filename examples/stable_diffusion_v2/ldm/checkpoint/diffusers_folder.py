@@ -12,15 +12,14 @@ import os
 import shutil
 from pathlib import Path
 
-import yaml
-
 from ldm.checkpoint import diffusers_config as configs
-from ldm.checkpoint import formats, kinds, names
+from ldm.checkpoint import formats, kinds, names, words
 from ldm.checkpoint.arrays import Strings, Tensors
 from ldm.checkpoint.diffusers_config import INDEX, Table
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
 from ldm.text.tokenizer import PADDING
+from ldm.yaml_file import dump_yaml
 
 PARTS = ("unet", "vae", "text_encoder")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -156,7 +155,7 @@ def _described(folder: Path, tables: dict[str, Table], strings: Strings) -> Stri
     scheduler, unet, vae = (tables.get(name) for name in ("scheduler", "unet", "vae"))
     if scheduler:
         told["prediction_type"] = _prediction_type(folder, scheduler, strings)
-        told["schedule"] = json.dumps({**json.loads(strings.get("schedule", "{}")), **configs.schedule(scheduler)})
+        told["schedule"] = json.dumps({**words.schedule(folder, strings), **configs.schedule(scheduler)})
     scale = configs.scale_factor(vae) if vae else None
     if scale is not None:
         told["scale_factor"] = repr(scale)
@@ -164,7 +163,7 @@ def _described(folder: Path, tables: dict[str, Table], strings: Strings) -> Stri
     if size:
         told["resolution"] = f"{size}x{size}"
     if all(name in tables for name in (*PARTS, "scheduler")):
-        told["model_config"] = _model_config(tables, strings)
+        told["model_config"] = _model_config(folder, tables, strings)
     return told
 
 
@@ -180,35 +179,20 @@ def _prediction_type(folder: Path, scheduler: Table, strings: Strings) -> str:
     return kind
 
 
-def _model_config(tables: dict[str, Table], strings: Strings) -> str:
+def _model_config(folder: Path, tables: dict[str, Table], strings: Strings) -> str:
     """As YAML. What the configs leave open is taken from the text among the UNet's strings, if any."""
     model = configs.model_config(*(tables[name] for name in (*PARTS, "scheduler")))
     pad = configs.padding(tables["tokenizer"]) if "tokenizer" in tables else None
     if pad not in (None, PADDING[model["text"]["variant"]]):
         model["text"]["padding"] = pad
-    text = strings.get("model_config")
-    carried = _plain(text)
+    carried = words.model_section(folder, strings)
     if carried is None:
-        return yaml.safe_dump({"model": model}, sort_keys=False)
+        return dump_yaml({"model": model})
     joined = {**carried, **model}
     for key, section in model.items():
         if isinstance(section, dict) and isinstance(carried.get(key), dict):
             joined[key] = {**carried[key], **section}
-    return text if joined == carried else yaml.safe_dump({"model": joined}, sort_keys=False)
-
-
-def _plain(text: str | None) -> dict | None:
-    """The "model" section of a config that a file carries, None where it is none."""
-    if text is None or len(text) > _LONGEST_CONFIG or "&" in text:
-        return None
-    try:
-        model = yaml.safe_load(text)["model"]
-    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
-        return None
-    return model if isinstance(model, dict) else None
-
-
-_LONGEST_CONFIG = 100_000  # characters
+    return strings["model_config"] if joined == carried else dump_yaml({"model": joined})
 
 
 # ---- writing ----
@@ -222,11 +206,11 @@ def write(folder: str | Path, tensors: Tensors, meta: Strings, dtype: str | None
     folder = Path(folder)
     if folder.exists() and not (folder / INDEX).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no diffusers pipeline; remove it or give another name")
-    if "model_config" not in meta:
+    model = words.model_section(folder, meta)
+    if model is None:
         raise UserError(
             "a diffusers folder describes its networks, and the checkpoint does not: give the model's config"
         )
-    model = yaml.safe_load(meta["model_config"])["model"]
     configs.check_model(model)
     wrong = kinds.contradiction(tensors, model)
     if wrong:

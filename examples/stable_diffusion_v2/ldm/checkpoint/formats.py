@@ -9,13 +9,18 @@ no memory until a number is used. bfloat16, which NumPy lacks, is widened to flo
 
 from __future__ import annotations
 
+import logging
 import mmap
 from pathlib import Path
 
+import numpy as np
+
 from ldm.checkpoint import mindspore_file, pytorch_file, safetensors_file
-from ldm.checkpoint.arrays import FileError, Mapping, Strings, Tensors, release, widened
+from ldm.checkpoint.arrays import FileError, Mapping, Strings, Tensors, largest, release, stored_type, widened
 from ldm.errors import UserError
-from ldm.files import replacing
+from ldm.files import escaped, replacing
+
+log = logging.getLogger(__name__)
 
 _KINDS = {"mindspore": mindspore_file, "safetensors": safetensors_file, "pytorch": pytorch_file}
 FORMATS = ("mindspore", "safetensors")  # that are written
@@ -57,7 +62,8 @@ def write(path: str | Path, tensors: Tensors, strings: Strings, kind: str, dtype
     """Write a checkpoint file of format ``kind`` (one of FORMATS), or leave what was there as it was.
 
     Floating-point numbers are written as ``dtype``, one of NumPy's, where it is given: converted tensor by tensor, so
-    it costs no memory. Keys and values of ``strings`` must not be empty (MindSpore cannot read an empty one back).
+    it costs no memory. A tensor with a number that is too large for it stays float32, and a line says so. Keys and
+    values of ``strings`` must not be empty (MindSpore cannot read an empty one back).
     Raises UserError where the disk or the folder refuses, or the format is unknown.
     """
     if kind not in FORMATS:
@@ -65,9 +71,20 @@ def write(path: str | Path, tensors: Tensors, strings: Strings, kind: str, dtype
     if not all(strings) or not all(strings.values()):
         raise ValueError("empty string among the strings of a checkpoint")
     strings = {_printable(key): _printable(text) for key, text in strings.items()}
+    types = {name: stored_type(array, dtype) for name, array in tensors.items()}
+    _tell_of_larger(path, tensors, types, dtype)
     with replacing(path) as file:
-        for chunk in _KINDS[kind].chunks(tensors, strings, dtype):
+        for chunk in _KINDS[kind].chunks(tensors, strings, types):
             file.write(chunk)
+
+
+def _tell_of_larger(path: Path, tensors: Tensors, types: dict[str, np.dtype], dtype: str | None) -> None:
+    """A line where tensors are not written as `dtype`."""
+    larger = [name for name, kind in types.items() if dtype and kind.kind == "f" and kind != np.dtype(dtype)]
+    if larger:
+        first, most = larger[0], largest(tensors[larger[0]])
+        told = "%s: %d of %d tensors stay %s, for %s cannot hold their numbers; the first is %s with %.6g"
+        log.warning(told, path, len(larger), len(types), types[first], dtype, escaped(first), most)
 
 
 def _printable(text: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, raw, stored_type, truncation
+from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, raw, truncation
 
 TYPES = {
     "Float64": np.dtype("<f8"),
@@ -169,17 +169,16 @@ def _mindsporearray_at(data: mmap.mmap, tag: str, parts: list) -> np.ndarray:
     return array_at(data, dtype, dims, start)
 
 
-def chunks(tensors: Tensors, strings: Strings, dtype: str | None = None) -> Iterator[bytes | np.ndarray]:
-    """The file in parts; floating-point numbers as `dtype` where it is given, converted one tensor at a time."""
+def chunks(tensors: Tensors, strings: Strings, types: dict[str, np.dtype]) -> Iterator[bytes | np.ndarray]:
+    """The file in parts; `types` says as what each tensor is written: they are converted one at a time."""
     type_names = {dtype: name for name, dtype in TYPES.items()}
     for tag, text in {BEGIN: "1", **strings}.items():
         yield from _value_chunks(tag, (0,), "str", np.frombuffer(text.encode("utf-32-le"), np.uint8))
     for tag, array in tensors.items():
-        stored = stored_type(array, dtype)
-        content = raw(array, stored)
+        content = raw(array, types[tag])
         for start in range(0, max(content.size, 1), SLICE):
             part = content[start : start + SLICE]
-            yield from _value_chunks(tag, array.shape, type_names[stored], part)
+            yield from _value_chunks(tag, array.shape, type_names[types[tag]], part)
     yield from _value_chunks(END, (0,), "str", np.frombuffer("1".encode("utf-32-le"), np.uint8))
 
 

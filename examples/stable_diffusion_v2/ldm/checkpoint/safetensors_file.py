@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, raw, stored_type, truncation
+from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, raw, truncation
 
 TYPES = {
     "F64": np.dtype("<f8"),
@@ -84,11 +84,10 @@ def _entry(name: str, entry: dict) -> tuple:
     return (name, TYPES[dtype], entry["shape"], *entry["data_offsets"])
 
 
-def chunks(tensors: Tensors, strings: Strings, dtype: str | None = None) -> Iterator[bytes | np.ndarray]:
-    """The file in parts; floating-point numbers as `dtype` where it is given, converted one tensor at a time."""
+def chunks(tensors: Tensors, strings: Strings, types: dict[str, np.dtype]) -> Iterator[bytes | np.ndarray]:
+    """The file in parts; `types` says as what each tensor is written: they are converted one at a time."""
     type_names = {dtype: name for name, dtype in TYPES.items()}
     header = {"__metadata__": strings} if strings else {}
-    types = {name: stored_type(array, dtype) for name, array in tensors.items()}
     sizes = {name: array.size * types[name].itemsize for name, array in tensors.items()}
     # Wide numbers first, and what is no multiple of ALIGNMENT last: so all stay aligned, and most of them well.
     names = sorted(tensors, key=lambda name: (-types[name].itemsize, sizes[name] % ALIGNMENT, name))

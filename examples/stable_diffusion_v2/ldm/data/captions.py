@@ -48,8 +48,8 @@ def read_captions(data_path: str | Path, csv_name: str | None = None) -> list[Sa
             picture that does not exist or, links resolved, lies outside `data_path` (with its line number).
     """
     folder = Path(data_path)
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        problem = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise UserError(f"data folder '{folder}' {problem}: give the folder that holds {csv_name or NAME}")
     found = [folder / csv_name] if csv_name else folder.glob("*.csv")
     files = sorted(path for path in found if path.is_file() and (csv_name or not path.name.startswith(".")))

@@ -16,7 +16,7 @@ from ldm.data.batches import Batch
 from ldm.data.dataset import CaptionedImages
 from ldm.data.images import crop, to_float
 from ldm.errors import UserError
-from ldm.model import VAE, StableDiffusion
+from ldm.model import PARTS, VAE, StableDiffusion
 from ldm.models.layers import initialize
 from ldm.pictures import grid, psnr, save_png, to_uint8
 from ldm.pipeline import Pipeline, Settings, sampler_of
@@ -99,6 +99,16 @@ def encode(model: StableDiffusion, data: CaptionedImages, batch_size: int) -> tu
     return np.concatenate([mean for mean, _ in parts]), np.concatenate([std for _, std in parts])
 
 
+def read_start(args: argparse.Namespace, config: ModelConfig) -> dict[str, np.ndarray] | None:
+    """The tensors to start from; None where nothing is given. UserError where nothing can be trained from them."""
+    path = args.pretrained_model_path
+    if not path:
+        return None
+    tensors = read_checkpoint(path, config).tensors if args.decoder_only else checkpoint.load(path).tensors
+    checkpoint.require_finite(tensors, path, PARTS if args.decoder_only else (VAE,))
+    return tensors
+
+
 class AutoencoderTask(Task):
     """What both kinds have in common.
 
@@ -107,6 +117,7 @@ class AutoencoderTask(Task):
         config: the model's.
         model: all of its networks.
         data: the pictures.
+        start: the tensors to start from; None for random weights.
     """
 
     figures = ("loss", "psnr", "kl")
@@ -114,8 +125,8 @@ class AutoencoderTask(Task):
     exported: str  # the file's name
     untrained_bytes = 0  # of what is exported all the same
 
-    def __init__(self, args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, data: CaptionedImages):
-        self.args, self.config, self.model, self.data = args, config, model, data
+    def __init__(self, args, config: ModelConfig, model: StableDiffusion, data: CaptionedImages, start: dict | None):
+        self.args, self.config, self.model, self.data, self.start = args, config, model, data, start
         self.folder = Path(args.output_path)
         self.replaces = (self.folder / self.exported,)
         loss, trained = self.load()
@@ -163,8 +174,8 @@ class WholeAutoencoder(AutoencoderTask):
 
     def load(self) -> tuple[nn.Cell, list[Parameter]]:
         args, vae = self.args, self.model.vae
-        if path := args.pretrained_model_path:
-            self.model.load(checkpoint.load(path).tensors, path, (VAE,), copy=True)
+        if self.start is not None:
+            self.model.load(self.start, args.pretrained_model_path, (VAE,), copy=True)
         else:
             initialize(vae, args.seed)
         reconstruction = Reconstruction(args.squared_weight, args.edge_weight)
@@ -201,7 +212,7 @@ class DecoderAlone(AutoencoderTask):
 
     def load(self) -> tuple[nn.Cell, list[Parameter]]:
         args, config, model = self.args, self.config, self.model
-        self.whole = read_checkpoint(args.pretrained_model_path, config).tensors
+        self.whole = self.start
         self.untrained_bytes = sum(array.nbytes for array in self.whole.values())
         model.load(self.whole, args.pretrained_model_path, copy=True)
         self.pipeline, size = Pipeline(config, model), args.image_size

@@ -26,7 +26,6 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.timestep_bias import timestep_density
 from ldm.diffusion.weighting import loss_weight
 from ldm.errors import UserError
-from ldm.files import escaped
 from ldm.model import PARTS, TEXT, UNET, VAE, StableDiffusion
 from ldm.models.blockwise import MANY_WEIGHTS
 from ldm.models.layers import initialize
@@ -67,14 +66,9 @@ def start_tensors(args: argparse.Namespace, config: ModelConfig, weights: Weight
 
 
 def require_finite_weights(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> None:
-    """UserError where weights to start from are NaN or infinite: nothing good comes of those, at any learning rate."""
+    """`checkpoint.require_finite` of what the run starts from."""
     used = tuple(part for part in PARTS if part not in random_parts(args))
-    bad = checkpoint.not_finite({name: array for name, array in tensors.items() if name.startswith(used)})
-    if bad:
-        raise UserError(
-            f"{args.pretrained_model_path}: NaN or infinity in {len(bad)} tensors, first {escaped(bad[0])}: nothing "
-            "can be trained from it; start from an earlier checkpoint, or fetch the file again"
-        )
+    checkpoint.require_finite(tensors, args.pretrained_model_path, used)
 
 
 def frozen_tensors(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -40,8 +40,8 @@ def resume_path(resume: str | bool, folder: str | Path) -> Path | None:
     if word in ("", "false", "no", "none", "0"):
         return None
     path = Path(folder if word in ("true", "yes", "1") else str(resume))
-    path = path if path.is_file() or path.suffix == Path(RESUME_NAME).suffix else path / RESUME_NAME
-    if not path.is_file():
+    path = path if os.path.isfile(path) or path.suffix == Path(RESUME_NAME).suffix else path / RESUME_NAME
+    if not os.path.isfile(path):
         raise UserError(f"cannot resume: {path} does not exist; leave out --resume to start from the beginning")
     return path
 
