@@ -22,23 +22,23 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.checkpoint import content_key
-from ldm.config import ModelConfig, load_model_config
+from ldm.config.mindone import IGNORED_TRAIN_OPTIONS
+from ldm.config.model import ModelConfig, load_model_config
+from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, str2bool
+from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
+from ldm.config.yaml_file import search
 from ldm.data.prompts import paired, read_lines
 from ldm.diffusion.samplers import FINAL_SIGMAS, SAMPLERS, Sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.spacing import SPACINGS
 from ldm.errors import UserError
 from ldm.files import claimed, escaped
-from ldm.mindone_config import IGNORED_TRAIN_OPTIONS
 from ldm.model import StableDiffusion
-from ldm.models.blockwise import MANY_WEIGHTS
-from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, str2bool
+from ldm.networks.blockwise import MANY_WEIGHTS
 from ldm.pictures import grid, make_folder, next_number, read_facts, read_png, save_drawn, save_png
 from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, sampler_of
 from ldm.text.tokenizer import Tokenizer
-from ldm.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.weights import choose_config, config_key, open_weights, tensors_of
-from ldm.yaml_file import search
 
 log = logging.getLogger("text_to_image")
 

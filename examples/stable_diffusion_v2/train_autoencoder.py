@@ -21,15 +21,15 @@ import argparse
 import logging
 from dataclasses import replace
 
-from ldm.config import ModelConfig, load_model_config
+from ldm.config.model import ModelConfig, load_model_config
+from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.data.batches import Augment, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.model import StableDiffusion
-from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
+from ldm.parallel.ranks import Ranks
 from ldm.pipeline import check_config
-from ldm.ranks import Ranks
 from ldm.train.autoencoder import DecoderAlone, WholeAutoencoder, read_start, run_settings, with_latent_channels
 from ldm.train.ema import Ema
 from ldm.train.learning_rate import MULTI_STEP, SCHEDULES, LearningRate

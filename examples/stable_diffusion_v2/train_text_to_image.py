@@ -18,7 +18,10 @@ import logging
 from dataclasses import replace
 
 from ldm.checkpoint.diffusers_config import check_model
-from ldm.config import ModelConfig, load_model_config, save_model_config, to_dict
+from ldm.config.mindone import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS
+from ldm.config.model import ModelConfig, load_model_config, save_model_config, to_dict
+from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool, whole
+from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.data.batches import Augment, Batches
 from ldm.data.captions import caption_warnings
 from ldm.data.dataset import ON_BAD_IMAGE
@@ -27,9 +30,7 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.timestep_bias import STRATEGIES
 from ldm.diffusion.weighting import WEIGHTINGS
 from ldm.errors import UserError
-from ldm.mindone_config import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS
 from ldm.model import PARTS, VAE
-from ldm.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool, whole
 from ldm.pipeline import check_config
 from ldm.text.tokenizer import Tokenizer
 from ldm.train import finetune
@@ -39,7 +40,6 @@ from ldm.train.learning_rate import SCHEDULES, LearningRate
 from ldm.train.optimizer import OPTIMIZERS, check_numbers
 from ldm.train.run import Plan, Run
 from ldm.train.step import LossScale, TrainStep
-from ldm.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.weights import Choice, Weights, check_words, choose_config, open_weights, pad_text
 
 log = logging.getLogger("train_text_to_image")

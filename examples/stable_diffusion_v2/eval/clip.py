@@ -17,11 +17,11 @@ from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
 
 from ldm import checkpoint, kernels
-from ldm.config import TextConfig
+from ldm.config.model import TextConfig
 from ldm.data.images import LONGEST
 from ldm.errors import UserError
-from ldm.models.clip import OpenCLIPBlock, OpenCLIPBlocks, OpenCLIPText
-from ldm.models.layers import LayerNorm, MatMul, fill, parameter
+from ldm.networks.layers import LayerNorm, MatMul, fill, parameter
+from ldm.networks.text import OpenCLIPBlock, OpenCLIPBlocks, OpenCLIPText
 from ldm.text.tokenizer import Tokenizer
 
 ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}

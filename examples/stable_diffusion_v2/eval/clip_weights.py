@@ -16,8 +16,8 @@ import numpy as np
 
 from ldm.checkpoint import formats
 from ldm.checkpoint.names import Rules
+from ldm.config.yaml_file import SCRIPTS, search
 from ldm.errors import UserError
-from ldm.yaml_file import SCRIPTS, search
 
 Tensors = dict[str, np.ndarray]
 

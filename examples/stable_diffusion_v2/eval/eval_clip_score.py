@@ -27,13 +27,13 @@ from tqdm import tqdm  # noqa: E402
 from eval.clip import ACTIVATIONS, CLIP, config_of, preprocess  # noqa: E402
 from eval.clip_weights import find, read, stated_activation  # noqa: E402
 from eval.pictures import ahead, decode, find_pictures, find_record  # noqa: E402
+from ldm.config.options import Parser, read_options, require_at_least, str2bool  # noqa: E402
 from ldm.data.images import BadImageError, check_image  # noqa: E402
 from ldm.data.prompts import read_lines  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import replacing  # noqa: E402
-from ldm.options import Parser, read_options, require_at_least, str2bool  # noqa: E402
+from ldm.parallel.ranks import Ranks  # noqa: E402
 from ldm.pictures import RECORD, read_facts, read_record  # noqa: E402
-from ldm.ranks import Ranks  # noqa: E402
 
 log = logging.getLogger("eval_clip_score")
 

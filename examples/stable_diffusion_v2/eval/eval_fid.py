@@ -27,13 +27,13 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from eval import inception, metrics, npz, pictures  # noqa: E402
+from ldm.config.options import Parser, read_options, require_at_least, seed, str2bool  # noqa: E402
 from ldm.data.captions import read_captions  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import escaped, replacing  # noqa: E402
-from ldm.options import Parser, read_options, require_at_least, seed, str2bool  # noqa: E402
+from ldm.parallel.ranks import Ranks  # noqa: E402
 from ldm.pictures import make_folder  # noqa: E402
 from ldm.randomness import generator  # noqa: E402
-from ldm.ranks import Ranks  # noqa: E402
 
 log = logging.getLogger("eval_fid")
 

@@ -19,10 +19,10 @@ import numpy as np
 from mindspore import nn, ops
 
 from ldm.checkpoint import formats, match
+from ldm.config.versions import PUBLISHED
+from ldm.config.yaml_file import SCRIPTS, search
 from ldm.errors import UserError
-from ldm.models.layers import Linear, fill, parameter
-from ldm.versions import PUBLISHED
-from ldm.yaml_file import SCRIPTS, search
+from ldm.networks.layers import Linear, fill, parameter
 
 FEATURES, CLASSES = 2048, 1008
 NORM_EPS = 1e-3

@@ -39,15 +39,15 @@ from eval import clip_weights, inception  # noqa: E402
 from eval.clip import ACTIVATIONS  # noqa: E402
 from eval.pictures import RESIZE  # noqa: E402
 from ldm import runtime  # noqa: E402
+from ldm.config.options import Parser, require_at_least  # noqa: E402
+from ldm.config.versions import VERSIONS  # noqa: E402
 from ldm.data.captions import Sample, read_prompts  # noqa: E402
 from ldm.data.images import decode  # noqa: E402
 from ldm.diffusion.samplers import SAMPLERS  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import replacing  # noqa: E402
-from ldm.options import Parser, require_at_least  # noqa: E402
 from ldm.pictures import captioned_rows, make_folder, save_png  # noqa: E402
 from ldm.pipeline import check_config  # noqa: E402
-from ldm.versions import VERSIONS  # noqa: E402
 
 log = logging.getLogger("results_table")
 

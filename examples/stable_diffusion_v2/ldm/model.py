@@ -11,11 +11,11 @@ from mindspore import Tensor, nn
 
 from ldm import checkpoint
 from ldm.conditioning import Conditioner
-from ldm.models.blockwise import BlockwiseText, BlockwiseUNet
-from ldm.models.clip import VARIANTS, Under
-from ldm.models.layers import fill
-from ldm.models.unet import UNet
-from ldm.models.vae import AutoencoderKL, VAEEncode
+from ldm.networks.blockwise import BlockwiseText, BlockwiseUNet
+from ldm.networks.layers import fill
+from ldm.networks.text import VARIANTS, Under
+from ldm.networks.unet import UNet
+from ldm.networks.vae import AutoencoderKL, VAEEncode
 from ldm.text.tokenizer import PADDING, Tokenizer
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."  # how the files begin their names

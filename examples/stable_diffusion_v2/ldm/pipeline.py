@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm import checkpoint
 from ldm.conditioning import Condition
-from ldm.config import ModelConfig
+from ldm.config.model import ModelConfig
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.samplers import Sampler, get_sampler

@@ -20,8 +20,8 @@ from typing import Callable, NoReturn
 
 from ldm.errors import UserError
 from ldm.files import escaped
-from ldm.hub import HUB, LONGEST_LINE, scheduler_address
-from ldm.ranks import Ranks, follow_hub, follow_parent, place, without_launcher
+from ldm.parallel.hub import HUB, LONGEST_LINE, scheduler_address
+from ldm.parallel.ranks import Ranks, follow_hub, follow_parent, place, without_launcher
 from ldm.signals import Signals, Stopped, blocked, exit_code, quiet
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings on a CPU are harmless and many

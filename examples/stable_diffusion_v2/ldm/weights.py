@@ -19,13 +19,13 @@ import numpy as np
 
 from ldm import checkpoint
 from ldm.checkpoint import Checkpoint, words
-from ldm.config import ModelConfig, SamplingConfig, from_yaml, load_model_config, to_yaml
+from ldm.config.model import ModelConfig, SamplingConfig, from_yaml, load_model_config, to_yaml
+from ldm.config.versions import VERSIONS, published
 from ldm.diffusion.prediction import get_prediction
 from ldm.errors import UserError
 from ldm.files import quoted
 from ldm.model import PARTS, TEXT, UNET, VAE
 from ldm.text.tokenizer import PADDING
-from ldm.versions import VERSIONS, published
 
 log = logging.getLogger(__name__)
 

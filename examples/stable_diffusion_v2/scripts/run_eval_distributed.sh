@@ -3,4 +3,4 @@
 #   scripts/run_eval_distributed.sh [--launcher msrun|mpirun] [--device Ascend|CPU] [--ranks N] [--hosts FILE] [--port P] \
 #       -- [options of eval_fid.py]
 # --help lists the launcher's options; docs/distributed.md has the rest.
-cd "$(dirname "$0")/.." && exec "${PYTHON:-python}" -m ldm.launch eval/eval_fid.py "$@"
+cd "$(dirname "$0")/.." && exec "${PYTHON:-python}" -m ldm.parallel.launch eval/eval_fid.py "$@"

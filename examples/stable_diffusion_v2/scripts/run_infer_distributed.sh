@@ -3,4 +3,4 @@
 #   scripts/run_infer_distributed.sh [--launcher msrun|mpirun] [--device Ascend|CPU] [--ranks N] [--hosts FILE] [--port P] \
 #       -- [options of text_to_image.py]
 # --help lists the launcher's options; docs/distributed.md has the rest.
-cd "$(dirname "$0")/.." && exec "${PYTHON:-python}" -m ldm.launch text_to_image.py "$@"
+cd "$(dirname "$0")/.." && exec "${PYTHON:-python}" -m ldm.parallel.launch text_to_image.py "$@"

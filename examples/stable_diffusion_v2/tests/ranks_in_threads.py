@@ -3,7 +3,7 @@
 import json
 import threading
 
-from ldm.ranks import Ranks
+from ldm.parallel.ranks import Ranks
 
 
 class InThreads(Ranks):

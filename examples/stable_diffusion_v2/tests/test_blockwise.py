@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from ldm.config import ScheduleConfig, TextConfig, UNetConfig
+from ldm.config.model import ScheduleConfig, TextConfig, UNetConfig
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.schedule import build_schedule
-from ldm.models.blockwise import BlockwiseText, BlockwiseUNet, graph_key
-from ldm.models.clip import VARIANTS
-from ldm.models.layers import Conv2d, GroupNorm, fill
-from ldm.models.unet import ResBlock, SpatialTransformer, UNet
+from ldm.networks.blockwise import BlockwiseText, BlockwiseUNet, graph_key
+from ldm.networks.layers import Conv2d, GroupNorm, fill
+from ldm.networks.text import VARIANTS
+from ldm.networks.unet import ResBlock, SpatialTransformer, UNet
 from ldm.train.ema import Ema
 from ldm.train.gradients import LayerByLayer
 from ldm.train.optimizer import build_optimizer

@@ -12,7 +12,7 @@ import pytest
 from full_disk import files_of_at_most
 
 from ldm.conditioning import Condition
-from ldm.config import ModelConfig, TextConfig
+from ldm.config.model import ModelConfig, TextConfig
 from ldm.errors import UserError
 from ldm.train.cache import ENTRY_BYTES, KEY_BYTES, Rows, file_key, settings_key, text_key
 from ldm.train.inputs import FrozenOutputs

@@ -19,7 +19,7 @@ from ldm import checkpoint
 from ldm.checkpoint import formats, mindspore_file, names, safetensors_file
 from ldm.checkpoint.arrays import BFLOAT16
 from ldm.errors import UserError
-from ldm.models.layers import ALIGNMENT
+from ldm.networks.layers import ALIGNMENT
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 FORMATS = ["mindspore", "safetensors"]

@@ -14,7 +14,8 @@ import train_text_to_image
 import yaml
 
 from ldm import checkpoint
-from ldm.config import (
+from ldm.config.mindone import IGNORED_TRAIN_OPTIONS, is_placeholder
+from ldm.config.model import (
     ModelConfig,
     TextConfig,
     UNetConfig,
@@ -26,14 +27,13 @@ from ldm.config import (
     to_dict,
     to_yaml,
 )
+from ldm.config.moved import answer, translated
+from ldm.config.options import Parser, draw_seed, read_options, seed, steps_or_share, str2bool
+from ldm.config.versions import existing
 from ldm.data.captions import read_captions
 from ldm.errors import UserError
-from ldm.mindone_config import IGNORED_TRAIN_OPTIONS, is_placeholder
-from ldm.moved import answer, translated
-from ldm.options import Parser, draw_seed, read_options, seed, steps_or_share, str2bool
-from ldm.ranks import Ranks
+from ldm.parallel.ranks import Ranks
 from ldm.train.state import resume_path
-from ldm.versions import existing
 
 FIXTURES = Path(__file__).parent / "data" / "config"
 CONFIGS = Path(__file__).parents[1] / "configs"

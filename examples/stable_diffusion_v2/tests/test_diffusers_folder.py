@@ -10,7 +10,7 @@ import pytest
 from ldm import checkpoint
 from ldm.checkpoint import diffusers_config as configs
 from ldm.checkpoint import diffusers_folder, formats
-from ldm.config import SamplingConfig, from_dict, from_yaml, load_model_config, to_dict
+from ldm.config.model import SamplingConfig, from_dict, from_yaml, load_model_config, to_dict
 from ldm.errors import UserError
 from ldm.weights import read_checkpoint
 

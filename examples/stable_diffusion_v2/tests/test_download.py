@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ldm import versions
+from ldm.config import versions
 from ldm.download import download
 from ldm.errors import UserError
 from ldm.files import claimed

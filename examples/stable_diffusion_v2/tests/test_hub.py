@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from test_ranks import TOKEN, Group, meeting, processes_with
 
-from ldm import hub as hubs
 from ldm.errors import UserError
-from ldm.hub import Hub, enter, find_token, new_token, packed, publish_token
+from ldm.parallel import hub as hubs
+from ldm.parallel.hub import Hub, enter, find_token, new_token, packed, publish_token
 
 ROOT = Path(__file__).parents[1]
 GOOD = {"token": TOKEN, "rank": 1, "size": 2, "pid": 1, "host": "there"}
@@ -279,8 +279,8 @@ def test_a_rank_with_another_token_says_what_to_do(meet, monkeypatch):
 
 LAUNCH = """
 import os, sys
-from ldm.hub import Hub
-from ldm.launch import launch
+from ldm.parallel.hub import Hub
+from ldm.parallel.launch import launch
 port, token = int(sys.argv[1]), "0123456789abcdef"
 env = {**os.environ, "LDM_HUB": f"127.0.0.1:{port}", "LDM_TOKEN": token}
 sys.exit(launch([sys.executable, *sys.argv[2:]], Hub(2, "127.0.0.1", port, 20, token), env))
@@ -292,7 +292,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 """
 STEPS = """
 import os, sys, time
-from ldm.ranks import Ranks
+from ldm.parallel.ranks import Ranks
 from ldm.signals import Signals
 signals, rank = Signals(), int(sys.argv[-1])
 with signals.listening():
@@ -366,7 +366,7 @@ def test_only_the_launchers_own_processes_are_killed(tmp_path):
     victim = subprocess.Popen(["sleep", "100"])
     code = f"""
 import socket, subprocess, time
-from ldm.hub import enter, packed
+from ldm.parallel.hub import enter, packed
 subprocess.Popen(["sh", "-c", "sleep 100; : {tmp_path}"], start_new_session=True)
 hello = {{"size": 2, "pid": {victim.pid}, "host": socket.gethostname()}}
 ranks = [enter({{**hello, "rank": rank}}, 10)[0] for rank in range(2)]

@@ -8,7 +8,7 @@ import pytest
 
 from ldm import checkpoint
 from ldm.checkpoint import formats, kinds, names
-from ldm.config import load_model_config, to_dict
+from ldm.config.model import load_model_config, to_dict
 from ldm.errors import UserError
 
 REFERENCE = Path(__file__).parent / "data" / "reference"

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.config.model import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.model import VAE, StableDiffusion
-from ldm.models.layers import initialize
+from ldm.networks.layers import initialize
 from ldm.train.latent_channels import alive, keep_channels
 
 KEPT = [0, 2, 3, 5]

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from ldm.config.yaml_file import save_yaml
 from ldm.errors import UserError
 from ldm.train.learning_rate import MULTI_STEP, SCHEDULES, LearningRate, tell_changes
-from ldm.yaml_file import save_yaml
 
 DECAYING = [name for name in SCHEDULES if name not in ("constant", MULTI_STEP)]
 

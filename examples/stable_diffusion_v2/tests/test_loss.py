@@ -6,7 +6,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 from ldm.conditioning import Condition
-from ldm.config import ScheduleConfig
+from ldm.config.model import ScheduleConfig
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import PREDICTIONS, get_prediction

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ldm.config import ScheduleConfig
+from ldm.config.model import ScheduleConfig
 from ldm.diffusion.prediction import PREDICTIONS, get_prediction
 from ldm.diffusion.schedule import BETAS, build_schedule
 from ldm.errors import UserError

@@ -24,9 +24,9 @@ from test_scripts import CONFIG, fill_place, refusal, run, sampling, tensors, tr
 
 from ldm import checkpoint
 from ldm.errors import UserError
-from ldm.hub import Hub
-from ldm.launch import build_parser, command, main, read_hosts, this_host
-from ldm.ranks import Ranks, place, without_launcher
+from ldm.parallel.hub import Hub
+from ldm.parallel.launch import build_parser, command, main, read_hosts, this_host
+from ldm.parallel.ranks import Ranks, place, without_launcher
 from ldm.train.cache import ENTRY_BYTES
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ STATE = Path("ckpt/rank_0/train_resume.safetensors")
 MEET = """
 import sys, time
 from ldm.errors import UserError
-from ldm.ranks import Ranks, place
+from ldm.parallel.ranks import Ranks, place
 here = place()
 ranks = Ranks(here.rank, here.size, here.local_rank)
 try:

@@ -12,7 +12,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from ldm.config import ScheduleConfig
+from ldm.config.model import ScheduleConfig
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import FINAL_SIGMAS, LONGEST_LINE, SAMPLERS, get_sampler
 from ldm.diffusion.schedule import CLEAN, build_schedule

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ldm.config import ScheduleConfig
+from ldm.config.model import ScheduleConfig
 from ldm.diffusion.prediction import PREDICTIONS, get_prediction
 from ldm.diffusion.schedule import BETAS, CLEAN, build_schedule
 from ldm.diffusion.spacing import SPACINGS, sampling_times

@@ -26,7 +26,7 @@ from PIL import Image
 from eval import results_table
 from ldm import checkpoint, runtime
 from ldm.checkpoint import names
-from ldm.config import (
+from ldm.config.model import (
     ModelConfig,
     ScheduleConfig,
     TextConfig,
@@ -35,13 +35,13 @@ from ldm.config import (
     load_model_config,
     save_model_config,
 )
+from ldm.config.options import read_options
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.model import VAE, StableDiffusion
-from ldm.models.layers import initialize
-from ldm.options import read_options
+from ldm.networks.layers import initialize
+from ldm.parallel.ranks import Ranks
 from ldm.randomness import generator
-from ldm.ranks import Ranks
 from ldm.train import autoencoder, finetune
 from ldm.train.log import read_log
 from ldm.weights import Choice, describe, open_weights, tensors_of

@@ -23,7 +23,7 @@ import measure_offline as offline  # noqa: E402
 
 from ldm import checkpoint  # noqa: E402
 from ldm.checkpoint import formats  # noqa: E402
-from ldm.config import (  # noqa: E402
+from ldm.config.model import (  # noqa: E402
     ModelConfig,
     SamplingConfig,
     UNetConfig,
@@ -35,7 +35,7 @@ from ldm.config import (  # noqa: E402
 from ldm.data.images import to_float  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.model import UNET, VAE, StableDiffusion  # noqa: E402
-from ldm.models.layers import initialize  # noqa: E402
+from ldm.networks.layers import initialize  # noqa: E402
 
 
 def test_the_demo_trains_beside_what_is_there(tmp_path, monkeypatch):

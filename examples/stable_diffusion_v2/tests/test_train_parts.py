@@ -17,9 +17,9 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.checkpoint import formats
 from ldm.errors import UserError
-from ldm.models.layers import fill
+from ldm.networks.layers import fill
+from ldm.parallel.ranks import Ranks
 from ldm.randomness import generator
-from ldm.ranks import Ranks
 from ldm.train.ema import Ema
 from ldm.train.optimizer import build_optimizer
 from ldm.train.state import RESUME_NAME, check_room, load_state, prune, resume_path, save_state, state_bytes

@@ -9,10 +9,10 @@ import pytest
 
 from ldm import checkpoint
 from ldm.checkpoint import Checkpoint
-from ldm.config import SamplingConfig, from_yaml, load_model_config, save_model_config
+from ldm.config.model import SamplingConfig, from_yaml, load_model_config, save_model_config
+from ldm.config.versions import VERSIONS, published
 from ldm.errors import UserError
 from ldm.model import PARTS, TEXT, UNET, VAE
-from ldm.versions import VERSIONS, published
 from ldm.weights import Choice, Weights, check_words, choose_config, config_key, describe, tensors_of
 
 V, EPS = load_model_config("configs/v2-vpred-inference.yaml"), load_model_config("configs/v2-inference.yaml")

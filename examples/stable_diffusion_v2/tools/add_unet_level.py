@@ -25,11 +25,11 @@ from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when 
 import numpy as np  # noqa: E402
 
 from ldm import checkpoint  # noqa: E402
-from ldm.config import UNetConfig, load_model_config  # noqa: E402
+from ldm.config.model import UNetConfig, load_model_config  # noqa: E402
+from ldm.config.options import seed  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.model import UNET, StableDiffusion  # noqa: E402
-from ldm.models.layers import initialize  # noqa: E402
-from ldm.options import seed  # noqa: E402
+from ldm.networks.layers import initialize  # noqa: E402
 from ldm.weights import describe, read_checkpoint  # noqa: E402
 
 log = logging.getLogger("add_unet_level")

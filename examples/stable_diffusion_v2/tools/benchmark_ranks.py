@@ -30,15 +30,15 @@ import numpy as np  # noqa: E402
 from benchmark_sampling import FULL_WIDTH, small_config  # noqa: E402
 from mindspore import Tensor  # noqa: E402
 
-from ldm.config import load_model_config  # noqa: E402
+from ldm.config.model import load_model_config  # noqa: E402
+from ldm.config.options import Parser, read_options, require_at_least, str2bool  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.prediction import get_prediction  # noqa: E402
 from ldm.diffusion.schedule import build_schedule  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.models.layers import initialize  # noqa: E402
-from ldm.models.unet import UNet  # noqa: E402
-from ldm.options import Parser, read_options, require_at_least, str2bool  # noqa: E402
-from ldm.ranks import DEFAULT_PORT  # noqa: E402
+from ldm.networks.layers import initialize  # noqa: E402
+from ldm.networks.unet import UNet  # noqa: E402
+from ldm.parallel.ranks import DEFAULT_PORT  # noqa: E402
 from ldm.train.optimizer import build_optimizer  # noqa: E402
 from ldm.train.step import TrainStep  # noqa: E402
 
@@ -129,7 +129,7 @@ def compare(args) -> None:
     """A launch for each number of ranks."""
     print(f"{os.cpu_count()} cores, {args.batch} samples a step, latents of {args.size} x {args.size}", flush=True)
     for count in args.ranks:
-        command = [sys.executable, "-m", "ldm.launch", "tools/benchmark_ranks.py"]
+        command = [sys.executable, "-m", "ldm.parallel.launch", "tools/benchmark_ranks.py"]
         command += ["--launcher", args.launcher, "--port", str(args.port)]
         command += ["--device", args.device_target] if args.device_target else []
         words = [*command, "--ranks", str(count), "--", *sys.argv[1:]]

@@ -27,7 +27,7 @@ FULL_WIDTH = 320  # channels of SD's UNet at its first level
 
 def small_config(width: int):
     """SD 2.x with v-prediction, all of its widths shrunk so that the UNet begins with `width` channels."""
-    from ldm.config import load_model_config
+    from ldm.config.model import load_model_config
 
     config = load_model_config(HERE / "configs" / "v2-vpred-inference.yaml")
 
@@ -49,9 +49,9 @@ def make(folder: Path, width: int) -> None:
 
     runtime.start("CPU")
     from ldm import checkpoint
-    from ldm.config import save_model_config
+    from ldm.config.model import save_model_config
     from ldm.model import StableDiffusion
-    from ldm.models.layers import initialize
+    from ldm.networks.layers import initialize
     from ldm.pipeline import describe
 
     config = small_config(width)

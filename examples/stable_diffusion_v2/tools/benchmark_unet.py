@@ -70,10 +70,10 @@ def our_worker(pipe, weights: Path, batch: int, size: int) -> None:
     from mindspore import Tensor
 
     from ldm import checkpoint, kernels
-    from ldm.config import load_model_config
+    from ldm.config.model import load_model_config
     from ldm.model import UNET
-    from ldm.models.layers import fill
-    from ldm.models.unet import UNet
+    from ldm.networks.layers import fill
+    from ldm.networks.unet import UNet
 
     net = UNet(load_model_config(HERE / "configs" / "v2-inference.yaml").unet)
     tensors = checkpoint.load(weights).tensors

@@ -29,7 +29,7 @@ from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when 
 import measure_offline  # noqa: E402
 import numpy as np  # noqa: E402
 
-from ldm.config import ModelConfig, load_model_config, save_model_config  # noqa: E402
+from ldm.config.model import ModelConfig, load_model_config, save_model_config  # noqa: E402
 from ldm.data.dataset import CaptionedImages  # noqa: E402
 from ldm.data.images import to_float  # noqa: E402
 from ldm.model import StableDiffusion  # noqa: E402

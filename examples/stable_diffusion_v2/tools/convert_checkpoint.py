@@ -23,10 +23,10 @@ from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when 
 # isort: split
 from ldm import checkpoint  # noqa: E402
 from ldm.checkpoint import kinds  # noqa: E402
-from ldm.config import to_dict  # noqa: E402
+from ldm.config.model import to_dict  # noqa: E402
+from ldm.config.versions import VERSIONS, published  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import escaped  # noqa: E402
-from ldm.versions import VERSIONS, published  # noqa: E402
 from ldm.weights import check_words, choose_config, describe, open_weights, sidecar  # noqa: E402
 
 log = logging.getLogger("convert_checkpoint")

@@ -35,10 +35,10 @@ sys.path.insert(0, str(HERE))
 
 from eval.metrics import kid_with_error  # noqa: E402
 from eval.pictures import find_pictures  # noqa: E402
+from ldm.config.options import require_at_least  # noqa: E402
 from ldm.data.captions import read_captions, read_prompts  # noqa: E402
 from ldm.data.images import crop, decode, load_image, to_float  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.options import require_at_least  # noqa: E402
 from ldm.pictures import psnr  # noqa: E402
 
 SIDE = 224

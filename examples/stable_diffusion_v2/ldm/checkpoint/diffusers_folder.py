@@ -16,10 +16,10 @@ from ldm.checkpoint import diffusers_config as configs
 from ldm.checkpoint import formats, kinds, names, words
 from ldm.checkpoint.arrays import Strings, Tensors
 from ldm.checkpoint.diffusers_config import INDEX, Table
+from ldm.config.yaml_file import dump_yaml
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
 from ldm.text.tokenizer import PADDING
-from ldm.yaml_file import dump_yaml
 
 PARTS = ("unet", "vae", "text_encoder")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")

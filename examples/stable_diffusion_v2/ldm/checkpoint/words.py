@@ -6,9 +6,9 @@ import json
 import math
 from pathlib import Path
 
+from ldm.config.yaml_file import parse_carried
 from ldm.errors import UserError
 from ldm.files import quoted
-from ldm.yaml_file import parse_carried
 
 Strings = dict[str, str]
 LONGEST_SCHEDULE = 10_000  # characters

@@ -11,13 +11,13 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm import checkpoint
-from ldm.config import ModelConfig, save_model_config
+from ldm.config.model import ModelConfig, save_model_config
 from ldm.data.batches import Batch
 from ldm.data.dataset import CaptionedImages
 from ldm.data.images import crop, to_float
 from ldm.errors import UserError
 from ldm.model import PARTS, VAE, StableDiffusion
-from ldm.models.layers import initialize
+from ldm.networks.layers import initialize
 from ldm.pictures import grid, psnr, save_png, to_uint8
 from ldm.pipeline import Pipeline, Settings, sampler_of
 from ldm.randomness import generator, spread

@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from ldm import checkpoint, runtime
-from ldm.config import ModelConfig
+from ldm.config.model import ModelConfig
 from ldm.data.batches import Batch
 from ldm.data.dataset import CaptionedImages
 from ldm.diffusion.loss import DiffusionLoss
@@ -27,11 +27,11 @@ from ldm.diffusion.timestep_bias import timestep_density
 from ldm.diffusion.weighting import loss_weight
 from ldm.errors import UserError
 from ldm.model import PARTS, TEXT, UNET, VAE, StableDiffusion
-from ldm.models.blockwise import MANY_WEIGHTS
-from ldm.models.layers import initialize
+from ldm.networks.blockwise import MANY_WEIGHTS
+from ldm.networks.layers import initialize
+from ldm.parallel.ranks import Ranks, follow_parent, without_launcher
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, sampler_of
-from ldm.ranks import Ranks, follow_parent, without_launcher
 from ldm.signals import Stopped
 from ldm.train.cache import settings_key
 from ldm.train.ema import Ema

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ldm.config import ModelConfig
+from ldm.config.model import ModelConfig
 from ldm.data.dataset import CaptionedImages
 from ldm.data.images import DECODER, crop, to_float
 from ldm.errors import UserError

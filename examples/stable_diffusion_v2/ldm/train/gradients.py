@@ -18,8 +18,8 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.diffusion.loss import DiffusionLoss
-from ldm.models.blockwise import Blocks, Kind
-from ldm.models.unet import join, walk
+from ldm.networks.blockwise import Blocks, Kind
+from ldm.networks.unet import join, walk
 
 Outputs = tuple[Tensor, ...]
 OfLayer = tuple[Sequence[Parameter], Sequence[Tensor]]  # parameters and their gradients

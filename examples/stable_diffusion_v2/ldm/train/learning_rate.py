@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.config.yaml_file import read_yaml
 from ldm.errors import UserError
 from ldm.files import escaped
-from ldm.yaml_file import read_yaml
 
 log = logging.getLogger(__name__)
 MULTI_STEP = "multi_step_decay"  # falls at its milestones, where it is constant between them

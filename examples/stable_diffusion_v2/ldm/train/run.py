@@ -14,11 +14,12 @@ from mindspore import Tensor
 from tqdm import tqdm
 
 from ldm import runtime
+from ldm.config.yaml_file import save_yaml
 from ldm.data.batches import Batch
 from ldm.errors import UserError
 from ldm.files import claimed
+from ldm.parallel.ranks import Ranks
 from ldm.pictures import make_folder
-from ldm.ranks import Ranks
 from ldm.signals import Stopped
 from ldm.train.learning_rate import LearningRate, tell_changes
 from ldm.train.log import ResultLog, loss_curve
@@ -35,7 +36,6 @@ from ldm.train.state import (
     state_bytes,
 )
 from ldm.train.step import StepResult, TrainStep
-from ldm.yaml_file import save_yaml
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.errors import UserError
-from ldm.models.layers import require_own
-from ldm.ranks import Ranks
+from ldm.networks.layers import require_own
+from ldm.parallel.ranks import Ranks
 from ldm.train.ema import Ema
 from ldm.train.gradients import LayerByLayer, WholeGraph
 from ldm.train.optimizer import Optimizer

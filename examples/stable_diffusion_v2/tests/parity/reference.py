@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import transformers
 
-from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig, load_model_config
-from ldm.versions import VERSIONS
+from ldm.config.model import ModelConfig, TextConfig, UNetConfig, VAEConfig, load_model_config
+from ldm.config.versions import VERSIONS
 
 THEIR_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 

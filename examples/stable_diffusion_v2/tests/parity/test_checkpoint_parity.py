@@ -15,7 +15,7 @@ from reference import CONFIGS, THEIR_TYPES, reference, states  # noqa: E402
 from ldm import checkpoint  # noqa: E402
 from ldm.checkpoint import formats  # noqa: E402
 from ldm.checkpoint.names import from_diffusers  # noqa: E402
-from ldm.config import SamplingConfig, from_yaml, load_model_config  # noqa: E402
+from ldm.config.model import SamplingConfig, from_yaml, load_model_config  # noqa: E402
 from ldm.diffusion.samplers import get_sampler  # noqa: E402
 from ldm.model import StableDiffusion  # noqa: E402
 from ldm.pipeline import Pipeline  # noqa: E402

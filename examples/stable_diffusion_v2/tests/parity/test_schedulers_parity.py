@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ldm.config import ScheduleConfig
+from ldm.config.model import ScheduleConfig
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.samplers import get_sampler
 from ldm.diffusion.schedule import BETAS, build_schedule

@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 
 from ldm import kernels
 from ldm.kernels import add
-from ldm.models.layers import Embedding, Heads, LayerNorm, Linear, MatMul, Weighted, normal, parameter
+from ldm.networks.layers import Embedding, Heads, LayerNorm, Linear, MatMul, Weighted, normal, parameter
 
 
 def causal_mask(length: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Start a script on several devices: `python -m ldm.launch SCRIPT [options] -- [options of the script]`.
+"""Start a script on several devices: `python -m ldm.parallel.launch SCRIPT [options] -- [options of the script]`.
 
 It checks what can be checked beforehand, starts mpirun or msrun, and keeps the hub at which the ranks meet
-(ldm/ranks.py): when one is lost it says which, and sees to it that nothing of the run stays behind.
+(ldm/parallel/ranks.py): when one is lost it says which, and sees to it that nothing of the run stays behind.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import threading
 import time
 from pathlib import Path
 
+from ldm.config.options import Parser, read_options
 from ldm.errors import UserError
-from ldm.hub import (
+from ldm.parallel.hub import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     FAREWELL,
@@ -36,8 +37,7 @@ from ldm.hub import (
     packed,
     publish_token,
 )
-from ldm.options import Parser, read_options
-from ldm.ranks import follow_parent, without_launcher
+from ldm.parallel.ranks import follow_parent, without_launcher
 from ldm.signals import ENDING, exit_code
 
 FORWARDED = re.compile(r"PATH|PYTHONPATH|LD_LIBRARY_PATH|GLOG_v|OMP_NUM_THREADS|(MS|LDM|ASCEND|HCCL)_\w+")  # by mpirun

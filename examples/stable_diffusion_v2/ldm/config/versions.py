@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.config import load_model_config
+from ldm.config.model import load_model_config
+from ldm.config.yaml_file import SCRIPTS, search
 from ldm.download import download
 from ldm.errors import UserError
-from ldm.yaml_file import SCRIPTS, search
 
 PUBLISHED = "https://download.mindspore.cn/toolkits/mindone/stable_diffusion"
 

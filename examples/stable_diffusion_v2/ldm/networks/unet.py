@@ -15,7 +15,7 @@ from mindspore import Tensor, nn, ops
 
 from ldm import kernels
 from ldm.kernels import add, concat_channels, reshape, transpose
-from ldm.models.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear, MatMul, ShiftedConv2d
+from ldm.networks.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear, MatMul, ShiftedConv2d
 
 
 class UNet(nn.Cell):

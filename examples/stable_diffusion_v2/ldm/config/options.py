@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ldm.config.mindone import is_placeholder, remarks
+from ldm.config.yaml_file import find_file, nearest, read_yaml
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
-from ldm.mindone_config import is_placeholder, remarks
-from ldm.ranks import Ranks
-from ldm.yaml_file import find_file, nearest, read_yaml
+from ldm.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ldm.config.mindone import find_model_file, from_mindone, is_foreign, without_training_sections
+from ldm.config.yaml_file import dump_yaml, nearest, parse_carried, read_yaml, save_yaml
 from ldm.diffusion.prediction import own_name
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
-from ldm.mindone_config import find_model_file, from_mindone, is_foreign, without_training_sections
 from ldm.text.tokenizer import PADDING
-from ldm.yaml_file import dump_yaml, nearest, parse_carried, read_yaml, save_yaml
 
 LEAST_BETA = 1e-12  # 1 - beta has 16 digits
 GROUPS = 32  # every group norm of Stable Diffusion has 32 groups

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from mindspore import Parameter, Tensor, nn
 from mindspore.ops import Primitive
 
-from ldm.models.unet import join, walk
+from ldm.networks.unet import join, walk
 
 MANY_WEIGHTS = 50_000_000  # larger networks gain by it; in smaller ones it costs a few percent of a step
 _OF_EVERY_CELL = frozenset(vars(nn.Cell()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import nn, ops
 
 from ldm import kernels
-from ldm.models.layers import Conv2d, GroupNorm, Heads
+from ldm.networks.layers import Conv2d, GroupNorm, Heads
 
 
 class AutoencoderKL(nn.Cell):

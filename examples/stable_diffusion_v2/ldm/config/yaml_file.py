@@ -14,7 +14,7 @@ import yaml
 from ldm.errors import UserError
 from ldm.files import escaped, quoted, replacing
 
-SCRIPTS = Path(__file__).resolve().parents[1]  # the folder the commands are run from
+SCRIPTS = Path(__file__).resolve().parents[2]  # the folder the commands are run from
 
 
 LONGEST = 1_000_000  # characters of a file

@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm.config.yaml_file import find_file, nearest, search
 from ldm.diffusion.prediction import own_name
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
-from ldm.yaml_file import find_file, nearest, search
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ def remarks(values: dict, options: argparse.Namespace) -> list[str]:
     return []
 
 
-# Options of train_text_to_image.py that have nothing to set here, and why: for `ldm.options.Parser.ignore`.
+# Options of train_text_to_image.py that have nothing to set here, and why: for `ldm.config.options.Parser.ignore`.
 IGNORED_TRAIN_OPTIONS = {
     "num_workers": "it is for ModelArts",
     "enable_modelarts": "it is for ModelArts",
@@ -269,7 +269,7 @@ IGNORED_TRAIN_OPTIONS = {
 _DREAMBOOTH_ADVICE = "it is DreamBooth's; fine-tune with --data_path, a folder of pictures and img_txt.csv"
 _EMBEDDING_ADVICE = "it is textual inversion's; fine-tune the UNet with --data_path, or see --trainable_modules"
 
-# Options of MindONE's other training scripts that would change what is learnt: for `ldm.options.Parser.refuse`.
+# Options of MindONE's other training scripts that would change what is learnt: for `ldm.config.options.Parser.refuse`.
 REFUSED_TRAIN_OPTIONS = {
     **dict.fromkeys(
         ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt", "with_prior_preservation")
