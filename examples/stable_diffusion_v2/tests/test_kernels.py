@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from ldm import kernels
 from ldm.files import sha256
+from ldm.kernels import cpu, plain, sliced
 
-pytestmark = pytest.mark.skipif(kernels.native_library() is None, reason="no C++ compiler on this machine")
+pytestmark = pytest.mark.skipif(cpu.native_library() is None, reason="no C++ compiler on this machine")
 
 
 class Weighted(nn.Cell):
@@ -56,61 +56,61 @@ def rng():
 @pytest.mark.parametrize("shape", [(2, 64, 8, 8), (3, 96, 5, 7), (1, 32, 33, 129)])
 def test_group_norm(rng, shape, silu):
     x, weight, bias = 3 + 2 * rng.standard_normal(shape), rng.standard_normal(shape[1]), rng.standard_normal(shape[1])
-    compare(kernels.NativeGroupNorm(32, 1e-5, silu), kernels.GroupNorm(32, 1e-5, silu), x, weight, bias, tolerance=1e-5)
+    compare(cpu.NativeGroupNorm(32, 1e-5, silu), plain.GroupNorm(32, 1e-5, silu), x, weight, bias, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 77, 64), (3, 300, 320), (1, 1, 1280)])
 def test_layer_norm(rng, shape):
     x, weight, bias = 1 + rng.standard_normal(shape), rng.standard_normal(shape[-1]), rng.standard_normal(shape[-1])
-    compare(kernels.NativeLayerNorm(1e-5), kernels.LayerNorm(1e-5), x, weight, bias, tolerance=1e-5)
+    compare(cpu.NativeLayerNorm(1e-5), plain.LayerNorm(1e-5), x, weight, bias, tolerance=1e-5)
 
 
 def test_geglu(rng):
-    compare(kernels.NativeGEGLU(), kernels.GEGLU(), 3 * rng.standard_normal((2, 50, 192)))
+    compare(cpu.NativeGEGLU(), plain.GEGLU(), 3 * rng.standard_normal((2, 50, 192)))
 
 
 def test_gelu(rng):
-    compare(kernels.NativeGELU(), kernels.GELU(), 3 * rng.standard_normal((2, 1003)))
+    compare(cpu.NativeGELU(), plain.GELU(), 3 * rng.standard_normal((2, 1003)))
 
 
 def test_gelu_far_out():
     x = Tensor(np.array([-1e4, -40, -12, 0, 12, 40, 1e4, np.nan], np.float32))
-    y = kernels.NativeGELU()(x).asnumpy()
+    y = cpu.NativeGELU()(x).asnumpy()
     np.testing.assert_allclose(y, [0, 0, 0, 0, 12, 40, 1e4, np.nan], atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 77, 64), (9000, 70), (1, 1)])
 def test_add_bias(rng, shape):
-    compare(kernels.NativeAddBias(), kernels.AddBias(), rng.standard_normal(shape), rng.standard_normal(shape[-1]))
+    compare(cpu.NativeAddBias(), plain.AddBias(), rng.standard_normal(shape), rng.standard_normal(shape[-1]))
 
 
 def test_a_bias_in_half_precision_stays_so(rng):
     x, bias = (Tensor(rng.standard_normal(shape).astype(np.float16)) for shape in ((50, 70), 70))
-    y = kernels.NativeAddBias()(x, bias)
+    y = cpu.NativeAddBias()(x, bias)
     assert y.dtype == ms.float16
     np.testing.assert_array_equal(y.asnumpy(), x.asnumpy() + bias.asnumpy())
 
 
 def test_upsample(rng):
-    compare(kernels.NativeUpsample2(), kernels.Upsample2(), rng.standard_normal((2, 3, 5, 7)))
+    compare(cpu.NativeUpsample2(), plain.Upsample2(), rng.standard_normal((2, 3, 5, 7)))
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(50, [5] * 10), (53, [7] * 7 + [4])])
 def test_attention_in_slices(rng, monkeypatch, rows, sizes):
     q, k, v = (rng.standard_normal((2, 3, n, 16)) for n in (rows, 20, 20))
-    monkeypatch.setattr(kernels, "SCORE_BYTES", 4 * 2 * 3 * 20 * 7)  # 7 rows at a time
-    assert [size for _, size in kernels.slices(q.shape, k.shape)] == sizes
-    compare(kernels.SlicedAttention(), kernels.Attention(), q, k, v)
+    monkeypatch.setattr(sliced, "SCORE_BYTES", 4 * 2 * 3 * 20 * 7)  # 7 rows at a time
+    assert [size for _, size in sliced.slices(q.shape, k.shape)] == sizes
+    compare(sliced.SlicedAttention(), plain.Attention(), q, k, v)
 
 
 def test_every_query_is_in_one_slice_and_slices_are_few():
     for rows in (1, 7, 64, 77, 257, 577, 1031, 4096, 9216, 12288):
         for heads in (1, 16, 512):
             q = (2, heads, rows, 64)
-            parts = kernels.slices(q, q)
+            parts = sliced.slices(q, q)
             assert [first for first, _ in parts] == [sum(size for _, size in parts[:n]) for n in range(len(parts))]
             assert sum(size for _, size in parts) == rows and min(size for _, size in parts) > 0
-            fewest = min(rows, kernels.MOST_SLICES, -(-8 * heads * rows * rows // kernels.SCORE_BYTES))
+            fewest = min(rows, sliced.MOST_SLICES, -(-8 * heads * rows * rows // sliced.SCORE_BYTES))
             assert len(parts) < 2 * fewest
             if rows % 64 == 0:
                 assert len({size for _, size in parts}) == 1
@@ -120,13 +120,13 @@ def test_nan_passes_through_the_norm(rng):
     x = rng.standard_normal((1, 32, 4, 4)).astype(np.float32)
     x[0, 0, 0, 0] = np.nan
     one, zero = Tensor(np.ones(32, np.float32)), Tensor(np.zeros(32, np.float32))
-    y = kernels.NativeGroupNorm(32, 1e-5, True)(Tensor(x), one, zero).asnumpy()
+    y = cpu.NativeGroupNorm(32, 1e-5, True)(Tensor(x), one, zero).asnumpy()
     assert np.isnan(y[0, 0]).all() and np.isfinite(y[0, 1:]).all()
 
 
 @pytest.mark.parametrize(
     ("native", "shape"),
-    [(kernels.NativeGEGLU, (1, 4, 64)), (kernels.NativeGELU, (3, 65)), (kernels.NativeUpsample2, (1, 2, 4, 4))],
+    [(cpu.NativeGEGLU, (1, 4, 64)), (cpu.NativeGELU, (3, 65)), (cpu.NativeUpsample2, (1, 2, 4, 4))],
 )
 def test_half_precision_comes_out_as_float32_and_its_gradient_as_half(rng, native, shape):
     operator, x = native(), Tensor(rng.standard_normal(shape), ms.float16)
@@ -139,7 +139,7 @@ def test_half_precision_comes_out_as_float32_and_its_gradient_as_half(rng, nativ
 
 def compiled() -> tuple[Path, Path]:
     """The library that this machine has, and the record beside it."""
-    library = Path(kernels.native_library())
+    library = Path(cpu.native_library())
     return library, library.with_suffix(".sha256")
 
 
@@ -154,7 +154,7 @@ def place(monkeypatch, tmp_path) -> Path:
     return folder
 
 
-FIND = "from ldm import kernels; print(kernels.native_library() or 'plain')"
+FIND = "from ldm.kernels import cpu; print(cpu.native_library() or 'plain')"
 
 
 def find(**env: str) -> tuple[str, str]:
@@ -195,8 +195,8 @@ def test_a_damaged_or_foreign_library_is_made_anew(place, damage):
 
 
 def test_a_good_library_is_compiled_once(place, monkeypatch):
-    monkeypatch.setattr(kernels, "_compile", None)
-    assert kernels.native_library.__wrapped__() == str(place / compiled()[0].name)
+    monkeypatch.setattr(cpu, "_compile", None)
+    assert cpu.native_library.__wrapped__() == str(place / compiled()[0].name)
 
 
 def test_one_that_matches_its_record_but_does_not_load_is_made_anew(place):
@@ -223,12 +223,12 @@ def test_without_a_place_for_the_library_the_plain_kernels_run(monkeypatch, tmp_
     """A cache folder that is a file."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert kernels.native_library.__wrapped__() is None
+    assert cpu.native_library.__wrapped__() is None
     assert "plain ones are several times slower" in capsys.readouterr().err
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(place, monkeypatch, capsys):
-    search = kernels.native_library.__wrapped__
+    search = cpu.native_library.__wrapped__
     place.chmod(0o777)
     assert search() is None and f"everybody may write to {place}" in capsys.readouterr().err
     place.chmod(0o770)

@@ -62,7 +62,7 @@ class Linear(Weighted):
         self.weight = parameter(outputs, inputs)
         self.bias = parameter(outputs) if bias else None
         self.zero = zero
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.matmul = kernels.select().MatMul()
         self.add_bias = kernels.select().AddBias()
 
     def construct(self, x):
@@ -82,7 +82,7 @@ class MatMul(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.matmul = kernels.select().MatMul()
 
     def construct(self, x, weight):
         return reshape(self.matmul(reshape(x, (-1, x.shape[-1])), weight), x.shape[:-1] + (-1,))
@@ -97,7 +97,7 @@ class Conv2d(Weighted):
         self.bias = parameter(outputs)
         self.zero = zero
         pad = kernel // 2 if padding is None else padding
-        self.conv = ops.Conv2D(outputs, kernel, pad_mode="pad", pad=pad, stride=stride)
+        self.conv = kernels.select().Conv2d(outputs, kernel, stride, pad)
         self.bias_add = ops.BiasAdd()  # its gradient is three times faster than that of a broadcast addition
 
     def construct(self, x):

@@ -1,6 +1,6 @@
 """The hub at which the ranks of a run meet: small values, barriers, who was lost, which signal came. Python alone.
 
-It lives in the launcher (ldm/parallel/launch.py) or, under a bare mpirun or msrun, in a thread of rank 0. Every rank holds one
+It lives in the launcher (launch.py) or, under a bare mpirun or msrun, in a thread of rank 0. Every rank holds one
 TCP connection to it. The kernel closes the connection of a process that is killed, and its keep-alives notice a network
 that is gone: the hub then knows which rank was lost, says so, and stops the others.
 

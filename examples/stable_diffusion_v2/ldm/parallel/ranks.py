@@ -1,6 +1,6 @@
 """The ranks of a run: which of several processes this one is, and how they keep together. Python alone.
 
-Small values and barriers go over the hub (ldm/parallel/hub.py), without a time limit, so that rank 0 may draw and save for as
+Small values and barriers go over the hub (hub.py), without a time limit, so that rank 0 may draw and save for as
 long as it takes. Gradients go through MindSpore's own collectives (ldm/train/step.py).
 """
 

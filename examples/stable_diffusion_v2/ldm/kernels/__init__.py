@@ -1,0 +1,56 @@
+"""The operators that decide the speed, and one table of implementations for each device.
+
+`PLAIN` is the documentation and what the tests compare with. `NATIVE` is the CPU's, `ASCEND` the NPU's. Networks take
+what `select()` returns in their `__init__`. The arguments of an entry are constants of the network; what it returns is
+the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import mindspore as ms
+
+from ldm.kernels import ascend, cpu, plain, sliced
+from ldm.kernels.plain import add, cast, concat_channels, multiply, reshape, transpose  # noqa: F401
+
+
+class Kernels(NamedTuple):
+    """One implementation of each operator; see the plain classes for their meaning."""
+
+    Attention: Callable = plain.Attention
+    GroupNorm: Callable = plain.GroupNorm
+    LayerNorm: Callable = plain.LayerNorm
+    GELU: Callable = plain.GELU
+    QuickGELU: Callable = plain.QuickGELU
+    SiLU: Callable = plain.SiLU
+    GEGLU: Callable = plain.GEGLU
+    AddBias: Callable = plain.AddBias
+    Upsample2: Callable = plain.Upsample2
+    MatMul: Callable = plain.matmul
+    Conv2d: Callable = plain.conv2d
+
+
+PLAIN = Kernels()
+SLICED = Kernels(Attention=sliced.SlicedAttention)
+NATIVE = Kernels(
+    Attention=sliced.SlicedAttention,
+    GroupNorm=cpu.NativeGroupNorm,
+    LayerNorm=cpu.NativeLayerNorm,
+    GELU=cpu.NativeGELU,
+    GEGLU=cpu.NativeGEGLU,
+    AddBias=cpu.NativeAddBias,
+    Upsample2=cpu.NativeUpsample2,
+)
+ASCEND = Kernels(Attention=ascend.FlashAttention)
+
+
+@cache
+def select() -> Kernels:
+    """The table for the device that `runtime.start` has set."""
+    device = ms.get_context("device_target")
+    if device == "CPU" and cpu.native_library():
+        return NATIVE
+    return ASCEND if device == "Ascend" else SLICED

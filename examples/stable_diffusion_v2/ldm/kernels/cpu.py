@@ -1,0 +1,209 @@
+"""The CPU's operators: cpu.cc, compiled once per machine by GCC or Clang, called as custom operators with gradients.
+
+Without a compiler the plain definitions run, and one line says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from ldm.errors import UserError
+from ldm.files import escaped, private_folder, replacing, sha256
+from ldm.kernels.plain import add, cast
+
+SOURCE = Path(__file__).with_name("cpu.cc")
+COMPILE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+)
+
+
+@cache
+def native_library() -> str | None:
+    """The path of the compiled cpu.cc, made now if this machine has none yet; None where it cannot be made."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None:
+        return _no_native("no C++ compiler was found (install g++)")
+    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
+    model = "".join(line for line in cpu.splitlines() if line.startswith(("flags", "Features", "model name")))
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, COMPILE_FLAGS, model)).encode()).hexdigest()[:16]
+    try:
+        library = private_folder("ldm-kernels") / f"kernels_cpu-{key}.so"
+        if not (_is_as_recorded(library) and _loads(library)):
+            _compile(compiler, library)
+            ctypes.CDLL(str(library))
+    except UserError as error:
+        return _no_native(str(error))
+    except OSError as error:  # no room, a disk from which nothing may be run
+        return _no_native(f"{library.parent}: {error.strerror or error}")
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        return _no_native(lines[0] if lines else f"{compiler} failed")
+    return str(library)
+
+
+def _record(library: Path) -> Path:
+    """The file beside a library that has its size and sha256, of which a damaged or foreign one has others."""
+    return library.with_suffix(".sha256")
+
+
+def _is_as_recorded(library: Path) -> bool:
+    """Whether the file is what the compiler made: one that was cut off would end the process by SIGBUS when loaded."""
+    try:
+        size, digest = _record(library).read_bytes()[:100].split()
+        return library.stat().st_size == int(size) and sha256(library).hex().encode() == digest
+    except (OSError, ValueError):
+        return False
+
+
+def _loads(library: Path) -> bool:
+    """Whether this system can load it: a home folder may be shared with one that has other libraries."""
+    try:
+        return bool(ctypes.CDLL(str(library)))
+    except OSError:
+        return False
+
+
+def _compile(compiler: str, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made = Path(scratch) / library.name
+        command = [compiler, *COMPILE_FLAGS, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True)
+        content = made.read_bytes()
+    with replacing(library) as file:
+        file.write(content)
+    with replacing(_record(library)) as file:
+        file.write(f"{len(content)} {hashlib.sha256(content).hexdigest()}".encode())
+
+
+def _no_native(reason: str) -> None:
+    line = "CPU kernels not compiled, the plain ones are several times slower, the next run tries again"
+    print(f"warning: {line}: {escaped(reason, 400)}", file=sys.stderr)
+
+
+def _native(name: str, out) -> ops.Custom:
+    """The operator `name` of the library; `out` maps the inputs' shapes (or types) to the outputs'."""
+    return ops.Custom(f"{native_library()}:{name}", out_shape=out, out_dtype=out, func_type="aot")
+
+
+class NativeGroupNorm(nn.Cell):
+    def __init__(self, groups: int, eps: float, silu: bool = False):
+        super().__init__()
+        self.settings = Tensor(np.array([groups, eps, silu], np.float32))
+        self.forward = _native("group_norm", lambda x, w, b, s: x)
+        self.backward = _native("group_norm_grad", lambda x, w, b, s, dy: (x, w, b))
+
+    def construct(self, x, weight, bias):
+        return self.forward(cast(x, ms.float32), weight, bias, self.settings)
+
+    def bprop(self, x, weight, bias, out, dout):
+        dx, dweight, dbias = self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
+        return dx.astype(x.dtype), dweight, dbias
+
+
+class NativeLayerNorm(nn.Cell):
+    def __init__(self, eps: float):
+        super().__init__()
+        self.settings = Tensor(np.array([eps], np.float32))
+        self.forward = _native("layer_norm", lambda x, w, b, s: x)
+        self.backward = _native("layer_norm_grad", lambda x, w, b, s, dy: (x, w, b))
+
+    def construct(self, x, weight, bias):
+        return self.forward(cast(x, ms.float32), weight, bias, self.settings)
+
+    def bprop(self, x, weight, bias, out, dout):
+        dx, dweight, dbias = self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
+        return dx.astype(x.dtype), dweight, dbias
+
+
+def _half_width(x):
+    return x[:-1] + [x[-1] // 2] if isinstance(x, (list, tuple)) else x
+
+
+def _twice_the_plane(x):
+    return x[:2] + [2 * x[2], 2 * x[3]] if isinstance(x, (list, tuple)) else x
+
+
+def _half_the_plane(x):
+    return x[:2] + [x[2] // 2, x[3] // 2] if isinstance(x, (list, tuple)) else x
+
+
+class NativeActivation(nn.Cell):
+    """The operator `name` with the gradient `name`_grad, of one input."""
+
+    def __init__(self, name: str, out):
+        super().__init__()
+        self.forward = _native(name, out)
+        self.backward = _native(f"{name}_grad", lambda x, dy: x)
+
+    def construct(self, x):
+        return self.forward(cast(x, ms.float32))
+
+    def bprop(self, x, out, dout):
+        return (self.backward(x.astype(ms.float32), dout).astype(x.dtype),)
+
+
+class NativeGEGLU(NativeActivation):
+    def __init__(self):
+        super().__init__("geglu", _half_width)
+
+
+class NativeGELU(NativeActivation):
+    def __init__(self):
+        super().__init__("gelu", lambda x: x)
+
+
+class NativeAddBias(nn.Cell):
+    """In float32 by a kernel: MindSpore's broadcast takes twice the time, and memory for several copies of x."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_bias = BiasKernel()
+
+    def construct(self, x, bias):
+        return self.add_bias(x, bias) if x.dtype == ms.float32 else add(x, bias)
+
+
+class BiasKernel(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.forward = _native("add_bias", lambda x, b: x)
+        self.backward = _native("add_bias_grad", lambda dy, b: b)
+
+    def construct(self, x, bias):
+        return self.forward(x, bias)
+
+    def bprop(self, x, bias, out, dout):
+        return dout, self.backward(dout, bias)
+
+
+class NativeUpsample2(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.forward = _native("upsample2", _twice_the_plane)
+        self.backward = _native("upsample2_grad", _half_the_plane)
+
+    def construct(self, x):
+        return self.forward(cast(x, ms.float32))
+
+    def bprop(self, x, out, dout):
+        return (self.backward(dout).astype(x.dtype),)
