@@ -5,10 +5,6 @@ python text_to_image.py --version tiny --prompt "a drawing of a red apple, noto 
 
 from __future__ import annotations
 
-from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
-
-# isort: split
-
 import argparse
 import logging
 import re
@@ -21,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ldm import runtime
 from ldm.checkpoint import content_key
 from ldm.config.mindone import IGNORED_TRAIN_OPTIONS
 from ldm.config.model import ModelConfig, load_model_config

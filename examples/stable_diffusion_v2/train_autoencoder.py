@@ -14,13 +14,11 @@ with the errors that the UNet leaves in it. Encoder and UNet stay, and the whole
 
 from __future__ import annotations
 
-from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
-
-# isort: split
 import argparse
 import logging
 from dataclasses import replace
 
+from ldm import runtime
 from ldm.config.model import ModelConfig, load_model_config
 from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.data.batches import Augment, Batches

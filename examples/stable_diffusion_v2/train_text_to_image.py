@@ -9,14 +9,11 @@
 
 from __future__ import annotations
 
-from ldm import runtime  # first: it sets what MindSpore reads when it is loaded
-
-# isort: split
-
 import argparse
 import logging
 from dataclasses import replace
 
+from ldm import runtime
 from ldm.checkpoint.diffusers_config import check_model
 from ldm.config.mindone import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS
 from ldm.config.model import ModelConfig, load_model_config, save_model_config, to_dict

@@ -5,35 +5,32 @@ python eval/eval_clip_score.py --image_path output/samples --prompt prompts.txt 
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
+import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import runtime  # noqa: E402  # first: it sets what MindSpore reads when it is loaded
 
-# isort: split
-
-import argparse  # noqa: E402
-import json  # noqa: E402
-import logging  # noqa: E402
-import os  # noqa: E402
-import re  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from eval.clip import ACTIVATIONS, CLIP, config_of, preprocess  # noqa: E402
-from eval.clip_weights import find, read, stated_activation  # noqa: E402
-from eval.pictures import ahead, decode, find_pictures, find_record  # noqa: E402
-from ldm.config.options import Parser, read_options, require_at_least, str2bool  # noqa: E402
-from ldm.data.images import BadImageError, check_image  # noqa: E402
-from ldm.data.prompts import read_lines  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
-from ldm.files import replacing  # noqa: E402
-from ldm.parallel.ranks import Ranks  # noqa: E402
-from ldm.pictures import RECORD, read_facts, read_record  # noqa: E402
+from eval.clip import ACTIVATIONS, CLIP, config_of, preprocess
+from eval.clip_weights import find, read, stated_activation
+from eval.pictures import ahead, decode, find_pictures, find_record
+from ldm import runtime
+from ldm.config.options import Parser, read_options, require_at_least, str2bool
+from ldm.data.images import BadImageError, check_image
+from ldm.data.prompts import read_lines
+from ldm.errors import UserError
+from ldm.files import replacing
+from ldm.parallel.ranks import Ranks
+from ldm.pictures import RECORD, read_facts, read_record
 
 log = logging.getLogger("eval_clip_score")
 

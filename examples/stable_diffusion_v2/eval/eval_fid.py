@@ -5,35 +5,31 @@ python eval/eval_fid.py --real_dir datasets/emoji/noto/test --gen_dir output/sam
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
 
-# isort: split
-
-import argparse  # noqa: E402
-import json  # noqa: E402
-import logging  # noqa: E402
-import shutil  # noqa: E402
-import tempfile  # noqa: E402
-from collections.abc import Iterator, Sequence  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
-
-import mindspore as ms  # noqa: E402
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from eval import inception, metrics, npz, pictures  # noqa: E402
-from ldm.config.options import Parser, read_options, require_at_least, seed, str2bool  # noqa: E402
-from ldm.data.captions import read_captions  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
-from ldm.files import escaped, replacing  # noqa: E402
-from ldm.parallel.ranks import Ranks  # noqa: E402
-from ldm.pictures import make_folder  # noqa: E402
-from ldm.randomness import generator  # noqa: E402
+from eval import inception, metrics, npz, pictures
+from ldm import runtime
+from ldm.config.options import Parser, read_options, require_at_least, seed, str2bool
+from ldm.data.captions import read_captions
+from ldm.errors import UserError
+from ldm.files import escaped, replacing
+from ldm.parallel.ranks import Ranks
+from ldm.pictures import make_folder
+from ldm.randomness import generator
 
 log = logging.getLogger("eval_fid")
 
@@ -165,7 +161,7 @@ def measure(
         for batch, count, bad in pictures.batches(own, args.batch_size, pictures.RESIZE[args.resize]):
             side.unreadable += bad
             if count:
-                outputs = [out.asnumpy()[:count] for out in net(ms.Tensor.from_numpy(batch))]
+                outputs = [out.asnumpy()[:count] for out in net(runtime.ms.Tensor.from_numpy(batch))]
                 if not np.isfinite(outputs[0]).all():
                     raise UserError("the Inception network gives NaN or infinity: are these its weights?")
                 moments.add(outputs[0])
@@ -333,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
         "weights": weights.name,
         "seed": args.seed,
         "device": device,
-        "mindspore": ms.__version__,
+        "mindspore": runtime.ms.__version__,
         "unreadable": real.unreadable + gen.unreadable,
     }
     log.info("%s", table(row))

@@ -9,45 +9,44 @@ checkpoint's content included: a run that was cut short goes on, and pictures of
 
 from __future__ import annotations
 
+import argparse
+import csv
+import hashlib
+import io
+import json
+import logging
 import os
+import re
+import subprocess
 import sys
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+import text_to_image
+
+from eval import clip_weights, inception
+from eval.clip import ACTIVATIONS
+from eval.pictures import RESIZE
+from ldm import runtime
+from ldm.config.options import Parser, require_at_least
+from ldm.config.versions import VERSIONS
+from ldm.data.captions import Sample, read_prompts
+from ldm.data.images import decode
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.errors import UserError
+from ldm.files import replacing
+from ldm.pictures import captioned_rows, make_folder, save_png
+from ldm.pipeline import check_config
+
 HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
-
-import text_to_image  # noqa: E402  first: by way of ldm.runtime it sets what MindSpore reads when it is loaded
-
-# isort: split
-
-import argparse  # noqa: E402
-import csv  # noqa: E402
-import hashlib  # noqa: E402
-import io  # noqa: E402
-import json  # noqa: E402
-import logging  # noqa: E402
-import re  # noqa: E402
-import subprocess  # noqa: E402
-from collections import Counter  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from importlib.util import find_spec  # noqa: E402
-
-import numpy as np  # noqa: E402
-from PIL import Image, ImageOps  # noqa: E402
-
-from eval import clip_weights, inception  # noqa: E402
-from eval.clip import ACTIVATIONS  # noqa: E402
-from eval.pictures import RESIZE  # noqa: E402
-from ldm import runtime  # noqa: E402
-from ldm.config.options import Parser, require_at_least  # noqa: E402
-from ldm.config.versions import VERSIONS  # noqa: E402
-from ldm.data.captions import Sample, read_prompts  # noqa: E402
-from ldm.data.images import decode  # noqa: E402
-from ldm.diffusion.samplers import SAMPLERS  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
-from ldm.files import replacing  # noqa: E402
-from ldm.pictures import captioned_rows, make_folder, save_png  # noqa: E402
-from ldm.pipeline import check_config  # noqa: E402
 
 log = logging.getLogger("results_table")
 

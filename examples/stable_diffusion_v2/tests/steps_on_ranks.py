@@ -5,15 +5,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
+import numpy as np
+import test_train_parts as parts
+from mindspore import Tensor
 
-# isort: split
-import numpy as np  # noqa: E402
-import test_train_parts as parts  # noqa: E402
-from mindspore import Tensor  # noqa: E402
-
-from ldm.train.state import save_state  # noqa: E402
-from ldm.train.step import _SumOfRanks  # noqa: E402
+from ldm import runtime
+from ldm.train.state import save_state
+from ldm.train.step import _SumOfRanks
 
 STEPS = 20
 

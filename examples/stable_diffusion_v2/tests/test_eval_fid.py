@@ -22,11 +22,11 @@ from ranks_in_threads import run_ranks
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from eval import eval_fid, inception, metrics, pictures  # noqa: E402
-from ldm.checkpoint import formats  # noqa: E402
-from ldm.data.images import BadImageError  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
-from ldm.pictures import save_drawn, save_png  # noqa: E402
+from eval import eval_fid, inception, metrics, pictures
+from ldm.checkpoint import formats
+from ldm.data.images import BadImageError
+from ldm.errors import UserError
+from ldm.pictures import save_drawn, save_png
 
 WIDTH, CLASSES = 16, 7
 LARGE = 20_000_000

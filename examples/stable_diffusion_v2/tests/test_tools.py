@@ -14,16 +14,16 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import add_unet_level  # noqa: E402
-import benchmark_sampling as sampling  # noqa: E402
-import compare_prediction_types as compare  # noqa: E402
-import convert_checkpoint  # noqa: E402
-import demo  # noqa: E402
-import measure_offline as offline  # noqa: E402
+import add_unet_level
+import benchmark_sampling as sampling
+import compare_prediction_types as compare
+import convert_checkpoint
+import demo
+import measure_offline as offline
 
-from ldm import checkpoint  # noqa: E402
-from ldm.checkpoint import formats  # noqa: E402
-from ldm.config.model import (  # noqa: E402
+from ldm import checkpoint
+from ldm.checkpoint import formats
+from ldm.config.model import (
     ModelConfig,
     SamplingConfig,
     UNetConfig,
@@ -32,10 +32,10 @@ from ldm.config.model import (  # noqa: E402
     load_model_config,
     save_model_config,
 )
-from ldm.data.images import to_float  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
-from ldm.model import UNET, VAE, StableDiffusion  # noqa: E402
-from ldm.networks.layers import initialize  # noqa: E402
+from ldm.data.images import to_float
+from ldm.errors import UserError
+from ldm.model import UNET, VAE, StableDiffusion
+from ldm.networks.layers import initialize
 
 
 def test_the_demo_trains_beside_what_is_there(tmp_path, monkeypatch):

@@ -16,21 +16,17 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
+import numpy as np
 
-# isort: split
-import numpy as np  # noqa: E402
-
-from ldm import checkpoint  # noqa: E402
-from ldm.config.model import UNetConfig, load_model_config  # noqa: E402
-from ldm.config.options import seed  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
-from ldm.model import UNET, StableDiffusion  # noqa: E402
-from ldm.networks.layers import initialize  # noqa: E402
-from ldm.weights import describe, read_checkpoint  # noqa: E402
+from ldm import checkpoint, runtime
+from ldm.config.model import UNetConfig, load_model_config
+from ldm.config.options import seed
+from ldm.errors import UserError
+from ldm.model import UNET, StableDiffusion
+from ldm.networks.layers import initialize
+from ldm.weights import describe, read_checkpoint
 
 log = logging.getLogger("add_unet_level")
 

@@ -19,28 +19,25 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from ldm import runtime
+from ldm.config.model import load_model_config
+from ldm.config.options import Parser, read_options, require_at_least, str2bool
+from ldm.diffusion.loss import DiffusionLoss
+from ldm.diffusion.prediction import get_prediction
+from ldm.diffusion.schedule import build_schedule
+from ldm.errors import UserError
+from ldm.networks.layers import initialize
+from ldm.networks.unet import UNet
+from ldm.parallel.ranks import DEFAULT_PORT
+from ldm.train.optimizer import build_optimizer
+from ldm.train.step import TrainStep
+from tools.benchmark_sampling import FULL_WIDTH, small_config
+
 HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE), str(HERE / "tools")]
-
-from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
-
-# isort: split
-import mindspore as ms  # noqa: E402
-import numpy as np  # noqa: E402
-from benchmark_sampling import FULL_WIDTH, small_config  # noqa: E402
-from mindspore import Tensor  # noqa: E402
-
-from ldm.config.model import load_model_config  # noqa: E402
-from ldm.config.options import Parser, read_options, require_at_least, str2bool  # noqa: E402
-from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
-from ldm.diffusion.prediction import get_prediction  # noqa: E402
-from ldm.diffusion.schedule import build_schedule  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
-from ldm.networks.layers import initialize  # noqa: E402
-from ldm.networks.unet import UNet  # noqa: E402
-from ldm.parallel.ranks import DEFAULT_PORT  # noqa: E402
-from ldm.train.optimizer import build_optimizer  # noqa: E402
-from ldm.train.step import TrainStep  # noqa: E402
 
 NOT_COUNTED = 2  # steps: the first compiles, the second still fills buffers
 
@@ -73,7 +70,7 @@ class Stopwatch:
         def timed(*args, **words):
             began = time.perf_counter()
             result = function(*args, **words)
-            ms.runtime.synchronize()  # a device may run ahead
+            runtime.ms.runtime.synchronize()  # a device may run ahead
             self.seconds[part] += time.perf_counter() - began
             return result
 
@@ -99,7 +96,7 @@ def measure(args) -> None:
     latents, eps = (rng.standard_normal(shape, np.float32) for _ in range(2))
     features = rng.standard_normal((args.batch, config.text.context_length, config.unet.context_dim), np.float32)
     times, weight = rng.integers(0, len(schedule), args.batch).astype(np.int32), np.ones(args.batch, np.float32)
-    batch = [tuple(Tensor(ranks.share(array)) for array in (latents, eps, times, weight, features))]
+    batch = [tuple(runtime.ms.Tensor(ranks.share(array)) for array in (latents, eps, times, weight, features))]
 
     watch, rows = Stopwatch(), []
     step.gradients = watch.around("gradients", step.gradients)

@@ -19,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
 PROMPT, GUIDANCE = "a drawing of a fox with a red tail", 7.5
 FULL_WIDTH = 320  # channels of SD's UNet at its first level
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
 
 
 def inputs(batch: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

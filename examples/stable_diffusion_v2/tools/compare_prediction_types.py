@@ -20,23 +20,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from ldm import runtime
+from ldm.config.model import ModelConfig, load_model_config, save_model_config
+from ldm.data.dataset import CaptionedImages
+from ldm.data.images import to_float
+from ldm.model import StableDiffusion
+from ldm.pipeline import Pipeline
+from ldm.randomness import generator
+from ldm.train.state import RESUME_NAME
+from ldm.weights import read_checkpoint
+from tools import measure_offline
+
 HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE), str(HERE / "tools")]
-
-from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
-
-# isort: split
-import measure_offline  # noqa: E402
-import numpy as np  # noqa: E402
-
-from ldm.config.model import ModelConfig, load_model_config, save_model_config  # noqa: E402
-from ldm.data.dataset import CaptionedImages  # noqa: E402
-from ldm.data.images import to_float  # noqa: E402
-from ldm.model import StableDiffusion  # noqa: E402
-from ldm.pipeline import Pipeline  # noqa: E402
-from ldm.randomness import generator  # noqa: E402
-from ldm.train.state import RESUME_NAME  # noqa: E402
-from ldm.weights import read_checkpoint  # noqa: E402
 
 TYPES = ("eps", "x0", "v")
 STEPS = (4, 8, 15, 50)

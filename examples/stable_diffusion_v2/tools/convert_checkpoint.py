@@ -15,19 +15,15 @@ import logging
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import runtime  # noqa: E402  first: it sets what MindSpore reads when it is loaded
-
-# isort: split
-from ldm import checkpoint  # noqa: E402
-from ldm.checkpoint import kinds  # noqa: E402
-from ldm.config.model import to_dict  # noqa: E402
-from ldm.config.versions import VERSIONS, published  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
-from ldm.files import escaped  # noqa: E402
-from ldm.weights import check_words, choose_config, describe, open_weights, sidecar  # noqa: E402
+from ldm import checkpoint, runtime
+from ldm.checkpoint import kinds
+from ldm.config.model import to_dict
+from ldm.config.versions import VERSIONS, published
+from ldm.errors import UserError
+from ldm.files import escaped
+from ldm.weights import check_words, choose_config, describe, open_weights, sidecar
 
 log = logging.getLogger("convert_checkpoint")
 SUFFIXES = {".ckpt": "mindspore", ".safetensors": "safetensors", "": "diffusers"}

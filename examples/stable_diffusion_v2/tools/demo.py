@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.data.captions import read_captions  # noqa: E402
-from ldm.data.images import load_image  # noqa: E402
-from ldm.pictures import captioned_rows, save_png  # noqa: E402
+from ldm.data.captions import read_captions
+from ldm.data.images import load_image
+from ldm.pictures import captioned_rows, save_png
+
+HERE = Path(__file__).resolve().parents[1]
 
 CONFIG = "configs/train/train_config_tiny_openmoji_vpred.yaml"
 TEST = HERE / "datasets/emoji/openmoji/test"

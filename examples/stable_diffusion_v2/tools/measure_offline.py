@@ -30,16 +30,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.metrics import kid_with_error  # noqa: E402
-from eval.pictures import find_pictures  # noqa: E402
-from ldm.config.options import require_at_least  # noqa: E402
-from ldm.data.captions import read_captions, read_prompts  # noqa: E402
-from ldm.data.images import crop, decode, load_image, to_float  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
-from ldm.pictures import psnr  # noqa: E402
+from eval.metrics import kid_with_error
+from eval.pictures import find_pictures
+from ldm.config.options import require_at_least
+from ldm.data.captions import read_captions, read_prompts
+from ldm.data.images import crop, decode, load_image, to_float
+from ldm.errors import UserError
+from ldm.pictures import psnr
+
+HERE = Path(__file__).resolve().parents[1]
 
 SIDE = 224
 BGR_MEAN = np.array([104, 117, 123], np.float32)  # what the network's training subtracted
@@ -126,8 +127,6 @@ def reconstruct(
 ) -> dict[str, float]:
     """PSNR of pictures that the autoencoder has encoded, to the mean, and decoded."""
     from ldm import runtime  # MindSpore is wanted here alone
-
-    # isort: split
     from ldm.model import VAE, StableDiffusion
     from ldm.weights import check_words, choose_config, open_weights
 

@@ -10,16 +10,16 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: make pari
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make parity")
 pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 
-from reference import CONFIGS, THEIR_TYPES, reference, states  # noqa: E402
+from reference import CONFIGS, THEIR_TYPES, reference, states
 
-from ldm import checkpoint  # noqa: E402
-from ldm.checkpoint import formats  # noqa: E402
-from ldm.checkpoint.names import from_diffusers  # noqa: E402
-from ldm.config.model import SamplingConfig, from_yaml, load_model_config  # noqa: E402
-from ldm.diffusion.samplers import get_sampler  # noqa: E402
-from ldm.model import StableDiffusion  # noqa: E402
-from ldm.pipeline import Pipeline  # noqa: E402
-from ldm.weights import describe  # noqa: E402
+from ldm import checkpoint
+from ldm.checkpoint import formats
+from ldm.checkpoint.names import from_diffusers
+from ldm.config.model import SamplingConfig, from_yaml, load_model_config
+from ldm.diffusion.samplers import get_sampler
+from ldm.model import StableDiffusion
+from ldm.pipeline import Pipeline
+from ldm.weights import describe
 
 pytestmark = pytest.mark.parity
 TINY = "models/tiny-vpred.safetensors"

@@ -18,9 +18,9 @@ except ImportError:
     pass
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 
-from eval import clip, clip_weights, eval_clip_score  # noqa: E402
-from eval.clip import preprocess  # noqa: E402
-from ldm.checkpoint import formats  # noqa: E402
+from eval import clip, clip_weights, eval_clip_score
+from eval.clip import preprocess
+from ldm.checkpoint import formats
 
 pytestmark = pytest.mark.parity
 SIZE, VOCABULARY = 64, 1024

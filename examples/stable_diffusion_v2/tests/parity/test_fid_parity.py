@@ -12,13 +12,13 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: make parity")
 
-from mindspore import Tensor  # noqa: E402
+from mindspore import Tensor
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from eval import eval_fid, inception, metrics, pictures  # noqa: E402
-from ldm.checkpoint import formats  # noqa: E402
+from eval import eval_fid, inception, metrics, pictures
+from ldm.checkpoint import formats
 
 pytestmark = pytest.mark.parity
 

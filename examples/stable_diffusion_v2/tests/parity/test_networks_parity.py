@@ -9,13 +9,13 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: make pari
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make parity")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 
-from mindspore import Tensor  # noqa: E402
-from reference import CONFIGS, THEIR_TYPES, reference, relative_rms, states  # noqa: E402
+from mindspore import Tensor
+from reference import CONFIGS, THEIR_TYPES, reference, relative_rms, states
 
-from ldm.checkpoint.names import from_diffusers  # noqa: E402
-from ldm.diffusion.samplers import get_sampler  # noqa: E402
-from ldm.model import StableDiffusion  # noqa: E402
-from ldm.pipeline import Pipeline  # noqa: E402
+from ldm.checkpoint.names import from_diffusers
+from ldm.diffusion.samplers import get_sampler
+from ldm.model import StableDiffusion
+from ldm.pipeline import Pipeline
 
 pytestmark = pytest.mark.parity
 

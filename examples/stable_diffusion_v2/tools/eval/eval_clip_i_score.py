@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ldm.config.moved import answer  # noqa: E402
+from ldm.config.moved import answer
 
 NAMES = {"--gen_image_path_or_dir": "--image_path", "--real_image_path_or_dir": "--reference_path"}
 NAMES |= {"--ckpt_path": "--load_checkpoint"}

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ldm.config.moved import answer  # noqa: E402
+from ldm.config.moved import answer
 
 NAMES = {"--source": "", "-s": "", "--target": "", "-t": ""}
 NAMES |= dict.fromkeys(("--model", "-m", "--source_version", "-sv"))
