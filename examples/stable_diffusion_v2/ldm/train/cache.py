@@ -97,8 +97,8 @@ class Rows:
     def forget_damaged(self, keys: Iterable[bytes]) -> None:
         """Drop those of these keys that have another row than was written for them, so that it is computed again.
 
-        Of caches larger than `CHECKED_BYTES` a sample is read, and the rest where something is wrong there. `take` looks at
-        every row.
+        Of caches larger than `CHECKED_BYTES` a sample is read, and all the others too where one of these is damaged.
+        `take` looks at every row.
         """
         known = sorted((self.places[key], key) for key in set(keys) if key in self.places)
         sample = known[:: 1 + len(known) * self.row_bytes // CHECKED_BYTES]
