@@ -14,6 +14,7 @@ from full_disk import files_of_at_most
 from ldm.conditioning import Condition
 from ldm.config.model import ModelConfig, TextConfig
 from ldm.errors import UserError
+from ldm.train import cache
 from ldm.train.cache import ENTRY_BYTES, KEY_BYTES, Rows, file_key, settings_key, text_key
 from ldm.train.inputs import FrozenOutputs
 
@@ -82,24 +83,37 @@ def test_a_flipped_bit_is_found_and_the_row_computed_again(tmp_path, name, caplo
     assert "1 damaged rows in the cache" in caplog.text
 
 
+def damage(folder, *places):
+    data = bytearray((folder / "rows.f32").read_bytes())
+    for place in places:
+        data[place * rows(0).nbytes] ^= 1
+    (folder / "rows.f32").write_bytes(data)
+
+
 def test_a_row_that_is_damaged_while_it_is_used_is_never_given(tmp_path):
+    """Nor to the next run, which computes it anew without a look at all rows."""
     store = Rows(tmp_path, SHAPE)
-    store.append(keys(1, 2), rows(1, 2))
-    store.take(keys(1))
-    path = tmp_path / "rows.f32"
-    path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(UserError, match="was damaged while this run used it"):
-        store.take(keys(2))
-
-
-def test_rows_without_checksums_are_written_over(tmp_path):
-    """As caches once were; whoever reads them so finds no key of a row that is another's now."""
-    (tmp_path / "keys.sha256").write_bytes(b"".join(keys(1, 2)))
-    (tmp_path / "rows.f32").write_bytes(rows(1, 2).tobytes())
+    store.append(keys(1, 2, 3), rows(1, 2, 3))
+    store.take(keys(2))
+    damage(tmp_path, 1)
+    with pytest.raises(UserError, match="1 rows of the cache .* are damaged: --resume True computes them anew"):
+        store.take(keys(1, 2, 3))
     store = Rows(tmp_path, SHAPE)
-    assert not len(store)
+    assert [key in store for key in keys(1, 2, 3)] == [True, False, True] and len(store) == 2
     store.append(keys(2), rows(2))
-    assert Rows(tmp_path, SHAPE).take(keys(2))[0, 0, 0] == 2 and not (tmp_path / "keys.sha256").exists()
+    for again in (store, Rows(tmp_path, SHAPE)):
+        assert again.take(keys(1, 2, 3))[:, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_of_a_large_cache_a_sample_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CHECKED_BYTES", 3 * rows(0).nbytes)
+    numbers = range(8)
+    Rows(tmp_path, SHAPE).append(keys(*numbers), rows(*numbers))
+    for damaged, found in (([1, 2], []), ([3], [1, 2, 3])):  # 0, 3 and 6 are looked at, or all
+        damage(tmp_path, *damaged)
+        store = Rows(tmp_path, SHAPE)
+        store.forget_damaged(keys(*numbers))
+        assert [n for n in numbers if keys(n)[0] not in store] == found
 
 
 def test_a_picture_or_caption_without_an_answer_is_named(tmp_path):

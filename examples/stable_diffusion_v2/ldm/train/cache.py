@@ -26,6 +26,7 @@ from ldm.pictures import make_folder
 
 KEY_BYTES, SUM_BYTES = 32, 4
 ENTRY_BYTES = KEY_BYTES + SUM_BYTES
+CHECKED_BYTES = 1 << 30  # when a run begins: about a second
 log = logging.getLogger(__name__)
 OTHERWISE = "choose another --cache_path, or switch cache_latents and cache_text off"
 
@@ -87,21 +88,37 @@ class Rows:
         """The rows of these keys, [len(keys), *shape]; they must be there."""
         keys = list(keys)
         rows = self._mapped()[[self.places[key] for key in keys]]
-        for key, row in zip(keys, rows):
-            if self.sums[key] != zlib.crc32(row):
-                raise UserError(
-                    f"the cache {self.folder} was damaged while this run used it: --resume True computes it anew"
-                )
+        bad = [key for key, row in zip(keys, rows) if self.sums[key] != zlib.crc32(row)]
+        if bad:
+            self._strike_out(bad)
+            raise UserError(f"{len(bad)} rows of the cache {self.folder} are damaged: --resume True computes them anew")
         return rows
 
     def forget_damaged(self, keys: Iterable[bytes]) -> None:
-        """Drop those of these keys that have another row than was written for them, so that it is computed again."""
+        """Drop those of these keys that have another row than was written for them, so that it is computed again.
+
+        Of caches larger than `CHECKED_BYTES` a sample is read, and all the others too where one of these is damaged.
+        `take` looks at every row.
+        """
         known = sorted((self.places[key], key) for key in set(keys) if key in self.places)
-        bad = [key for place, key in known if self.sums[key] != zlib.crc32(self._mapped()[place])]
+        sample = known[:: 1 + len(known) * self.row_bytes // CHECKED_BYTES]
+        bad = self._damaged(sample)
+        if bad and len(sample) < len(known):
+            bad = self._damaged(known)
         for key in bad:
             del self.places[key], self.sums[key]
         if bad:
             log.warning("%d damaged rows in the cache %s are computed again", len(bad), self.folder)
+
+    def _damaged(self, known: list[tuple[int, bytes]]) -> list[bytes]:
+        return [key for place, key in known if self.sums[key] != zlib.crc32(self._mapped()[place])]
+
+    def _strike_out(self, keys: list[bytes]) -> None:
+        """Overwrite these keys in the file, so that later runs do not find their rows."""
+        with contextlib.suppress(OSError, UserError), self._locked("lock"), open(self.keys_path, "r+b") as file:
+            for key in keys:
+                file.seek(self.places[key] * ENTRY_BYTES)
+                file.write(bytes(ENTRY_BYTES))
 
     def _mapped(self) -> np.ndarray:
         if len(self.values) < self.written:
@@ -123,8 +140,6 @@ class Rows:
         values = np.ascontiguousarray(values, np.float32)
         sums = [zlib.crc32(row) for row in values]
         try:
-            if not self.written:  # caches were once without checksums: those rows are written over
-                (self.folder / "keys.sha256").unlink(missing_ok=True)
             with open(self.values_path, "r+b" if self.values_path.exists() else "wb") as file:
                 file.seek(self.written * self.row_bytes)  # over a row that lost its key
                 file.write(values.reshape(-1).view(np.uint8))
@@ -169,5 +184,6 @@ class Rows:
         for i in range(min(len(entries) // ENTRY_BYTES, rows)):
             entry = entries[i * ENTRY_BYTES : (i + 1) * ENTRY_BYTES]
             key = entry[:KEY_BYTES]
-            self.places[key], self.sums[key] = self.written, int.from_bytes(entry[KEY_BYTES:], "big")
+            if any(entry):  # or it was struck out
+                self.places[key], self.sums[key] = self.written, int.from_bytes(entry[KEY_BYTES:], "big")
             self.written += 1

@@ -86,7 +86,10 @@ class FrozenOutputs:
         return [*dict.fromkeys(["", *(sample.text for sample in data.samples)])] if self.features is not None else []
 
     def forget_damaged(self, data: CaptionedImages, share: tuple[int, int] = (0, 1)) -> None:
-        """Take the rows of a share (rank, ranks) of all that are not what was written for missing; reads them all."""
+        """Take the rows of a share (rank, ranks) of all for missing that are not what was written.
+
+        Of large caches a sample is looked at: see `Rows.forget_damaged`.
+        """
         for rows, names in ((self.latents, self._paths(data)), (self.features, self._texts(data))):
             if rows is not None:
                 key = file_key if rows is self.latents else text_key
