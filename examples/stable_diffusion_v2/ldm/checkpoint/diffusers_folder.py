@@ -108,7 +108,7 @@ def _read_part(folder: Path, widen: bool) -> tuple[Tensors, Strings]:
     tensors, strings = {}, {}
     for path in _weight_files(folder):
         new, said, _ = formats.read(path, widen)
-        tensors.update(new)
+        tensors.update(names.without_wrappers(new))
         strings.update(said)
     return tensors, strings
 

@@ -167,6 +167,23 @@ OPENCLIP_CLIP = Rules(
 )
 
 
+# ---- wrappers ----
+
+# PyTorch's, around a network: for several devices, compilation, shards and recomputation.
+_OUTER = re.compile(r"(module\.)*")
+_ANYWHERE = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def _unwrapped(name: str) -> str:
+    name = _ANYWHERE.sub("", name)
+    return name[_OUTER.match(name).end() :]
+
+
+def without_wrappers(tensors: Tensors) -> Tensors:
+    """The names that parameters have without PyTorch's wrappers; ValueError where two become one."""
+    return _renamed(tensors, _unwrapped)
+
+
 # ---- MindONE ----
 
 

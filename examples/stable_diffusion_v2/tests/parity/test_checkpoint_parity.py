@@ -65,7 +65,7 @@ def test_a_module_and_an_optimizer_are_read(tmp_path):
 
 def test_a_whole_module_is_refused(tmp_path):
     torch.save(torch.nn.Linear(3, 4), tmp_path / "t.pt")
-    with pytest.raises(Exception, match=r"wants to call torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(Exception, match=r"torch\.nn\.modules\.linear\.Linear; save its state_dict"):
         checkpoint.load(tmp_path / "t.pt")
 
 
