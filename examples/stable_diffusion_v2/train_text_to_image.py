@@ -390,7 +390,7 @@ class Output:
     def resume(self, path: Path | None) -> int:
         """Put the run back to where a resume state left it; how many steps were made."""
         if path:
-            self.progress = load_state(path, self.train_step, self.settings)
+            self.progress = {"written": [], **load_state(path, self.train_step, self.settings)}
             if path.parent.resolve() != self.ckpt_folder.resolve():
                 self.progress["written"] = []  # another folder's files are not this run's to delete
         return self.progress["step"]

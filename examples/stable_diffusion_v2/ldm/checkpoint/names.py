@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ldm.checkpoint.arrays import widened
 from ldm.errors import UserError
 
 Tensors = dict[str, np.ndarray]
@@ -253,6 +254,9 @@ def _without_lora(tensors: Tensors) -> Tensors:
         up, down, weight = pair.get("up"), pair.get("down"), merged.get(name)
         if weight is None or up is None or down is None or _product_shape(up, down) != weight.shape:
             raise ValueError(f"the LoRA of {name} is not whole or does not fit it")
+        weight, up, down = map(widened, (weight, up, down))
+        if {weight.dtype.kind, up.dtype.kind, down.dtype.kind} != {"f"}:
+            raise ValueError(f"the LoRA of {name} is not of floating-point numbers")
         merged[name] = (weight + up.astype(np.float32) @ down.astype(np.float32)).astype(weight.dtype)
     return _renamed(merged, lambda name: re.sub(r"\.linear\.(weight|bias)$", r".\1", name))
 
