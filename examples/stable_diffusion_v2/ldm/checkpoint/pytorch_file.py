@@ -100,6 +100,7 @@ class _Object(dict):
 
 
 _MARK = object()
+_PARAMETERS = "torch.nn.modules.container.ParameterDict"
 _OPTIMIZER = re.compile("optim|sched|scaler", re.IGNORECASE)
 
 
@@ -554,11 +555,16 @@ class _Machine:
                 _set_item(table, key, value)
 
     def build(self) -> None:
-        """An object's state: a module's attributes; of no use to what is a plain container here."""
+        """An object's state: a module's attributes, a dictionary's parameters; of no use to any other here."""
         (state,) = self.take(1)
-        if isinstance(self.stack[-1], _Module) and isinstance(state, dict):
+        table = self.stack[-1]
+        if isinstance(table, _Object) and table.kind == _PARAMETERS and isinstance(state, dict):
+            state = state.get("_parameters")
+        elif not isinstance(table, _Module):
+            return
+        if isinstance(state, dict):
             self.spend(state)
-            self.stack[-1].update(state)
+            table.update(state)
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
