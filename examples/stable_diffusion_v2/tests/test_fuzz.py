@@ -29,6 +29,11 @@ def crash(*_):
     return {}["x"]
 
 
+def work():
+    while True:
+        pass
+
+
 def grow():
     try:
         raise MemoryError
@@ -48,15 +53,18 @@ def grow():
         (lambda: sys.exit(2), "SystemExit"),
         (grow, "characters"),
         (lambda: time.sleep(9), "Slow"),
+        (work, "Slow"),
     ],
 )
 def test_what_counts_as_a_failure(monkeypatch, read, wrong):
     monkeypatch.setattr(fuzz_files, "SECONDS", 0.3)
-    before = signal.signal(signal.SIGALRM, fuzz_files.stop)
+    monkeypatch.setattr(fuzz_files, "WAIT", 2)
+    before = {end: signal.signal(end, fuzz_files.stop) for end in (signal.SIGPROF, signal.SIGALRM)}
     try:
         found = fuzz_files.fault(read)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        for end, handler in before.items():
+            signal.signal(end, handler)
     assert found is None if wrong is None else wrong in found
 
 
