@@ -19,6 +19,7 @@ import numpy as np
 
 from ldm.checkpoint.arrays import widened
 from ldm.errors import UserError
+from ldm.files import escaped
 
 Tensors = dict[str, np.ndarray]
 
@@ -364,7 +365,8 @@ def to_diffusers(tensors: Tensors, text_layers: int = _SD2_BLOCKS - 1) -> dict[s
     unet, vae, text = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in (_UNET, _VAE, _CLIP))
     lost = [name for name in tensors if not name.startswith((_UNET, _VAE, _CLIP))]
     if lost:
-        raise UserError(f"{len(lost)} parameters have no place in a diffusers pipeline (first: {', '.join(lost[:3])})")
+        first = ", ".join(map(escaped, lost[:3]))
+        raise UserError(f"{len(lost)} parameters have no place in a diffusers pipeline (first: {first})")
 
     blocks = _count(unet, r"input_blocks\.#\.")
     depth = next((n for n in range(blocks) if f"input_blocks.{n + 1}.0.op.weight" in unet), max(blocks - 1, 0))

@@ -251,14 +251,7 @@ def _unread(name: str, kind: str) -> FileError:
 
 def _open_zip(data: Mapping) -> tuple[Any, Callable[[_Storage], int]]:
     """(what data.pkl holds, storage -> where its numbers are)."""
-    try:
-        with zipfile.ZipFile(data) as archive:
-            members, end = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
-        raise FileError(f"is truncated or damaged: {escaped(error)}; fetch or copy the file again") from None
-    places = {member.filename: member for member in members}
-    if len(places) < len(members):
-        raise FileError("is damaged: its archive holds a name twice")
+    places, end = _directory(data)
     pickles = [name for name in places if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise FileError("is a zip archive, but not one that torch.save wrote: it has no data.pkl")
@@ -292,6 +285,19 @@ def _open_zip(data: Mapping) -> tuple[Any, Callable[[_Storage], int]]:
         return start
 
     return _Machine().run(data[start : start + size]), locate
+
+
+def _directory(data: Mapping) -> tuple[dict[str, zipfile.ZipInfo], int]:
+    """The members of an archive by name, and the place behind the last of them."""
+    try:
+        with zipfile.ZipFile(data) as archive:
+            members, end = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
+        raise FileError(f"is truncated or damaged: {escaped(error)}; fetch or copy the file again") from None
+    places = {member.filename: member for member in members}
+    if len(places) < len(members):
+        raise FileError("is damaged: its archive holds a name twice")
+    return places, end
 
 
 def _content(data: Mapping, member: zipfile.ZipInfo, name: str) -> int:
