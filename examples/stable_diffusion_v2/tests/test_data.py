@@ -510,6 +510,20 @@ def test_what_is_no_picture_is_named(tmp_path, monkeypatch):
         check_image(path)
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(ValueError(), "ValueError"), (KeyError(""), "''"), (OSError("a\n\x1b[31m" + "b" * 9000), ": a$")],
+)
+def test_whatever_a_reader_of_pictures_raises_is_one_line(tmp_path, monkeypatch, error, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(BadImageError, match=words) as found:
+        check_image(save(noise_image(0), tmp_path / "a.png"))
+    assert str(found.value).isprintable() and len(str(found.value)) < 500
+
+
 def test_crop_geometry():
     picture = np.arange(10 * 16 * 3, dtype=np.uint8).reshape(10, 16, 3)
     np.testing.assert_array_equal(crop(picture, 8), picture[1:9, 4:12])

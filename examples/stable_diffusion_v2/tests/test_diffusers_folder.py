@@ -137,6 +137,12 @@ def test_shards_elsewhere_are_refused(folder, name):
         checkpoint.load(folder)
 
 
+def test_a_shard_whose_name_is_too_long_for_a_disk(folder):
+    shard(folder, 1).write_text(json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}}))
+    with pytest.raises(UserError, match="lacks 1 of 1 shards"):
+        checkpoint.load(folder)
+
+
 def test_full_precision_is_read_before_variants(folder, tiny):
     path = folder / "vae/diffusion_pytorch_model.safetensors"
     other = {name: np.zeros_like(array) for name, array in formats.read(path)[0].items()}

@@ -1,112 +1,79 @@
-"""Damaged checkpoints by the thousand: whatever the bytes, a UserError or arrays no larger than the file.
+"""Damaged files of every kind that is read, by the hundred; tools/fuzz_files.py does it by the thousand."""
 
-FUZZ_CASES=6000 python -m pytest tests/test_fuzz.py    # cases per format; 150 where nothing is said
-"""
-
-import os
+import signal
+import subprocess
 import sys
 import time
-import tracemalloc
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch_save import SAVERS, contiguous, torch_names
 
-from ldm import checkpoint
+sys.path.insert(0, "tools")
 from ldm.errors import UserError
-
-CASES = int(os.environ.get("FUZZ_CASES", "150"))
-EXTREMES = [bytes([byte]) * n for byte in (0, 0x7F, 0x80, 0xFF) for n in (1, 4, 8)]
-TOKENS = [
-    b"{",
-    b"}",
-    b"[",
-    b'"',
-    b":",
-    b"shape",
-    b"F32",
-    b"BF16",
-    b"cos\nsystem\n",
-    b"R",
-    b"\x81",
-    b"b",
-    b"(",
-    b"t",
-    b".",
-]
+from tools import fuzz_files
 
 
-def tensors():
-    rng = np.random.default_rng(0)
-    shapes = {"model.diffusion_model.out.2.weight": (4, 8, 3, 3), "first_stage_model.a.bias": (5,), "x": ()}
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+def test_no_damage_leads_to_anything_but_a_line():
+    words = [sys.executable, "tools/fuzz_files.py", "--cases", "300", "--seed", "7"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    counts = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(counts) == 20 and sum(counts) == 300
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A good file of every format, as bytes."""
-    folder, files = tmp_path_factory.mktemp("whole"), {}
-    for kind in ("safetensors", "mindspore"):
-        checkpoint.save(folder / kind, tensors(), {"prediction_type": "v", "schedule": "{}"}, kind)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in torch_names().items():
-            patch.setitem(sys.modules, name, module)
-        for kind, save in SAVERS.items():
-            save(folder / kind, {name: contiguous(array) for name, array in tensors().items()})
-    for path in folder.iterdir():
-        files[path.name] = path.read_bytes()
-    return files
+def refuse(line):
+    raise UserError(line)
 
 
-@st.composite
-def damages(draw):
-    """A list of changes (what, where from 0 to 1, with what), weighted to the file's beginning and end."""
-    place = st.one_of(st.floats(0, 1), st.floats(0, 0.1), st.floats(0.9, 1))
-    content = st.one_of(st.binary(min_size=1, max_size=12), st.sampled_from(EXTREMES), st.sampled_from(TOKENS))
-    change = st.tuples(st.sampled_from(["overwrite", "insert", "delete", "cut", "repeat"]), place, content)
-    return draw(st.lists(change, min_size=1, max_size=5))
+def crash(*_):
+    return {}["x"]
 
 
-def damaged(data: bytes, changes) -> bytes:
-    for what, share, content in changes:
-        at = int(share * len(data))
-        if what == "overwrite":
-            data = data[:at] + content + data[at + len(content) :]
-        elif what == "insert":
-            data = data[:at] + content + data[at:]
-        elif what == "delete":
-            data = data[:at] + data[at + len(content) :]
-        elif what == "cut":
-            data = data[:at]
-        else:
-            data = data[: at + 64] + data[at:]
-    return data
+def work():
+    while True:
+        pass
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "mindspore", *SAVERS])
-def test_damage_is_an_error_or_another_number(whole, tmp_path, kind):
-    path = tmp_path / "model.ckpt"
+def grow():
+    try:
+        raise MemoryError
+    except MemoryError:
+        raise UserError("cannot be read") from None
 
-    @settings(
-        max_examples=CASES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-    )
-    @given(damages())
-    def check(changes):
-        data = damaged(whole[kind], changes)
-        path.write_bytes(data)
-        tracemalloc.start()
-        began = time.perf_counter()
-        try:
-            read = checkpoint.load(path).tensors
-            assert sum(array.nbytes for array in read.values()) <= 2 * len(data)  # bfloat16 is widened
-        except UserError as error:
-            assert "\n" not in str(error)
-        finally:
-            _, peak = tracemalloc.get_traced_memory()
-            tracemalloc.stop()
-        assert peak < 32 << 20
-        assert time.perf_counter() - began < 5
 
-    check()
+@pytest.mark.parametrize(
+    ("read", "wrong"),
+    [
+        (lambda: 1, None),
+        (lambda: refuse("one line"), None),
+        (lambda: refuse("two\nlines"), "characters"),
+        (lambda: refuse("\x1b[31m"), "characters"),
+        (lambda: refuse("x" * 5000), "5000 characters"),
+        (crash, "KeyError"),
+        (lambda: sys.exit(2), "SystemExit"),
+        (grow, "characters"),
+        (lambda: time.sleep(9), "Slow"),
+        (work, "Slow"),
+    ],
+)
+def test_what_counts_as_a_failure(monkeypatch, read, wrong):
+    monkeypatch.setattr(fuzz_files, "SECONDS", 0.3)
+    monkeypatch.setattr(fuzz_files, "WAIT", 2)
+    before = {end: signal.signal(end, fuzz_files.stop) for end in (signal.SIGPROF, signal.SIGALRM)}
+    try:
+        found = fuzz_files.fault(read)
+    finally:
+        for end, handler in before.items():
+            signal.signal(end, handler)
+    assert found is None if wrong is None else wrong in found
+
+
+def test_a_failed_case_is_told_and_found_again_by_its_number(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1}')
+    samples = {"x": fuzz_files.Sample([path], lambda: crash() if path.read_text(errors="replace")[:1] != "{" else None)}
+    tried, failed = fuzz_files.run(samples, 3, range(60))
+    told = capsys.readouterr().out
+    assert tried["x"] == 60 and 0 < failed["x"] == told.count("KeyError: 'x'") and path.read_text() == '{"a": 1}'
+    number = int(told.split(",")[0].removeprefix("case "))
+    assert fuzz_files.run(samples, 3, range(number, number + 1))[1]["x"] == 1
+    assert capsys.readouterr().out in told

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm import checkpoint
-from ldm.checkpoint import formats, kinds, names
+from ldm.checkpoint import arrays, formats, kinds, names
 from ldm.config.model import load_model_config, to_dict
 from ldm.errors import UserError
 
@@ -258,3 +258,47 @@ def test_a_lora_in_a_training_state_is_added(tmp_path):
     formats.write(tmp_path / "t.ckpt", {**state, **slots}, {}, "mindspore")
     with pytest.raises(UserError, match="the LoRA of .*to_q.linear.weight is not whole"):
         checkpoint.load(tmp_path / "t.ckpt")
+
+
+def without(state, *endings):
+    return {name: array for name, array in state.items() if not name.endswith(endings)}
+
+
+STATE_DAMAGES = {  # what becomes of a state with a LoRA, and what is said
+    "half of a LoRA": (lambda s: without(s, "lora_up.weight"), "is not whole or does not fit"),
+    "no weight under it": (lambda s: without(s, "linear.weight"), "is not whole or does not fit"),
+    "another shape": (lambda s: {**s, "x.lora_up.weight": np.ones((6, 3), np.float32)}, "does not fit"),
+    "a row": (lambda s: {**s, "x.lora_down.weight": np.ones(6, np.float32)}, "does not fit"),
+    "truth values": (lambda s: {**s, "x.linear.weight": np.ones((6, 6), bool)}, "not of floating-point"),
+    "whole numbers": (lambda s: {**s, "x.lora_up.weight": np.ones((6, 2), np.int64)}, "not of floating-point"),
+    "two names": (lambda s: {**s, "x.weight": s["x.linear.weight"]}, "it holds x.weight twice"),
+    "a long name": (lambda s: {f"{'y' * 10**5}\n{name}": array for name, array in s.items()}, None),
+}
+
+
+@pytest.mark.parametrize("widen", [True, False])
+@pytest.mark.parametrize("damage", STATE_DAMAGES)
+def test_a_damaged_training_state_of_mindone_is_one_line(tmp_path, damage, widen):
+    shapes = {"linear.weight": (6, 6), "lora_up.weight": (6, 2), "lora_down.weight": (2, 6)}
+    state = {f"x.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    change, words = STATE_DAMAGES[damage]
+    path = tmp_path / "train_resume.ckpt"
+    formats.write(path, {**change(state), "adam_m.x": np.ones(3, np.float32)}, {}, "mindspore")
+    if words:
+        with pytest.raises(UserError, match=words) as error:
+            checkpoint.load(path, widen)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    whole = path.read_bytes()
+    for size in range(0, len(whole), max(1, len(whole) // 60)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError) as error:
+            checkpoint.load(path, widen)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+def test_bfloat16_in_a_training_state(tmp_path):
+    """The LoRA is added in float32, whatever the weight is kept in."""
+    halves = np.full((6, 6), 0x3F80, np.uint16).view(arrays.BFLOAT16)
+    state = {"x.linear.weight": halves, "x.lora_up.weight": np.ones((6, 2)), "x.lora_down.weight": np.ones((2, 6))}
+    read, _ = names.from_mindone_state({**state, "adam_m.x": np.ones(3)}, raw=True)
+    assert read["x.weight"].dtype == np.float32 and (read["x.weight"] == 3).all()

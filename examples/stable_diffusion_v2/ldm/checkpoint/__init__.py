@@ -124,7 +124,7 @@ def _named(path: str | Path, tensors: Tensors, strings: Strings, raw: bool) -> t
     variant = strings.pop(_VARIANT, None)
     meta = _stated(tensors, strings)
     tensors = {name: array for name, array in tensors.items() if name not in (_V_MARK, _ZERO_SNR_MARK)}
-    tensors, said = names.from_mindone_state(tensors, raw)
+    tensors, said = names.from_mindone_state(names.without_wrappers(tensors), raw)
     if said:
         log.info("%s is a training state of MindONE; what is read are its %s", path, said)
     return names.from_part_alone(names.from_mindone(tensors, variant)), meta

@@ -107,7 +107,7 @@ def _read_part(folder: Path, widen: bool) -> tuple[Tensors, Strings]:
     tensors, strings = {}, {}
     for path in _weight_files(folder):
         new, said, _ = formats.read(path, widen)
-        tensors.update(new)
+        tensors.update(names.without_wrappers(new))
         strings.update(said)
     return tensors, strings
 
@@ -132,7 +132,7 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(files, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in files.values()):
         raise UserError(f"{index} has no usable weight_map; fetch the file again")
     shards = [index.parent / name for name in sorted(set(files.values()))]
-    missing = [escaped(path.name) for path in shards if not path.is_file()]
+    missing = [escaped(path.name) for path in shards if not os.path.isfile(path)]
     if missing or not shards:
         raise UserError(
             f"{index.parent} lacks {len(missing)} of {len(shards)} shards (first: {missing[:1]}); fetch them"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, raw, truncation
+from ldm.files import escaped
 
 TYPES = {
     "Float64": np.dtype("<f8"),
@@ -50,7 +51,7 @@ def read(data: mmap.mmap) -> tuple[Tensors, Strings]:
             raise FileError(f"is damaged: unknown field {number} in MindSpore's format")
         tag, *tensor = _value(data, value)
         if tag in slices and tag != last:
-            raise FileError(f"is damaged: it holds {tag} twice")
+            raise FileError(f"is damaged: it holds {escaped(tag)} twice")
         slices.setdefault(tag, []).append(tensor)
         last = tag
 
@@ -134,7 +135,7 @@ def _value(data: mmap.mmap, place: tuple) -> tuple[str, list[int], str, int, int
     value = dict(_fields(data, *place))
     tag = _text(data, _bytes_field(value, 1), "utf-8")
     if 3 in value:
-        raise FileError(f"holds the map parameter {tag}, which is not read here")
+        raise FileError(f"holds the map parameter {escaped(tag)}, which is not read here")
     dims, tensor = [], {}
     for number, field in _fields(data, *_bytes_field(value, 2)):
         if number == 1:
@@ -142,28 +143,30 @@ def _value(data: mmap.mmap, place: tuple) -> tuple[str, list[int], str, int, int
         else:
             tensor[number] = field
     if not all(isinstance(dim, int) and dim < 1 << 63 for dim in dims):
-        raise FileError(f"is damaged: {tag} has no usable shape")
+        raise FileError(f"is damaged: {escaped(tag)} has no usable shape")
     return (tag, dims, _text(data, _bytes_field(tensor, 2), "utf-8"), *_bytes_field(tensor, 3))
 
 
 def _string(data: mmap.mmap, tag: str, parts: list) -> str:
     if len(parts) > 1:
-        raise FileError(f"is damaged: it holds {tag} twice")
+        raise FileError(f"is damaged: it holds {escaped(tag)} twice")
     return _text(data, parts[0][2:], "utf-32-le").rstrip("\0")
 
 
 def _mindsporearray_at(data: mmap.mmap, tag: str, parts: list) -> np.ndarray:
     dims, type_name, start, _ = parts[0]
     if any(part[:2] != [dims, type_name] for part in parts):
-        raise FileError(f"is damaged: it holds {tag} twice")
+        raise FileError(f"is damaged: it holds {escaped(tag)} twice")
     if type_name not in TYPES:
-        raise FileError(f"holds {tag} as {type_name}, which is not read here: convert it to Float32 or Float16")
+        raise FileError(
+            f"holds {escaped(tag)} as {escaped(type_name)}, which is not read here: convert it to Float32 or Float16"
+        )
     dtype = TYPES[type_name]
     there = sum(stop - start for *_, start, stop in parts)
     if dims == [0] and there:  # how older versions write a scalar
         dims = []
     if there != nbytes(dtype, dims):
-        raise FileError(f"is truncated or damaged: {tag} needs {nbytes(dtype, dims)} bytes, {there} there")
+        raise FileError(f"is truncated or damaged: {escaped(tag)} needs {nbytes(dtype, dims)} bytes, {there} there")
     if len(parts) > 1:
         data, start = b"".join(data[start:stop] for *_, start, stop in parts), 0
     return array_at(data, dtype, dims, start)

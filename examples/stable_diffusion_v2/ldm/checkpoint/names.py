@@ -17,7 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ldm.checkpoint.arrays import widened
 from ldm.errors import UserError
+from ldm.files import escaped
 
 Tensors = dict[str, np.ndarray]
 
@@ -167,6 +169,23 @@ OPENCLIP_CLIP = Rules(
 )
 
 
+# ---- wrappers ----
+
+# PyTorch's, around a network: for several devices, compilation, shards and recomputation.
+_OUTER = re.compile(r"(module\.)*")
+_ANYWHERE = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def _unwrapped(name: str) -> str:
+    name = _ANYWHERE.sub("", name)
+    return name[_OUTER.match(name).end() :]
+
+
+def without_wrappers(tensors: Tensors) -> Tensors:
+    """The names that parameters have without PyTorch's wrappers; ValueError where two become one."""
+    return _renamed(tensors, _unwrapped)
+
+
 # ---- MindONE ----
 
 
@@ -236,6 +255,9 @@ def _without_lora(tensors: Tensors) -> Tensors:
         up, down, weight = pair.get("up"), pair.get("down"), merged.get(name)
         if weight is None or up is None or down is None or _product_shape(up, down) != weight.shape:
             raise ValueError(f"the LoRA of {name} is not whole or does not fit it")
+        weight, up, down = map(widened, (weight, up, down))
+        if {weight.dtype.kind, up.dtype.kind, down.dtype.kind} != {"f"}:
+            raise ValueError(f"the LoRA of {name} is not of floating-point numbers")
         merged[name] = (weight + up.astype(np.float32) @ down.astype(np.float32)).astype(weight.dtype)
     return _renamed(merged, lambda name: re.sub(r"\.linear\.(weight|bias)$", r".\1", name))
 
@@ -343,7 +365,8 @@ def to_diffusers(tensors: Tensors, text_layers: int = _SD2_BLOCKS - 1) -> dict[s
     unet, vae, text = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in (_UNET, _VAE, _CLIP))
     lost = [name for name in tensors if not name.startswith((_UNET, _VAE, _CLIP))]
     if lost:
-        raise UserError(f"{len(lost)} parameters have no place in a diffusers pipeline (first: {', '.join(lost[:3])})")
+        first = ", ".join(map(escaped, lost[:3]))
+        raise UserError(f"{len(lost)} parameters have no place in a diffusers pipeline (first: {first})")
 
     blocks = _count(unet, r"input_blocks\.#\.")
     depth = next((n for n in range(blocks) if f"input_blocks.{n + 1}.0.op.weight" in unet), max(blocks - 1, 0))

@@ -3,7 +3,11 @@
 Two containers: a zip archive with ``NAME/data.pkl`` and the numbers in ``NAME/data/KEY`` (PyTorch 1.6 and later), and
 the older row of pickles with the numbers behind it. A pickle is a program for a small stack machine; ``_Machine`` is
 such a machine that builds plain containers, notes tensors, and knows no way to import or to call. What a pickle calls
-must be in ADMITTED, otherwise the file is refused; a class that is only named is a word.
+is done by ADMITTED; an object of any other class (a path, a date, NumPy's numbers, a program's settings) is an
+``_Object``, about which nothing is known but its class's name. A file that wants to run something is refused.
+
+Training programs keep the parameters under a word, beside counters, averages and the optimizer's state:
+``_state_dict`` finds them.
 
 ``torch.jit.save`` uses the same archive, with the program beside it (``NAME/code``, never looked at) and a tree of
 modules in data.pkl: objects of classes ``__torch__.*``. They become tables of their attributes, and a tensor's name is
@@ -12,16 +16,21 @@ the path to it with dots, as in the module's state dict.
 
 from __future__ import annotations
 
-import mmap
+import logging
+import math
 import pickletools
+import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, truncation, widened
+from ldm.checkpoint.arrays import BFLOAT16, FileError, Mapping, Strings, Tensors, array_at, nbytes, truncation, widened
+from ldm.files import escaped
+
+log = logging.getLogger(__name__)
 
 TYPES = {
     "DoubleStorage": np.dtype("<f8"),
@@ -35,8 +44,13 @@ TYPES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("bool"),
 }
-STATE_DICTS = ("state_dict", "model", "module")  # where training frameworks keep the parameters
+STATE_DICTS = (  # words under which programs keep the parameters; the first that is there is taken
+    *("state_dict", "model_state_dict", "model", "module", "network", "net", "params", "weights", "unet"),
+    *("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "params_ema"),
+)
+DEPTH = 3  # of these words, one within the other
 MAX_OPERATIONS = 10_000_000  # of one pickle; SD 1.5 with its moving average has 200,000
+_TOO_LONG = f"is no checkpoint: its pickle has more than {MAX_OPERATIONS:,} operations"
 MAX_PICKLE = 64 << 20  # bytes of a zip archive's data.pkl
 MAX_ATTRIBUTES = 100_000  # of all TorchScript modules, each counted as often as there are paths to it
 MAX_NAME = 300  # characters of such a path
@@ -44,6 +58,7 @@ MAX_NAME = 300  # characters of such a path
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_HEAD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # that number as a pickle
 _ZIP_HEAD = b"PK\x03\x04"
+_SIZE_BEHIND, _SIZE_IN_EXTRA = 8, 0xFFFFFFFF  # of a zip member: a flag, and in place of a size
 
 
 class _Global(NamedTuple):
@@ -57,11 +72,12 @@ class _Global(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """A flat row of numbers somewhere in the file."""
+    """A flat row of numbers somewhere in the file; dtype is None where nothing here can hold their `kind`."""
 
     dtype: Any
     key: str
     count: int
+    kind: str = ""
 
 
 class _Tensor(NamedTuple):
@@ -77,7 +93,15 @@ class _Module(dict):
     """A TorchScript module: its attributes by name."""
 
 
-_MARK, _OPAQUE = object(), object()  # _OPAQUE: a value that is of no use here
+class _Object(dict):
+    """A value of a class that is not known here: what was put into it by key, for it may be a table."""
+
+    __slots__ = ("kind",)
+
+
+_MARK = object()
+_PARAMETERS = "torch.nn.modules.container.ParameterDict"
+_OPTIMIZER = re.compile("optim|sched|scaler", re.IGNORECASE)
 
 
 def fits(head: bytes) -> bool:
@@ -85,22 +109,89 @@ def fits(head: bytes) -> bool:
     return head.startswith((_ZIP_HEAD, _LEGACY_HEAD))
 
 
-def read(data: mmap.mmap) -> tuple[Tensors, Strings]:
+def read(data: Mapping) -> tuple[Tensors, Strings]:
     """The tensors of the state dict, and the strings beside it."""
     content, locate = (_open_zip if data[:4] == _ZIP_HEAD else _open_legacy)(data)
     if not isinstance(content, dict):
         raise FileError("holds no table of parameters but another object; save its state_dict()")
-    if isinstance(content, _Module):
-        content = _flat(content)
-    strings = {key: text for key, text in content.items() if isinstance(key, str) and isinstance(text, str) and text}
-    if not any(isinstance(value, _Tensor) for value in content.values()):
-        content = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
+    table = _flat(content) if isinstance(content, _Module) else content
+    strings = _texts(table)
+    path, remark = _state_dict(table)
+    if remark:
+        log.info("%s: %s", data.path, remark)
+    for word in path:
+        table = table[word]
+        strings.update(_texts(table))
     storages: dict[str, np.ndarray] = {}
     tensors = {}
-    for name, value in content.items():
+    for name, value in table.items():
         if isinstance(name, str) and isinstance(value, _Tensor):
-            tensors[name] = _view(name, value, storages, data, locate)
+            tensors[name] = _view(escaped(name), value, storages, data, locate)
     return tensors, strings
+
+
+def _texts(table: dict) -> Strings:
+    return {key: text for key, text in table.items() if isinstance(key, str) and isinstance(text, str) and text}
+
+
+def _state_dict(content: dict) -> tuple[tuple[str, ...], str]:
+    """The words that lead from what a file holds to the table of parameters, and a remark where there is a choice.
+
+    No words mean that it is that table itself. A table under words of STATE_DICTS is taken, where it holds no fewer
+    tensors than the tables around it. Otherwise it is the one with the most tensors.
+
+    Raises:
+        FileError: there is no table of tensors at all.
+    """
+    tables = _tables(content)
+    counts = {path: _size(table) for path, table in tables.items()}
+    found = {path: count for path, count in counts.items() if count > (0, 0)}
+    if not found:
+        for path, table in tables.items():
+            if isinstance(table, _Object) and {*path} <= {*STATE_DICTS}:
+                raise FileError(f"holds its parameters in an object, {escaped(table.kind)}; save its state_dict()")
+        return (), ""
+    named = [
+        path
+        for path, count in found.items()
+        if path and set(path) <= {*STATE_DICTS} and all(count >= counts[path[:n]] for n in range(len(path)))
+    ]
+    ranks = {path: [STATE_DICTS.index(word) for word in path] for path in named}
+    chosen = min(named, key=ranks.get) if named else max(found, key=found.get)
+    others = [
+        f"{_told(path)} ({found[path][1]})"
+        for path in found
+        if path != chosen and 2 * found[path][0] >= found[chosen][0] > 0
+    ]
+    if not others:
+        return chosen, ""
+    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    here = f"{_told(chosen)} ({found[chosen][1]} tensors)"
+    return chosen, f"the parameters are taken from {here}, not from {', '.join(others[:4])}{more}"
+
+
+def _tables(content: dict) -> dict[tuple[str, ...], dict]:
+    """The tables in a file by the words that lead to them, each once; without those of optimizers."""
+    tables, waiting, seen = {}, [((), content)], set()
+    for path, table in waiting:
+        if id(table) in seen:
+            continue
+        seen.add(id(table))
+        tables[path] = table
+        if len(path) < DEPTH:
+            inner = ((key, value) for key, value in table.items() if isinstance(key, str) and isinstance(value, dict))
+            waiting += [((*path, key), value) for key, value in inner if not _OPTIMIZER.search(key)]
+    return tables
+
+
+def _size(table: dict) -> tuple[int, int]:
+    """How many tensors a table holds: those that are more than a number, and all."""
+    tensors = [value for name, value in table.items() if isinstance(name, str) and isinstance(value, _Tensor)]
+    return sum(value.size != () for value in tensors), len(tensors)
+
+
+def _told(path: tuple[str, ...]) -> str:
+    return escaped(".".join(path)) if path else "its top"
 
 
 def _flat(root: _Module) -> dict[str, Any]:
@@ -129,40 +220,38 @@ def _paths(path: str, module: _Module) -> Iterator[tuple[str, Any]]:
 
 
 def _view(
-    name: str, tensor: _Tensor, storages: dict[str, np.ndarray], data: mmap.mmap, locate: Callable[[_Storage], int]
+    name: str, tensor: _Tensor, storages: dict[str, np.ndarray], data: Mapping, locate: Callable[[_Storage], int]
 ) -> np.ndarray:
     storage, offset, size, stride = tensor
+    if storage.dtype is None:
+        raise _unread(name, storage.kind)
     sizes = (*size, *stride, offset)
-    if len(size) != len(stride) or len(size) > 32 or not all(type(n) is int and 0 <= n < 1 << 62 for n in sizes):
+    usable = all(type(n) is int and 0 <= n < 1 << 62 for n in sizes) and math.prod(n for n in size if n) < 1 << 60
+    if len(size) != len(stride) or len(size) > 32 or not usable:
         raise FileError(f"is damaged: {name} has no usable shape")
-    count = 1
-    for n in size:
-        count *= n
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    stride = [0 if n == 1 else step for n, step in zip(size, stride)]  # where there is one number there is no next
+    count, last = math.prod(size), offset + sum((n - 1) * step for n, step in zip(size, stride))
     if count > storage.count or (count and last >= storage.count) or offset > storage.count:
         raise FileError(f"is damaged: {name}, shape {list(size)}, reaches beyond its {storage.count} numbers")
+    if not count:
+        return array_at(b"", storage.dtype if storage.dtype != BFLOAT16 else np.dtype("<f4"), list(size), 0)
     if storage.key not in storages:
         # Widened here, once: of all the tensors that share a storage each would be a copy.
         storages[storage.key] = widened(array_at(data, storage.dtype, [storage.count], locate(storage)))
     flat = storages[storage.key][offset:]
-    if not count:
-        return flat[:0].reshape(size)
     return np.lib.stride_tricks.as_strided(flat, size, [step * flat.itemsize for step in stride])
+
+
+def _unread(name: str, kind: str) -> FileError:
+    return FileError(f"holds {name} as {escaped(kind)}, which is not read here: convert it to float32 or float16")
 
 
 # ---- the two containers ----
 
 
-def _open_zip(data: mmap.mmap) -> tuple[Any, Callable[[_Storage], int]]:
+def _open_zip(data: Mapping) -> tuple[Any, Callable[[_Storage], int]]:
     """(what data.pkl holds, storage -> where its numbers are)."""
-    try:
-        with zipfile.ZipFile(data) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
-        raise FileError(f"is truncated or damaged: {error}; fetch or copy the file again") from None
-    places = {member.filename: member for member in members}
-    if len(places) < len(members):
-        raise FileError("is damaged: its archive holds a name twice")
+    places, end = _directory(data)
     pickles = [name for name in places if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise FileError("is a zip archive, but not one that torch.save wrote: it has no data.pkl")
@@ -170,17 +259,14 @@ def _open_zip(data: mmap.mmap) -> tuple[Any, Callable[[_Storage], int]]:
 
     def place(name: str) -> tuple[int, int]:
         """(start, size) of a member, which must lie in the file as it is."""
-        member = places.get(name)
+        member, name = places.get(name), escaped(name)
         if member is None:
             raise FileError(f"is damaged: {name} is missing in its archive")
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise FileError(f"is a repacked archive: {name} is compressed or encrypted; unpack it and zip it with -0")
-        header = data[member.header_offset : member.header_offset + 30]
-        if len(header) < 30 or header[:4] != _ZIP_HEAD:
-            raise FileError(f"is damaged: {name} is not where its archive says")
-        start = member.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if start + member.file_size > len(data):
-            raise FileError(f"is damaged: {name} ends behind the file")
+        start = _content(data, member, name)
+        if start + member.file_size > end:
+            raise FileError(f"is damaged: {name} ends behind the archive's members")
         return start, member.file_size
 
     if folder + "byteorder" in places:
@@ -195,13 +281,45 @@ def _open_zip(data: mmap.mmap) -> tuple[Any, Callable[[_Storage], int]]:
         name = f"{folder}data/{storage.key}"
         start, size = place(name)
         if size != nbytes(storage.dtype, [storage.count]):
-            raise FileError(f"is damaged: {name} has {size} bytes for {storage.count} numbers")
+            raise FileError(f"is damaged: {escaped(name)} has {size} bytes for {storage.count} numbers")
         return start
 
     return _Machine().run(data[start : start + size]), locate
 
 
-def _open_legacy(data: mmap.mmap) -> tuple[Any, Callable[[_Storage], int]]:
+def _directory(data: Mapping) -> tuple[dict[str, zipfile.ZipInfo], int]:
+    """The members of an archive by name, and the place behind the last of them."""
+    try:
+        with zipfile.ZipFile(data) as archive:
+            members, end = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
+        raise FileError(f"is truncated or damaged: {escaped(error)}; fetch or copy the file again") from None
+    places = {member.filename: member for member in members}
+    if len(places) < len(members):
+        raise FileError("is damaged: its archive holds a name twice")
+    return places, end
+
+
+def _content(data: Mapping, member: zipfile.ZipInfo, name: str) -> int:
+    """Where a member's bytes begin, by its own header, which must say the same of it as the archive's directory."""
+    header = data[member.header_offset : member.header_offset + 30]
+    if len(header) < 30 or header[:4] != _ZIP_HEAD:
+        raise FileError(f"is damaged: {name} is not where its archive says")
+    flags, packing, size, length, extra = struct.unpack("<6x2H12xI2H", header)
+    start = member.header_offset + 30 + length
+    own = data[member.header_offset + 30 : start]
+    same_size = bool(flags & _SIZE_BEHIND) or size in (member.file_size, _SIZE_IN_EXTRA)
+    if own not in _spellings(member.orig_filename) or packing != member.compress_type or not same_size:
+        raise FileError(f"is damaged: {name} is not what its archive's directory says")
+    return start + extra
+
+
+def _spellings(name: str) -> list[bytes]:
+    """The bytes that a name in the directory may have been read from."""
+    return [name.encode(encoding, "ignore") for encoding in ("utf-8", "cp437")]
+
+
+def _open_legacy(data: Mapping) -> tuple[Any, Callable[[_Storage], int]]:
     """Magic number, protocol, the machine, the object, the storages' keys; then count and numbers of each storage."""
     data.seek(0)
     machine = _Machine()
@@ -216,14 +334,18 @@ def _open_legacy(data: mmap.mmap) -> tuple[Any, Callable[[_Storage], int]]:
             raise FileError("is damaged: it holds numbers that nothing in it names")
         count = int.from_bytes(data[start : start + 8], "little")
         places[key] = start + 8, count
-        start += 8 + nbytes(machine.storages[key].dtype, [count])
+        stored = machine.storages[key]
+        if stored.dtype is None:
+            raise _unread("numbers", stored.kind)
+        start += 8 + nbytes(stored.dtype, [count])
         if start > len(data):
             raise truncation(start, len(data))
 
     def locate(storage: _Storage) -> int:
         start, count = places.get(storage.key, (0, -1))
         if count != storage.count:
-            raise FileError(f"is damaged: storage {storage.key} has {count} numbers instead of {storage.count}")
+            key = escaped(storage.key)
+            raise FileError(f"is damaged: storage {key} has {count} numbers instead of {storage.count}")
         return start
 
     return content, locate
@@ -238,6 +360,21 @@ def _rebuild_tensor(storage, offset, size, stride, *_):
     return _Tensor(storage, offset, size, stride)
 
 
+def _rebuild_untyped(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
+    """Of a type that is younger than PyTorch's typed storages, for instance float8."""
+    return _rebuild_tensor(_Storage(None, "", 0, str(dtype)), offset, size, stride)
+
+
+def _rebuild_subclass(function, kind, arguments, *_):
+    """A tensor with attributes of its own, or of a class of its own, which may be made by any function."""
+    rebuild = ADMITTED.get(function) if isinstance(function, _Global) else None
+    return _unread_tensor(kind) if rebuild is None else rebuild(*arguments)
+
+
+def _unread_tensor(kind: Any) -> _Tensor:
+    return _Tensor(_Storage(None, "", 0, str(kind)), 0, (1,), (1,))
+
+
 def _first(value, *_):
     return value
 
@@ -250,42 +387,65 @@ def _table(pairs=(), *_):
     return table
 
 
-def _opaque(*_):
-    return _OPAQUE
+def _attribute(owner=None, name=None, *_):
+    """Of a class or an object that is not known: how Python writes a choice among named ones, or a method."""
+    if not isinstance(owner, (_Global, _Object)) or not isinstance(name, str):
+        raise _wish(_Global("builtins", "getattr"))
+    return _object(owner)
 
 
-def _module(*_):
-    return _Module()
+def _object(kind: Any = "") -> _Object:
+    made = _Object()
+    made.kind = kind.kind if isinstance(kind, _Object) else str(kind)
+    return made
 
 
-# What a file may call, and what is done instead. Tensors and tables are what is wanted; the rest are numbers and
-# settings that training frameworks leave beside them.
+# What is done where a file calls one of these. Tensors and tables are what is wanted.
 ADMITTED: dict[tuple[str, str], Callable] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_untyped,
+    ("torch._tensor", "_rebuild_from_type"): _rebuild_subclass,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
     ("torch._utils", "_rebuild_parameter"): _first,
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("torch", "Size"): _first,
     ("collections", "OrderedDict"): _table,
-    ("collections", "defaultdict"): _opaque,
-    ("torch", "device"): _opaque,
-    ("numpy.core.multiarray", "scalar"): _opaque,
-    ("numpy._core.multiarray", "scalar"): _opaque,
-    ("numpy", "dtype"): _opaque,
-    ("_codecs", "encode"): _opaque,
-    **{(builtins, kind): _opaque for builtins in ("builtins", "__builtin__") for kind in ("set", "frozenset")},
+    **{(builtins, "getattr"): _attribute for builtins in ("builtins", "__builtin__")},
     **{("torch.jit._pickle", f"build_{kind}list"): _first for kind in ("int", "double", "bool", "tensor")},
     ("torch.jit._pickle", "restore_type_tag"): _first,
 }
+# Nothing is ever called. But a file that asks for one of these is no mere checkpoint, and its user should know.
+_RUNS = re.compile(
+    r"(os|nt|posix|sys|subprocess|importlib|runpy|pty|ctypes|socket|shutil|commands|code|codeop|types|marshal|_?pickle"
+    r"|operator|webbrowser|timeit|bdb|pdb|c?[pP]rofile|pip|asyncio|multiprocessing|threading|urllib|requests)(\.|$)"
+    r"|(__builtin__|builtins)\.(?!(set|frozenset|bytearray|complex|slice|x?range|object|list|dict|tuple|int|float|str"
+    r"|bytes|bool|long|unicode|getattr|\w+(Error|Exception|Warning))$)"
+)
 
 
-def _admitted(function: Any) -> Callable | None:
-    """What to do instead of a call; None where there is no such thing and the file is refused."""
-    if not isinstance(function, _Global):
-        return None
+def _instead(function: Any, arguments: Any) -> Callable:
+    """What to do instead of a call; FileError where it would run a program."""
+    named = [thing for thing in (function, *arguments) if isinstance(thing, _Global)]
+    harm = next((thing for thing in named if _RUNS.match(str(thing))), None)
+    if harm or not isinstance(function, (_Global, _Object)):
+        raise _wish(harm or function)
+    if isinstance(function, _Object):
+        return lambda *_: _object()
     if function.module.split(".")[0] == "__torch__":  # where TorchScript puts the classes that a file defines itself
-        return _module
-    return ADMITTED.get(tuple(function))
+        return lambda *_: _Module()
+    if function in ADMITTED:
+        return ADMITTED[function]
+    unread = function.module.startswith("torch.") and function.name.startswith("_rebuild")
+    return lambda *_: (_unread_tensor if unread else _object)(function)
+
+
+def _wish(function: Any) -> FileError:
+    named = escaped(function) if isinstance(function, _Global) else "an object"
+    return FileError(
+        f"wants to call {named}, which no checkpoint needs; nothing of it was run. "
+        "If you trust the file, load it in PyTorch and save its tensors as .safetensors"
+    )
 
 
 def _set_item(table: dict, key: Any, value: Any) -> None:
@@ -298,8 +458,9 @@ class _Machine:
 
     def __init__(self):
         self.storages: dict[str, _Storage] = {}
+        self.work = 0
 
-    def run(self, source: bytes | mmap.mmap) -> Any:
+    def run(self, source: bytes | Mapping) -> Any:
         """What the pickle at the source's place describes.
 
         Raises:
@@ -310,12 +471,12 @@ class _Machine:
         try:
             for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
                 if count > MAX_OPERATIONS:
-                    raise FileError(f"is no checkpoint: its pickle has more than {MAX_OPERATIONS:,} operations")
+                    raise FileError(_TOO_LONG)
                 if opcode.name == "STOP":
                     return self.stack.pop()
                 self.step(opcode.name, argument)
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
-            raise FileError(f"is truncated or damaged: its pickle is not readable ({str(error)[:80]})") from None
+            raise FileError(f"is truncated or damaged: its pickle is not readable ({escaped(error)})") from None
         raise FileError("is truncated or damaged: its pickle has no end")
 
     def step(self, name: str, argument: Any) -> None:
@@ -334,6 +495,8 @@ class _Machine:
             _BUILDERS[name](self)
         elif name == "GLOBAL":
             stack.append(_Global(*argument.split(" ", 1)))
+        elif name == "INST":
+            self.call(_Global(*argument.split(" ", 1)), self.since_mark())
         elif name not in ("PROTO", "FRAME"):
             raise FileError(f"holds the pickle operation {name}, which is not read here; save it as .safetensors")
 
@@ -355,27 +518,35 @@ class _Machine:
         del self.stack[len(self.stack) - count :]
         return values
 
-    def call(self) -> None:
-        function, arguments = self.take(2)
-        instead = _admitted(function)
-        if instead is None:
-            raise FileError(
-                f"wants to call {_named(function)}, which no checkpoint needs; nothing of it was run. "
-                "If you trust the file, load it in PyTorch and save its tensors as .safetensors"
-            )
-        self.stack.append(instead(*arguments))
+    def spend(self, values: Sized) -> None:
+        """Count what is done with many values at once: a file can name the same ones again and again."""
+        self.work += len(values)
+        if self.work > MAX_OPERATIONS:
+            raise FileError(_TOO_LONG)
+
+    def call(self, function: Any, arguments: list | tuple) -> None:
+        for values in (arguments, *arguments[:1]):
+            if isinstance(values, (list, tuple, dict)):
+                self.spend(values)
+        self.stack.append(_instead(function, arguments)(*arguments))
+
+    def construct(self, words: list) -> None:
+        """A class and its arguments, as the oldest pickles have them."""
+        self.call(words[0], words[1:])
 
     def storage(self) -> None:
-        ((mark, kind, key, _, count, *view),) = self.take(1)
-        if mark != "storage" or not isinstance(kind, _Global) or kind.name not in TYPES:
-            raise FileError(
-                f"holds numbers as {_named(kind)}, which is not read here: convert it to float32 or float16"
-            )
+        (persistent,) = self.take(1)
+        if persistent[0] == "module":  # an object's class, with its source
+            self.stack.append(persistent[1])
+            return
+        mark, kind, key, _, count, *view = persistent
+        if mark != "storage" or not isinstance(kind, _Global):
+            raise ValueError("storage")
         if not isinstance(key, str) or type(count) is not int or not 0 <= count < 1 << 62:
             raise ValueError("storage")
         if any(part is not None for part in view):
             raise FileError("is a file of PyTorch before 0.4, which is not read here; save it anew")
-        stored = _Storage(TYPES[kind.name], key, count)
+        stored = _Storage(TYPES.get(kind.name), key, count, str(kind))
         self.storages.setdefault(key, stored)
         self.stack.append(stored)
 
@@ -390,10 +561,16 @@ class _Machine:
                 _set_item(table, key, value)
 
     def build(self) -> None:
-        """An object's state: a module's attributes; of no use to what is a plain container here."""
+        """An object's state: a module's attributes, a dictionary's parameters; of no use to any other here."""
         (state,) = self.take(1)
-        if isinstance(self.stack[-1], _Module) and isinstance(state, dict):
-            self.stack[-1].update(state)
+        table = self.stack[-1]
+        if isinstance(table, _Object) and table.kind == _PARAMETERS and isinstance(state, dict):
+            state = state.get("_parameters")
+        elif not isinstance(table, _Module):
+            return
+        if isinstance(state, dict):
+            self.spend(state)
+            table.update(state)
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -402,7 +579,7 @@ class _Machine:
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
 _LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 }
 _BUILDERS: dict[str, Callable[[_Machine], None]] = {
@@ -422,19 +599,17 @@ _BUILDERS: dict[str, Callable[[_Machine], None]] = {
     "DICT": lambda m: m.push(_table(list(_pairs(m.since_mark())))),
     "SETITEM": lambda m: m.set_items(m.take(2)),
     "SETITEMS": lambda m: m.set_items(m.since_mark()),
-    "EMPTY_SET": lambda m: m.push(_OPAQUE),
+    "EMPTY_SET": lambda m: m.push(_object()),
     "ADDITEMS": lambda m: m.since_mark(),
-    "FROZENSET": lambda m: (m.since_mark(), m.push(_OPAQUE)),
+    "FROZENSET": lambda m: (m.since_mark(), m.push(_object())),
     "STACK_GLOBAL": lambda m: m.push(_Global(*map(_word, m.take(2)))),
-    "REDUCE": lambda m: m.call(),
-    "NEWOBJ": lambda m: m.call(),
+    "REDUCE": lambda m: m.call(*m.take(2)),
+    "NEWOBJ": lambda m: m.call(*m.take(2)),
+    "NEWOBJ_EX": lambda m: m.call(*m.take(3)[:2]),
+    "OBJ": lambda m: m.construct(m.since_mark()),
     "BUILD": lambda m: m.build(),
     "BINPERSID": lambda m: m.storage(),
 }
-
-
-def _named(value: Any) -> str:
-    return str(value) if isinstance(value, _Global) else "an object"
 
 
 def _word(value: Any) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, raw, truncation
+from ldm.files import escaped
 
 TYPES = {
     "F64": np.dtype("<f8"),
@@ -43,7 +44,7 @@ def read(data: mmap.mmap) -> tuple[Tensors, Strings]:
     try:
         header = json.loads(data[8:body].decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"is damaged: its header is not readable ({str(error)[:80]})") from None
+        raise FileError(f"is damaged: its header is not readable ({escaped(error)})") from None
     strings = header.pop("__metadata__", None) or {}
     if not isinstance(strings, dict) or not all(isinstance(text, str) for text in strings.values()):
         raise FileError("is damaged: its __metadata__ is not a table of strings")
@@ -52,7 +53,9 @@ def read(data: mmap.mmap) -> tuple[Tensors, Strings]:
     end = 0
     for name, dtype, shape, start, stop in entries:
         if start != end or stop - start != nbytes(dtype, shape):
-            raise FileError(f"is damaged: the bytes of {name} do not follow the ones before or do not fit its shape")
+            raise FileError(
+                f"is damaged: the bytes of {escaped(name)} do not follow the ones before or do not fit its shape"
+            )
         end = stop
     if body + end > len(data):
         raise truncation(body + end, len(data))
@@ -75,12 +78,13 @@ def _entry(name: str, entry: dict) -> tuple:
         return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
     if not isinstance(entry, dict) or not is_sizes(entry.get("shape")) or not is_sizes(entry.get("data_offsets")):
-        raise FileError(f"is damaged: its header says nothing usable of {name}")
+        raise FileError(f"is damaged: its header says nothing usable of {escaped(name)}")
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in TYPES:
-        raise FileError(f"holds {name} as {dtype}, which is not read here: convert it to F32, F16 or BF16")
+        told = f"{escaped(name)} as {escaped(dtype)}"
+        raise FileError(f"holds {told}, which is not read here: convert it to F32, F16 or BF16")
     if len(entry["data_offsets"]) != 2:
-        raise FileError(f"is damaged: {name} has no place in the file")
+        raise FileError(f"is damaged: {escaped(name)} has no place in the file")
     return (name, TYPES[dtype], entry["shape"], *entry["data_offsets"])
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from ldm.data.colour import to_srgb
 from ldm.errors import UserError
-from ldm.files import quoted
+from ldm.files import escaped, quoted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, for which Pillow starts another program
 LONGEST = 8  # of a picture with longer sides than 8 : 1 only the middle is kept, or scaling could exhaust the memory
@@ -192,4 +192,5 @@ def _reason(error: Exception) -> str:
         return f"not a complete picture of a known format ({', '.join(FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, scale it down"
-    return str(getattr(error, "strerror", None) or error or type(error).__name__).splitlines()[0]
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    return escaped(lines[0] if lines else type(error).__name__, 200)

@@ -8,19 +8,22 @@ is replaced as a whole or not at all.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, dtype_to_nptype
 
 from ldm import checkpoint
 from ldm.checkpoint import formats
 from ldm.errors import UserError
+from ldm.files import escaped, quoted
 from ldm.train.step import TrainStep
 
 RESUME_NAME = "train_resume.safetensors"
@@ -94,7 +97,7 @@ def load_state(path: str | Path, train_step: TrainStep, settings: dict) -> dict:
     """Put a run back to where it was; returns its progress.
 
     Raises:
-        UserError: no such file, truncated, not of this kind, of another model, or of a run with other settings. Nothing
+        UserError: no such file, damaged, not of this kind, of another model, or of a run with other settings. Nothing
             has been changed then.
     """
     tensors, record = _read(path)
@@ -102,8 +105,12 @@ def load_state(path: str | Path, train_step: TrainStep, settings: dict) -> dict:
     variables = train_step.variables()
     tensors = checkpoint.match(tensors, {name: param.shape for name, param in variables.items()}, path)
     for name, param in variables.items():
+        if tensors[name].dtype != dtype_to_nptype(param.dtype):
+            raise _damaged(path, f"{name} is {tensors[name].dtype}")
+    counters = _counters(path, record["counters"], train_step.counters())
+    for name, param in variables.items():
         param.set_data(Tensor(np.array(tensors[name])))
-    train_step.set_counters(record["counters"])
+    train_step.set_counters(counters)
     return record["progress"]
 
 
@@ -117,10 +124,47 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
     tensors, strings, _ = formats.read(path)
     if _KEY not in strings:
         raise UserError(f"{path} is not a resume state; give weights as --pretrained_model_path instead")
-    record = json.loads(strings[_KEY])
-    if record["version"] != _VERSION:
+    return tensors, _record(path, strings[_KEY])
+
+
+def _record(path: str | Path, text: str) -> dict:
+    """What stands beside the tensors, as `save_state` writes it; UserError where it is anything else."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _damaged(path, f"its {_KEY} is not JSON") from None
+    if not isinstance(record, dict):
+        raise _damaged(path, f"its {_KEY} is no table")
+    version = record.get("version")
+    if type(version) is int and version != _VERSION:
         raise UserError(f"{path} was written by another version of this program; start from its last checkpoint")
-    return tensors, record
+    for key in ("counters", "progress", "settings"):
+        if type(version) is not int or not isinstance(record.get(key), dict):
+            raise _damaged(path, f"its {_KEY} lacks its version or the table of its {key}")
+    if not _is_count(record["progress"].get("step")):
+        raise _damaged(path, f"its step is {quoted(record['progress'].get('step'))}")
+    written = record["progress"].get("written", [])
+    if not isinstance(written, list) or not all(isinstance(n, str) and _CHECKPOINT.fullmatch(n) for n in written):
+        raise _damaged(path, f"the checkpoints that it has written are {quoted(written)}")
+    return record
+
+
+def _counters(path: str | Path, there: dict, wanted: dict[str, float]) -> dict[str, float]:
+    """The counters of a state, each of the kind that the run's own have; UserError where one is not."""
+    for name, now in wanted.items():
+        value = there.get(name)
+        is_scale = isinstance(now, float) and type(value) in (int, float) and 0 < value < math.inf
+        if not is_scale and (isinstance(now, float) or not _is_count(value)):
+            raise _damaged(path, f"its counter {name} is {quoted(value)}")
+    return there
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _damaged(path: str | Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged: {what}; start from its last checkpoint")
 
 
 def _check_settings(path: str | Path, then: dict, now: dict, keys: set[str]) -> None:
@@ -128,9 +172,14 @@ def _check_settings(path: str | Path, then: dict, now: dict, keys: set[str]) -> 
     older = {key for key in _LATER if key not in then} | {*_NO_LONGER}
     changed = [key for key in sorted(keys - older) if then.get(key) != now.get(key)]
     if changed:
-        told = ", ".join(f"{key} was {then.get(key)!r} and is now {now.get(key)!r}" for key in changed[:3])
+        pairs = ((escaped(key), *(_value(values.get(key)) for values in (then, now))) for key in changed[:3])
+        told = ", ".join(f"{key} was {old} and is now {new}" for key, old, new in pairs)
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(f"{path} belongs to a run with other settings: {told}{more}; restore them to resume it")
+
+
+def _value(value: Any) -> str:
+    return quoted(value) if isinstance(value, str) else escaped(value)
 
 
 def prune(folder: str | Path, written: Sequence[str], keep: int) -> list[str]:

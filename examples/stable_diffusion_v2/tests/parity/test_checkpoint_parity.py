@@ -1,6 +1,9 @@
 """Files of PyTorch and diffusers read here, and our diffusers folders read there."""
 
+import argparse
+import datetime
 import json
+import pathlib
 from dataclasses import replace
 
 import numpy as np
@@ -63,9 +66,34 @@ def test_a_module_and_an_optimizer_are_read(tmp_path):
     assert np.array_equal(read["0.weight"], model[0].weight.detach().numpy())
 
 
+def test_a_textual_inversion_is_called_by_its_name(tmp_path):
+    """As its authors' program writes it."""
+    words = torch.nn.ParameterDict({"*": torch.ones(2, 768)})
+    torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": words}, tmp_path / "t.pt")
+    with pytest.raises(Exception, match="is a textual inversion"):
+        checkpoint.load(tmp_path / "t.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_checkpoint_of_a_training_program(tmp_path, legacy):
+    net = torch.nn.Linear(2, 3)
+    content = {
+        "state_dict": net.state_dict(),
+        "global_step": torch.tensor(500),
+        "optimizer": torch.optim.Adam(net.parameters()).state_dict(),
+        "arguments": argparse.Namespace(path=pathlib.Path("x"), at=datetime.datetime.now(), rate=np.float64(0.1)),
+        "random": {"numpy": np.random.get_state(), "torch": torch.get_rng_state()},
+    }
+    torch.save(content, tmp_path / "t.pt", _use_new_zipfile_serialization=not legacy)
+    tensors = checkpoint.load(tmp_path / "t.pt").tensors
+    assert {name: array.tolist() for name, array in tensors.items()} == {
+        name: value.tolist() for name, value in net.state_dict().items()
+    }
+
+
 def test_a_whole_module_is_refused(tmp_path):
     torch.save(torch.nn.Linear(3, 4), tmp_path / "t.pt")
-    with pytest.raises(Exception, match=r"wants to call torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(Exception, match=r"torch\.nn\.modules\.linear\.Linear; save its state_dict"):
         checkpoint.load(tmp_path / "t.pt")
 
 
