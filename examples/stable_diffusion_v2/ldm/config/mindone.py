@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ldm.config.yaml_file import find_file, nearest, search
 from ldm.diffusion.prediction import own_name
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
 
@@ -283,4 +284,29 @@ REFUSED_TRAIN_OPTIONS = {
     "group_lr_scaler": "it is ControlNet's",
     "scale_lr": "multiply start_learning_rate by batch size, accumulation and devices yourself",
     "train_data_repeats": "raise --epochs instead",
+}
+
+_OTHER_SAMPLER = f"samplers are {', '.join(SAMPLERS)}"
+
+# Options of MindONE's drawing that would change the pictures: for `ldm.config.options.Parser.refuse`.
+REFUSED_DRAW_OPTIONS = {
+    "plms": _OTHER_SAMPLER,
+    "uni_pc": _OTHER_SAMPLER,
+    "check_safety": "there is no safety checker, pictures are saved as they are drawn",
+    "add_watermark": "there is no watermark; who made a picture can be told by its text entries",
+    "ti_ckpt_path": "embeddings of textual inversion are not read",
+}
+
+# Options of MindONE's drawing that have nothing to set here, and why.
+IGNORED_DRAW_OPTIONS = {
+    "support_long_prompts": "a prompt is cut at the encoder's length, with a warning",
+    "lora_ckpt_path": "it belongs to use_lora",
+    "lora_rank": "it belongs to use_lora",
+    "lora_scale": "it belongs to use_lora",
+    "log_level": "progress and warnings always show",
+    "jit_level": IGNORED_TRAIN_OPTIONS["jit_level"],
+    "clip_ckpt_path": "there is no safety checker",
+    "safety_version": "there is no safety checker",
+    "lora_ft_unet": "it belongs to use_lora",
+    "lora_ft_text_encoder": "it belongs to use_lora",
 }

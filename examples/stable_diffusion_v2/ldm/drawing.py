@@ -1,0 +1,229 @@
+"""The pictures of one run of text_to_image.py: which they are, what decides each of them, and their way to the disk."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
+
+import numpy as np
+
+from ldm import runtime
+from ldm.checkpoint import content_key
+from ldm.config.model import ModelConfig
+from ldm.config.options import require_at_least
+from ldm.data.prompts import paired, read_lines
+from ldm.diffusion.samplers import Sampler
+from ldm.errors import UserError
+from ldm.files import escaped
+from ldm.parallel.ranks import Ranks
+from ldm.pictures import grid, next_number, read_facts, read_png, save_drawn, save_png
+from ldm.text.tokenizer import Tokenizer
+from ldm.weights import config_key
+
+log = logging.getLogger(__name__)
+
+SPECIAL_ELSEWHERE = {  # patterns that mean something in the prompts of other programs
+    r"<(?:lora|lyco|hypernet):[^<>\n]*>": "prompts load nothing here",
+    r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)": "prompts have no weights here",
+}
+IN_GRID = 64  # pictures at most, lest a long prompt file fill the memory
+
+
+class Picture(NamedTuple):
+    """One picture to be drawn; `number` is its place in the whole run."""
+
+    prompt: str
+    negative_prompt: str
+    number: int
+
+
+def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(prompt, negative prompt) of everything that is to be drawn."""
+    lines = read_lines(args.data_path) if args.data_path else [args.prompt]
+    if args.negative_data_path:
+        pairs = paired(lines, read_lines(args.negative_data_path))
+    else:
+        pairs = [(line, args.negative_prompt) for line in lines if line or not args.data_path]
+    without = sum(not negative for _, negative in pairs)
+    if without and args.negative_data_path:
+        log.info("%d of %d prompts have a blank line for a negative prompt, which is none", without, len(pairs))
+    for text in (text for pair in pairs for text in pair):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the prompt {text!r} is not UTF-8: convert it, or set the terminal's locale") from None
+    return pairs
+
+
+def plan(args: argparse.Namespace) -> list[Picture]:
+    """Every picture of the run, in order: prompt by prompt, n_iter times n_samples of each."""
+    require_at_least(1, args, "n_iter", "n_samples", "sampling_steps", "batch_size")
+    require_at_least(0, args, "n_rows")
+    each = args.n_iter * args.n_samples
+    return [
+        Picture(prompt, negative, line * each + i)
+        for line, (prompt, negative) in enumerate(paired_prompts(args))
+        for i in range(each)
+    ]
+
+
+def batches(pictures: list[Picture], size: int) -> Iterator[tuple[list[Picture], list[Picture]]]:
+    """Slices of `size`; the last one is filled up with its last picture, for the graph is compiled for one size."""
+    for start in range(0, len(pictures), size):
+        batch = pictures[start : start + size]
+        yield batch, batch + batch[-1:] * (size - len(batch))
+
+
+def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, sampler: Sampler) -> dict:
+    """What decides the pictures beside their prompts and numbers, as their files tell it."""
+    return {
+        "seed": args.seed,
+        "sampler": sampler.name,
+        "eta": sampler.eta,
+        "spacing": sampler.spacing,
+        "final_sigma": sampler.final_sigma,
+        "sampling_steps": args.sampling_steps or config.sampling.steps,
+        "scale": config.guidance_scale if args.scale is None else args.scale,
+        "H": args.H or config.image_size,
+        "W": args.W or config.image_size,
+        "prediction_type": config.prediction_type,
+        "model_config": config_key(config),
+        "dtype": runtime.compute_dtype(args.dtype, args.device_target),
+        "checkpoint": Path(checkpoint).name,
+    }
+
+
+def file_facts(args: argparse.Namespace, checkpoint: str) -> dict[str, str]:
+    """What tells checkpoints of one name apart; reads them whole."""
+    files = {"checkpoint": checkpoint, "pretrained_model": args.pretrained_model_path, "vae": args.vae_path}
+    return {f"{name}_sha256": content_key(path) for name, path in files.items() if path}
+
+
+def in_background(function: Callable, *args) -> Future:
+    """What it returns or raises, from a thread that the end of the process does not wait for."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*args))
+        except Exception as error:  # to be raised where the result is wanted
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future
+
+
+def noise_number(picture: Picture, args: argparse.Namespace) -> int:
+    """What keys a picture's noise: with --fixed_code all batches of --n_samples begin with the same noises."""
+    return picture.number % args.n_samples if args.fixed_code else picture.number
+
+
+def picture_facts(picture: Picture, args: argparse.Namespace, run: dict) -> dict:
+    """All that a picture's file tells."""
+    number = noise_number(picture, args)
+    return {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt, "number": number, **run}
+
+
+def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, run: dict) -> list[Picture]:
+    """Those that have no file yet; UserError where a file was drawn with other settings or from another prompt."""
+    left = []
+    for picture in pictures:
+        path = samples / f"{picture.number:05}.png"
+        if not path.exists():
+            left.append(picture)
+            continue
+        said, wanted = read_facts(path), picture_facts(picture, args, run)
+        known = [key for key in wanted if key in said or not key.endswith("_sha256")]  # which pictures once lacked
+        other = next((key for key in known if said.get(key) != wanted[key]), None)
+        if other:
+            raise UserError(
+                f"cannot resume: {path} was drawn with {other} {said.get(other)!r}, not {wanted[other]!r}; "
+                "choose another --output_path"
+            )
+    return left
+
+
+class Output:
+    """Where the pictures of a run go: their files, and the grid.
+
+    Args:
+        args: the options of text_to_image.py.
+        ranks: all processes of the run.
+        samples: the folder of the single pictures.
+        pictures: all that are to be drawn, by all ranks.
+        facts: what decides them, as `run_facts` has it.
+        files: what `file_facts` will say; None where `facts` has it already, or no picture is saved.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        ranks: Ranks,
+        samples: Path,
+        pictures: list[Picture],
+        facts: dict,
+        files: Future | None,
+    ):
+        self.args, self.ranks, self.samples, self.facts, self.files = args, ranks, samples, dict(facts), files
+        self.count, self.drawn = len(pictures), {}
+        self.shown = [picture.number for picture in pictures[:IN_GRID]]
+        first = 0 if args.resume else next_number(samples)
+        self.first = ranks.broadcast("first number", first)  # none draws before all know
+
+    def save(self, batch: list[Picture], images: np.ndarray) -> None:
+        """Write the pictures of a batch; ends the run where a signal has come meanwhile."""
+        if not self.args.skip_grid:
+            self.drawn.update((p.number, image) for p, image in zip(batch, images) if p.number in self.shown)
+        if self.args.skip_save:
+            return
+        if self.files:
+            self.facts.update(self.files.result())
+        with runtime.signals.held("when these pictures are saved"):
+            for picture, image in zip(batch, images):
+                save_drawn(image, self.path(picture.number), picture_facts(picture, self.args, self.facts))
+        runtime.signals.raise_if_asked()
+
+    def path(self, number: int) -> Path:
+        return self.samples / f"{self.first + number:05}.png"
+
+    def finish(self) -> None:
+        """Say where the pictures are, and write the grid."""
+        self.ranks.barrier("all drawn")
+        if not self.args.skip_save:
+            log.info("%d pictures are in %s", self.count, self.samples)
+        if self.ranks.is_main and not self.args.skip_grid:
+            self._write_grid()
+
+    def _write_grid(self) -> None:
+        args, shown = self.args, self.shown
+        tiles = [self.drawn[k] if k in self.drawn else read_png(self.path(k)) for k in shown]
+        name = Path(args.output_path) / f"grid-{self.first + shown[0]:05}.png"
+        while name.exists() and not args.resume:  # of pictures that were not saved, or are no longer there
+            name = name.with_name(f"grid-{int(name.stem[5:]) + 1:05}.png")
+        save_png(grid(np.stack(tiles), args.n_rows or max(1, len(tiles) // args.n_samples)), name)
+        log.info("%s together: %s", "all" if len(tiles) == self.count else f"the first {len(tiles)}", name)
+
+
+def warn_of_plain_words(pictures: list[Picture], guidance_scale: float) -> None:
+    """Say once what other programs would see in the prompts, and what is not looked at."""
+    prompts = "\n".join(dict.fromkeys(text for picture in pictures for text in picture[:2]))
+    for pattern, what in SPECIAL_ELSEWHERE.items():
+        found = re.search(pattern, prompts)
+        if found:
+            log.warning("%s and the like are read as plain words: %s", escaped(found.group()), what)
+    if guidance_scale == 1 and any(picture.negative_prompt for picture in pictures):
+        log.warning("negative prompts have no effect with --scale 1, which is no guidance")
+
+
+def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer) -> None:
+    room = tokenizer.context_length - 2  # beside start and end token
+    for prompt in dict.fromkeys(text for picture in pictures for text in picture[:2]):
+        excess = len(tokenizer.tokens(prompt)) - room
+        if excess > 0:
+            log.warning("the last %d of %d tokens are not seen: %s", excess, excess + room, prompt)
