@@ -207,8 +207,8 @@ def descendants() -> set[int]:
 
 
 def _end_descendants() -> None:
-    """Give the run's processes time to end, then end them. No number that came over the network is ever believed."""
-    patience, deadline = time.monotonic() + FAREWELL / 2, time.monotonic() + FAREWELL
+    """End what is left of the run a second after its command. No number that came over the network is ever believed."""
+    patience, deadline = time.monotonic() + 1, time.monotonic() + FAREWELL
     while (left := descendants()) and time.monotonic() < deadline:
         if time.monotonic() > patience:
             for pid in left:

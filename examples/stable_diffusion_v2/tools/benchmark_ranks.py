@@ -36,10 +36,10 @@ from ldm.diffusion.prediction import get_prediction  # noqa: E402
 from ldm.diffusion.schedule import build_schedule  # noqa: E402
 from ldm.diffusion.weighting import loss_weight  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.hub import DEFAULT_PORT  # noqa: E402
 from ldm.models.layers import initialize  # noqa: E402
 from ldm.models.unet import UNet  # noqa: E402
 from ldm.options import Parser, read_options, require_at_least, str2bool  # noqa: E402
-from ldm.ranks import DEFAULT_PORT  # noqa: E402
 from ldm.train.optimizer import build_optimizer  # noqa: E402
 from ldm.train.step import TrainStep  # noqa: E402
 
