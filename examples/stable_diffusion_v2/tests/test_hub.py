@@ -365,9 +365,9 @@ def test_only_the_launchers_own_processes_are_killed(tmp_path):
     """Ranks that claim to be another process and then fail, and one that the command has left behind in a session."""
     victim = subprocess.Popen(["sleep", "100"])
     code = f"""
-import socket, subprocess, time
+import socket, subprocess, sys, time
 from ldm.parallel.hub import enter, packed
-subprocess.Popen(["sh", "-c", "sleep 100; : {tmp_path}"], start_new_session=True)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)", "{tmp_path}/x"], start_new_session=True)
 hello = {{"size": 2, "pid": {victim.pid}, "host": socket.gethostname()}}
 ranks = [enter({{**hello, "rank": rank}}, 10)[0] for rank in range(2)]
 ranks[0].sendall(packed({{"failed": "enough"}}))
@@ -378,6 +378,6 @@ time.sleep(100)
         _, errors = process.communicate(timeout=40)
         assert process.returncode == 1 and errors.strip() == "error: enough"
         assert victim.poll() is None
-        assert not processes_with(f"sleep 100; : {tmp_path}")
+        assert not processes_with(f"{tmp_path}/x")
     finally:
         victim.kill()

@@ -150,14 +150,10 @@ def launch(words: list[str], hub: Hub | None, env: dict[str, str]) -> int:
         hub.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(FAREWELL)
-    _end_descendants()
     child.kill()
+    _end_descendants(child)
     codes = verdict if hub else [exit_code(number) for number in asked[:1]]
-    codes.append(abs(child.wait()))
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:  # adopted ones; a container's first process may not care for them
-            pass
-    return next(filter(None, codes), 0)
+    return next(filter(None, [*codes, abs(child.wait())]), 0)
 
 
 def _passed_on(hub: Hub | None, env: dict[str, str]) -> list[int]:
@@ -194,27 +190,27 @@ def _adopt_orphans() -> None:
 
 
 def descendants() -> set[int]:
-    """The processes that this one has started, with all that those have started. None of them is a zombie."""
+    """The processes that this one has started, with all that those have started."""
     parents, found = {}, {os.getpid()}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
-            if state != "Z":
-                parents[int(path.parent.name)] = int(parent)
+            parents[int(path.parent.name)] = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return found - {os.getpid()}
 
 
-def _end_descendants() -> None:
-    """Give the run's processes time to end, then end them. No number that came over the network is ever believed."""
-    patience, deadline = time.monotonic() + FAREWELL / 2, time.monotonic() + FAREWELL
+def _end_descendants(child: subprocess.Popen) -> None:
+    """End what is left of the run a second after its command. No number that came over the network is ever believed."""
+    patience, deadline = time.monotonic() + 1, time.monotonic() + FAREWELL
     while (left := descendants()) and time.monotonic() < deadline:
-        if time.monotonic() > patience:
-            for pid in left:
-                with contextlib.suppress(OSError):
+        child.poll()
+        for pid in left - {child.pid}:
+            with contextlib.suppress(OSError):
+                if time.monotonic() > patience:
                     os.kill(pid, signal.SIGKILL)
-        time.sleep(0.1)
+                os.waitpid(pid, os.WNOHANG)  # adopted: a container's first process may not care for it
+        time.sleep(0.05)
 
 
 def settle(args: argparse.Namespace) -> tuple[dict[str, int], int, dict[str, str]]:
