@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from mindspore import Parameter, Tensor, nn
 from mindspore.ops import Primitive
 
+from ldm.networks.text import encode
 from ldm.networks.unet import join, walk
 
 MANY_WEIGHTS = 50_000_000  # larger networks gain by it; in smaller ones it costs a few percent of a step
@@ -99,8 +100,4 @@ class BlockwiseText(Blocks):
     """Called like one of the text encoders, with the same result."""
 
     def __call__(self, ids: Tensor) -> Tensor:
-        embed, blocks, norm = self.network.stages()
-        x = embed(ids)
-        for block in blocks:
-            x = self.run(block, x, self.network.mask)
-        return norm(x)
+        return encode(self.network, ids, self.run)

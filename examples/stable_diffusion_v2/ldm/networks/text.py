@@ -20,29 +20,50 @@ def causal_mask(length: int) -> Tensor:
     return Tensor(np.triu(np.full((length, length), -1e9, np.float32), 1))
 
 
-class OpenCLIPText(nn.Cell):
-    """ids [B, context_length] int32 to features [B, context_length, width]; OpenCLIP's names, exact GELU."""
+class TextEncoder(nn.Cell):
+    """ids [B, context_length] int32 to features [B, context_length, width]. Subclasses give the parts their names.
+
+    Each has `embed(ids)`, `blocks()` and `last_norm(x)`, and takes the mask that its blocks want from here.
+    """
 
     def __init__(self, config):
         super().__init__()
+        self.mask = causal_mask(config.context_length)
+
+    def construct(self, ids):
+        return encode(self, ids, run_block)
+
+
+def run_block(block, x, mask):
+    return block(x, mask)
+
+
+def encode(net: TextEncoder, ids, run):
+    """The only way through a text encoder; `run`: (block, x, mask) -> the block's output, on the host or in a graph."""
+    x = net.embed(ids)
+    for block in net.blocks():
+        x = run(block, x, net.mask)
+    return net.last_norm(x)
+
+
+class OpenCLIPText(TextEncoder):
+    """With OpenCLIP's names and the exact GELU."""
+
+    def __init__(self, config):
+        super().__init__(config)
         self.token_embedding = Embedding(config.vocab_size, config.width)
         self.positional_embedding = parameter(config.context_length, config.width)
         self.transformer = OpenCLIPBlocks(config)
         self.ln_final = LayerNorm(config.width)
-        self.mask = causal_mask(config.context_length)
-
-    def construct(self, ids):
-        x = self.embed(ids)
-        for block in self.transformer.resblocks:
-            x = block(x, self.mask)
-        return self.ln_final(x)
 
     def embed(self, ids):
         return self.token_embedding(ids) + self.positional_embedding
 
-    def stages(self):
-        """What runs in turn: the embedding, the blocks, the norm."""
-        return self.embed, self.transformer.resblocks, self.ln_final
+    def blocks(self):
+        return self.transformer.resblocks
+
+    def last_norm(self, x):
+        return self.ln_final(x)
 
     def reset(self, rng: np.random.Generator) -> None:
         self.positional_embedding.set_data(normal(rng, self.positional_embedding.shape, 0.01))
@@ -101,25 +122,23 @@ class OpenCLIPMLP(nn.Cell):
         return self.c_proj(self.gelu(self.c_fc(x)))
 
 
-class CLIPText(nn.Cell):
-    """ids [B, context_length] int32 to features [B, context_length, width]; transformers' names, quick GELU."""
+class CLIPText(TextEncoder):
+    """With transformers' names and the quick GELU."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         self.embeddings = CLIPEmbeddings(config)
         self.encoder = CLIPBlocks(config)
         self.final_layer_norm = LayerNorm(config.width)
-        self.mask = causal_mask(config.context_length)
 
-    def construct(self, ids):
-        x = self.embeddings(ids)
-        for layer in self.encoder.layers:
-            x = layer(x, self.mask)
+    def embed(self, ids):
+        return self.embeddings(ids)
+
+    def blocks(self):
+        return self.encoder.layers
+
+    def last_norm(self, x):
         return self.final_layer_norm(x)
-
-    def stages(self):
-        """What runs in turn: the embedding, the blocks, the norm."""
-        return self.embeddings, self.encoder.layers, self.final_layer_norm
 
 
 class CLIPEmbeddings(nn.Cell):
