@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 from ldm import runtime
@@ -70,6 +71,16 @@ def build_parser() -> Parser:
         type=int,
         help="to train with (default: the model config's); those that learn nothing are not exported",
     )
+    _add_training(add)
+    add("--save_interval", type=int, default=1000, help="steps between resume states and pictures")
+    add("--resume", nargs="?", const="True", default="False", help="True, or the path of a resume state")
+    add("--seed", type=seed, default=42, help="of order, noise and random weights")
+    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
+    add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    return parser
+
+
+def _add_training(add: Callable) -> None:
     add("--kl_weight", type=float, default=1e-6, help="of the divergence from the unit Gaussian")
     add("--squared_weight", type=float, default=1.0, help="of the squared error beside the absolute one")
     add("--edge_weight", type=float, default=0.0, help="of the error in differences between neighbouring pixels")
@@ -87,12 +98,6 @@ def build_parser() -> Parser:
     add("--warmup_steps", type=steps_or_share, default=200, help="in which the rate rises; below 1 a share of all")
     add("--max_grad_norm", type=float, default=1.0, help="larger gradients are scaled down to it")
     add("--ema_decay", type=float, default=0.999, help="of the moving average, which is saved")
-    add("--save_interval", type=int, default=1000, help="steps between resume states and pictures")
-    add("--resume", nargs="?", const="True", default="False", help="True, or the path of a resume state")
-    add("--seed", type=seed, default=42, help="of order, noise and random weights")
-    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
-    add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
-    return parser
 
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 from ldm import runtime
@@ -33,9 +34,9 @@ from ldm.text.tokenizer import Tokenizer
 from ldm.train import finetune
 from ldm.train.ema import Ema
 from ldm.train.finetune import SUFFIXES, FineTune, ckpt_folder, random_parts
-from ldm.train.learning_rate import SCHEDULES, LearningRate
+from ldm.train.learning_rate import SCHEDULES
 from ldm.train.optimizer import OPTIMIZERS, check_numbers
-from ldm.train.run import Plan, Run
+from ldm.train.run import Run
 from ldm.train.step import LossScale, TrainStep
 from ldm.weights import Choice, Weights, check_words, choose_config, open_weights, pad_text
 
@@ -45,8 +46,22 @@ LORA_OPTIONS = ("lora_ft_unet", "lora_ft_text_encoder", "lora_rank", "lora_fp16"
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0])
+    _add_model_and_data(parser.add_argument_group("model and data").add_argument)
+    _add_training(parser.add_argument_group("training").add_argument)
+    _add_times_and_rate(parser.add_argument_group("times and learning rate").add_argument)
+    _add_output(parser.add_argument_group("output").add_argument)
+    add = parser.add_argument_group("system").add_argument
+    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
+    add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
+    add("--use_parallel", type=str2bool, default=False, help="with scripts/run_train_distributed.sh: one of several")
+    add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
+    parser.ignore({**IGNORED_TRAIN_OPTIONS, **dict.fromkeys(LORA_OPTIONS, "it belongs to use_lora")})
+    parser.refuse(REFUSED_TRAIN_OPTIONS)
+    return parser
 
-    add = parser.add_argument_group("model and data").add_argument
+
+def _add_model_and_data(add: Callable) -> None:
     add("--train_config", help="YAML file with values for these options; the command line overrides it")
     add(
         "-v",
@@ -77,30 +92,17 @@ def build_parser() -> Parser:
     add("--cache_path", help="a folder for both caches, which runs may share (default: cache/ in output_path)")
     add("--cache_only", type=str2bool, default=False, help="fill the caches and stop")
 
-    add = parser.add_argument_group("training").add_argument
+
+def _add_training(add: Callable) -> None:
     add("--epochs", type=int, default=10, help="passes over the data")
     add("--train_steps", type=int, default=0, help="stop after so many steps instead (0: after the epochs)")
     add("--train_batch_size", type=int, default=10, help="of each process")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of that size per step")
     add("--train_text_encoder", type=str2bool, default=False, help="train the text encoder along with the UNet")
     add("--trainable_modules", nargs="*", default=[], help="what to train of the UNet (or all): regular expressions")
-    add("--loss_weighting", choices=list(WEIGHTINGS), default="none", help="of the times: min_snr is arXiv 2303.09556")
-    add("--snr_gamma", type=float, default=5.0, help="of min_snr")
-    add("--timestep_bias_strategy", choices=list(STRATEGIES), default="none", help="which timesteps come more often")
-    add("--timestep_bias_multiplier", type=float, default=1.0, help="how many times as often as the others")
-    add("--timestep_bias_portion", type=float, default=0.25, help="of all timesteps, with earlier or later")
-    add("--timestep_bias_begin", type=int, default=0, help="with range: its first")
-    add("--timestep_bias_end", type=int, help="with range: the one after its last (default: after the last of all)")
     add("--optim", choices=list(OPTIMIZERS), default="adamw", help="muon learns faster from random weights")
     add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="decay of the optimizer's averages")
     add("--weight_decay", type=float, default=1e-6, help="not applied to norms and biases")
-    add("--scheduler", choices=list(SCHEDULES), default="cosine_decay", help="of the learning rate, after the warm-up")
-    add("--start_learning_rate", type=float, default=1e-5, help="after the warm-up")
-    add("--end_learning_rate", type=float, default=1e-7, help="after decay_steps")
-    add("--warmup_steps", type=steps_or_share, default=1000, help="in which the rate rises; below 1 a share of all")
-    add("--decay_steps", type=int, default=0, help="in which it falls (0: to the last step)")
-    add("--milestones", type=int, nargs="*", default=[], help="of multi_step_decay: steps after the warm-up")
-    add("--decay_rate", type=float, default=0.9, help="of multi_step_decay: what the rate is multiplied by there")
     add("--clip_grad", type=str2bool, default=False, help="scale larger gradients down to max_grad_norm")
     add("--max_grad_norm", type=float, default=1.0, help="with clip_grad")
     add("--use_ema", type=str2bool, default=False, help="save and validate with the weights' moving average")
@@ -109,7 +111,25 @@ def build_parser() -> Parser:
     add("--scale_window", type=whole, default=1000, help="with float16: good steps before the loss scale is doubled")
     add("--seed", type=seed, default=3407, help="of order, noise, times, dropout and random weights")
 
-    add = parser.add_argument_group("output").add_argument
+
+def _add_times_and_rate(add: Callable) -> None:
+    add("--loss_weighting", choices=list(WEIGHTINGS), default="none", help="of the times: min_snr is arXiv 2303.09556")
+    add("--snr_gamma", type=float, default=5.0, help="of min_snr")
+    add("--timestep_bias_strategy", choices=list(STRATEGIES), default="none", help="which timesteps come more often")
+    add("--timestep_bias_multiplier", type=float, default=1.0, help="how many times as often as the others")
+    add("--timestep_bias_portion", type=float, default=0.25, help="of all timesteps, with earlier or later")
+    add("--timestep_bias_begin", type=int, default=0, help="with range: its first")
+    add("--timestep_bias_end", type=int, help="with range: the one after its last (default: after the last of all)")
+    add("--scheduler", choices=list(SCHEDULES), default="cosine_decay", help="of the learning rate, after the warm-up")
+    add("--start_learning_rate", type=float, default=1e-5, help="after the warm-up")
+    add("--end_learning_rate", type=float, default=1e-7, help="after decay_steps")
+    add("--warmup_steps", type=steps_or_share, default=1000, help="in which the rate rises; below 1 a share of all")
+    add("--decay_steps", type=int, default=0, help="in which it falls (0: to the last step)")
+    add("--milestones", type=int, nargs="*", default=[], help="of multi_step_decay: steps after the warm-up")
+    add("--decay_rate", type=float, default=0.9, help="of multi_step_decay: what the rate is multiplied by there")
+
+
+def _add_output(add: Callable) -> None:
     add("--step_mode", type=str2bool, default=False, help="count ckpt_save_interval in steps instead of epochs")
     add("--ckpt_save_interval", type=int, default=1, help="epochs (or steps) from one checkpoint to the next")
     add("--ckpt_max_keep", type=int, default=10, help="the last so many checkpoints are kept (0: all)")
@@ -121,16 +141,6 @@ def build_parser() -> Parser:
     add("--validation_sampler", choices=list(SAMPLERS), help="as --sampler when drawing (default: the model's)")
     add("--validation_steps", type=int, help="sampling steps (default: the model's)")
     add("--validation_scale", type=float, help="guidance scale (default: the model's)")
-
-    add = parser.add_argument_group("system").add_argument
-    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
-    add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
-    add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
-    add("--use_parallel", type=str2bool, default=False, help="with scripts/run_train_distributed.sh: one of several")
-    add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
-    parser.ignore({**IGNORED_TRAIN_OPTIONS, **dict.fromkeys(LORA_OPTIONS, "it belongs to use_lora")})
-    parser.refuse(REFUSED_TRAIN_OPTIONS)
-    return parser
 
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:
@@ -145,7 +155,7 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     validation.sampler.times(schedule, validation.steps)
     finetune.timestep_bias(args, config)
     weight = finetune.timestep_weight(args, config)
-    learning_rate(args, args.train_steps or 1)
+    finetune.learning_rate(args, args.train_steps or 1)
     LossScale(args.init_loss_scale, args.scale_window)
     TrainStep.check(args.max_grad_norm if args.clip_grad else None)
     Ema.check(args.ema_decay)
@@ -223,28 +233,8 @@ def main() -> None:
     )
     share = ranks.rank, ranks.size, task.needs_pictures
     batches = Batches(data, args.train_batch_size, args.seed, augment, start, *share)
-    plan = plan_of(args, batches.steps_per_epoch)
-    run.train(batches, plan, learning_rate(args, plan.total))
-
-
-def plan_of(args: argparse.Namespace, batches_per_epoch: int) -> Plan:
-    """How long the run is, and when it saves and validates."""
-    micro = args.gradient_accumulation_steps
-    epoch = max(1, batches_per_epoch // micro)
-    return Plan(
-        total=args.train_steps or args.epochs * epoch,
-        epoch=epoch,
-        save_every=args.ckpt_save_interval * (1 if args.step_mode else epoch),
-        micro_batches=micro,
-        validate_every=args.validation_interval if args.validation_prompts else None,
-        by_steps=args.step_mode,
-    )
-
-
-def learning_rate(args: argparse.Namespace, total: int) -> LearningRate:
-    ends = args.start_learning_rate, args.end_learning_rate
-    steps = args.warmup_steps, args.decay_steps, total
-    return LearningRate(args.scheduler, *ends, *steps, tuple(args.milestones), args.decay_rate)
+    plan = finetune.plan_of(args, batches.steps_per_epoch)
+    run.train(batches, plan, finetune.learning_rate(args, plan.total))
 
 
 if __name__ == "__main__":

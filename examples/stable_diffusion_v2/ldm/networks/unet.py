@@ -28,9 +28,7 @@ class UNet(nn.Cell):
     def __init__(self, config):
         super().__init__()
         width, emb = config.model_channels, 4 * config.model_channels
-        silu = kernels.select().SiLU
-        embed = (Frequencies(width), Linear(width, emb), silu(), Linear(emb, emb), silu())  # ResBlocks start with SiLU
-        self.time_embed = nn.SequentialCell(OrderedDict(zip(("frequencies", "0", "1", "2", "3"), embed)))
+        self.time_embed = time_embedding(width, emb)
 
         def residual(inputs, outputs, level):
             layers = [ResBlock(inputs, outputs, emb)]
@@ -82,6 +80,13 @@ class UNet(nn.Cell):
         for _, cell in self.cells_and_names():
             if isinstance(cell, (ResBlock, CrossAttention, FeedForward)):
                 cell.recompute()
+
+
+def time_embedding(width: int, emb: int) -> nn.SequentialCell:
+    """Times [B] to [B, emb]. It ends with the SiLU that every residual block would begin with."""
+    silu = kernels.select().SiLU
+    layers = (Frequencies(width), Linear(width, emb), silu(), Linear(emb, emb), silu())
+    return nn.SequentialCell(OrderedDict(zip(("frequencies", "0", "1", "2", "3"), layers)))
 
 
 def run_layer(layer, h, emb, context):

@@ -240,6 +240,20 @@ def settle(args: argparse.Namespace) -> tuple[dict[str, int], int, dict[str, str
         raise UserError(
             f"{master} is {address} here, where no other host can reach it: give its address in {args.hosts}"
         )
+    env = environment(args)
+    env.update(MS_SCHED_HOST=address, MS_SCHED_PORT=str(args.port))
+    env[HUB] = f"{DEFAULT_HOST if len(hosts) == 1 else address}:{args.port + 1}"
+    if args.device == "CPU":
+        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // own)))
+    return hosts, here, env
+
+
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    """What the launcher and its ranks are started with.
+
+    Raises:
+        UserError: the launcher is not there, or msrun would start another Python than this one.
+    """
     env = without_launcher()
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # msrun starts "python"
     if not shutil.which(args.launcher, path=env["PATH"]):
@@ -253,11 +267,7 @@ def settle(args: argparse.Namespace) -> tuple[dict[str, int], int, dict[str, str
     if os.environ.get(TOKEN):
         env[TOKEN] = new_token()
     env.pop("RANK_TABLE_FILE", None)  # deprecated since MindSpore 2.4, and a forgotten one wins over the launcher
-    env.update(MS_SCHED_HOST=address, MS_SCHED_PORT=str(args.port))
-    env[HUB] = f"{DEFAULT_HOST if len(hosts) == 1 else address}:{args.port + 1}"
-    if args.device == "CPU":
-        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // own)))
-    return hosts, here, env
+    return env
 
 
 def keep_hub(args: argparse.Namespace, hosts: dict[str, int], env: dict[str, str]) -> Hub:

@@ -38,6 +38,7 @@ from ldm.train.ema import Ema
 from ldm.train.frozen import FrozenOutputs
 from ldm.train.gradients import LayerByLayer
 from ldm.train.inputs import Inputs
+from ldm.train.learning_rate import LearningRate
 from ldm.train.optimizer import build_optimizer
 from ldm.train.run import Plan, Task
 from ldm.train.step import LossScale, StepResult, TrainStep
@@ -132,6 +133,26 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, dtype: str, rank
     if args.timestep_bias_strategy != "none":
         names += tuple(name for name in vars(args) if name.startswith("timestep_bias_"))
     return {**facts, **{name: getattr(args, name) for name in names}}
+
+
+def plan_of(args: argparse.Namespace, batches_per_epoch: int) -> Plan:
+    """How long the run is, and when it saves and validates."""
+    micro = args.gradient_accumulation_steps
+    epoch = max(1, batches_per_epoch // micro)
+    return Plan(
+        total=args.train_steps or args.epochs * epoch,
+        epoch=epoch,
+        save_every=args.ckpt_save_interval * (1 if args.step_mode else epoch),
+        micro_batches=micro,
+        validate_every=args.validation_interval if args.validation_prompts else None,
+        by_steps=args.step_mode,
+    )
+
+
+def learning_rate(args: argparse.Namespace, total: int) -> LearningRate:
+    ends = args.start_learning_rate, args.end_learning_rate
+    steps = args.warmup_steps, args.decay_steps, total
+    return LearningRate(args.scheduler, *ends, *steps, tuple(args.milestones), args.decay_rate)
 
 
 # ---- networks and caches ----
