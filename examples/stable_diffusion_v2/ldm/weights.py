@@ -193,7 +193,9 @@ def _check_type(path: str, ckpt: Checkpoint, config: ModelConfig, origin: str) -
     schedule = words.schedule(path, ckpt.meta)
     for key, value in asdict(config.schedule).items():
         if schedule.get(key, value) != value:
-            raise UserError(f"{path} was trained with schedule {key}: {quoted(schedule[key])}, {origin} says {value}")
+            raise UserError(
+                f"{path} was trained with schedule {key}: {quoted(schedule[key])}, {origin} says {quoted(value)}"
+            )
 
 
 def _differences(own: ModelConfig, config: ModelConfig, parts: tuple[str, ...]) -> Iterator[tuple]:

@@ -218,3 +218,10 @@ def test_the_key_of_a_config_is_of_what_decides_an_answer():
     assert {config_key(config) for config in same} == {config_key(V)}
     other = [EPS, replace(V, schedule=replace(V.schedule, beta_end=0.02)), replace(V, text=replace(V.text, heads=8))]
     assert len({config_key(config) for config in (V, *other)}) == 4
+
+
+def test_words_of_a_schedule_are_fit_to_print():
+    damaged = replace(V, schedule=replace(V.schedule, name="scaled\n" * 10**5))
+    with pytest.raises(UserError, match="was trained with schedule name") as error:
+        check_words("x.ckpt", file(meta={"prediction_type": "v", "schedule": '{"name": "linear"}'}).checkpoint, damaged)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
