@@ -28,17 +28,16 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.timestep_bias import STRATEGIES
 from ldm.diffusion.weighting import WEIGHTINGS
 from ldm.errors import UserError
-from ldm.model import PARTS, VAE
 from ldm.pipeline import check_config
 from ldm.text.tokenizer import Tokenizer
 from ldm.train import finetune
 from ldm.train.ema import Ema
-from ldm.train.finetune import SUFFIXES, FineTune, ckpt_folder, random_parts
+from ldm.train.finetune import SUFFIXES, FineTune, ckpt_folder
 from ldm.train.learning_rate import SCHEDULES
 from ldm.train.optimizer import OPTIMIZERS, check_numbers
 from ldm.train.run import Run
 from ldm.train.step import LossScale, TrainStep
-from ldm.weights import Choice, Weights, check_words, choose_config, open_weights, pad_text
+from ldm.weights import Choice, Weights, choose_config, open_weights, pad_text
 
 log = logging.getLogger("train_text_to_image")
 LORA_OPTIONS = ("lora_ft_unet", "lora_ft_text_encoder", "lora_rank", "lora_fp16", "lora_scale")
@@ -190,9 +189,6 @@ def settle(args: argparse.Namespace) -> tuple[Choice, Weights]:
     else:
         choice = choose_config(weights, args.model_config, args.version)
     args.image_size = args.image_size or choice.config.image_size
-    replaced = (*random_parts(args), *([VAE] if args.vae_path else []))
-    wanted = tuple(part for part in PARTS if part not in replaced)
-    check_words(weights.path, weights.checkpoint, choice.config, choice.origin, wanted)
     return choice, weights
 
 
@@ -203,6 +199,7 @@ def main() -> None:
     with ranks.main_first("settings"):
         choice, weights = settle(args)
         check(args, choice.config)
+        finetune.check_start(args, choice, weights)
         config = replace(choice.config, image_size=args.image_size)  # what it is trained for
         run = Run(args, ckpt_folder(args), ranks)
         dtype = runtime.compute_dtype(args.dtype, args.device_target)

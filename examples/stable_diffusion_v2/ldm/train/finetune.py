@@ -43,7 +43,7 @@ from ldm.train.optimizer import build_optimizer
 from ldm.train.run import Plan, Task
 from ldm.train.step import LossScale, StepResult, TrainStep
 from ldm.train.trainable import trainable
-from ldm.weights import Weights, describe, open_weights
+from ldm.weights import Choice, Weights, check_words, describe, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,13 @@ def random_parts(args: argparse.Namespace) -> tuple[str, ...]:
     """The networks that start from random weights."""
     asked = {UNET: args.unet_initialize_random, TEXT: args.text_encoder_initialize_random}
     return tuple(part for part, random in asked.items() if random)
+
+
+def check_start(args: argparse.Namespace, choice: Choice, weights: Weights) -> None:
+    """UserError where the checkpoint to start from is of another model, in the networks that are taken from it."""
+    replaced = (*random_parts(args), VAE) if args.vae_path else random_parts(args)
+    wanted = tuple(part for part in PARTS if part not in replaced)
+    check_words(weights.path, weights.checkpoint, choice.config, choice.origin, wanted)
 
 
 def start_tensors(args: argparse.Namespace, config: ModelConfig, weights: Weights) -> dict[str, np.ndarray]:
