@@ -44,7 +44,7 @@ from ldm.parallel.ranks import Ranks
 from ldm.randomness import generator
 from ldm.train import autoencoder, finetune
 from ldm.train.log import read_log
-from ldm.weights import Choice, describe, open_weights, tensors_of
+from ldm.weights import Choice, open_weights, tensors_of, words_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(
@@ -84,7 +84,7 @@ def fill_place(folder: Path, config: ModelConfig) -> None:
     for name, array in tensors.items():  # layers that start at zero would hide the prompt
         if name.startswith("model.") and not array.any():
             tensors[name] = generator(1, name).normal(0, 0.1, array.shape).astype(np.float32)
-    checkpoint.save(folder / "base.safetensors", tensors, describe(config), "safetensors")
+    checkpoint.save(folder / "base.safetensors", tensors, words_of(config), "safetensors")
     source = ROOT / "datasets/emoji/openmoji/test"
     (folder / "data").mkdir()
     lines = (source / "img_txt.csv").read_text(encoding="utf-8").splitlines()[:13]

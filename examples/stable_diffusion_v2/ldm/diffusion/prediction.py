@@ -78,7 +78,7 @@ PREDICTIONS = {
 }
 
 
-# What files and configs of other programs call the types.
+# Words for the types in files and configs of other programs.
 FOREIGN_NAMES = {
     "epsilon": "eps",
     "noise": "eps",
@@ -90,10 +90,12 @@ FOREIGN_NAMES = {
     "x_start": "x0",
     "start_x": "x0",
 }
+DIFFUSERS_NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # in a scheduler's config
+MODELSPEC_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample"}  # in a .safetensors file's modelspec.prediction_type
 
 
 def own_name(word):
-    """Our name of a type for any word that means one, however it is spelt; anything else comes back as it is."""
+    """Our name of a type, for any word that means one, however it is spelt. Any other value is returned unchanged."""
     plain = word.strip().lower().replace("-", "_") if isinstance(word, str) else word
     known = isinstance(plain, str) and plain in (*PREDICTIONS, *FOREIGN_NAMES)
     return FOREIGN_NAMES.get(plain, plain) if known else word
