@@ -20,8 +20,8 @@ from tqdm import tqdm
 from ldm import runtime
 from ldm.checkpoint import content_key
 from ldm.config.mindone import IGNORED_TRAIN_OPTIONS
-from ldm.config.model import ModelConfig, SamplingConfig, changed, load_model_config
-from ldm.config.options import Parser, add_set, draw_seed, read_options, require_at_least, seed, str2bool
+from ldm.config.model import ModelConfig, SamplingConfig, add_set, changed, load_model_config
+from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, str2bool
 from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.config.yaml_file import search
 from ldm.data.prompts import paired, read_lines

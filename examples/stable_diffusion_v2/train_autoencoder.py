@@ -19,17 +19,8 @@ import logging
 from dataclasses import replace
 
 from ldm import runtime
-from ldm.config.model import ModelConfig, changed, load_model_config
-from ldm.config.options import (
-    Parser,
-    add_set,
-    draw_seed,
-    read_options,
-    require_at_least,
-    seed,
-    steps_or_share,
-    str2bool,
-)
+from ldm.config.model import ModelConfig, add_set, changed, load_model_config
+from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.data.batches import Augment, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.diffusion.samplers import DEFAULT_SAMPLER, SAMPLERS

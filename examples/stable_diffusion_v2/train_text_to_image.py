@@ -16,18 +16,8 @@ from dataclasses import replace
 from ldm import runtime
 from ldm.checkpoint.diffusers_config import check_model
 from ldm.config.mindone import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS, optimizer
-from ldm.config.model import ModelConfig, changed, load_model_config, save_model_config, to_dict
-from ldm.config.options import (
-    Parser,
-    add_set,
-    draw_seed,
-    read_options,
-    require_at_least,
-    seed,
-    steps_or_share,
-    str2bool,
-    whole,
-)
+from ldm.config.model import ModelConfig, add_set, changed, load_model_config, save_model_config, to_dict
+from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool, whole
 from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.data.batches import Augment, Batches
 from ldm.data.captions import caption_warnings
@@ -66,10 +56,7 @@ def build_parser() -> Parser:
         help="a published model: its file in models/, and its config",
     )
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
-    add(
-        "--model_config",
-        help="the model's YAML file, as for sampling (default: the checkpoint's own, or the version's)",
-    )
+    add("--model_config", help="the model's YAML file, as for sampling (default: the checkpoint's, or the version's)")
     add_set(add)
     add("--pretrained_model_path", default="", help="the checkpoint to start from (default: the version's)")
     add("--vae_path", help="an autoencoder's own file or folder, in the place of the checkpoint's")
@@ -102,13 +89,7 @@ def build_parser() -> Parser:
     add("--timestep_bias_portion", type=float, default=0.25, help="of all timesteps, with earlier or later")
     add("--timestep_bias_begin", type=int, default=0, help="with range: its first")
     add("--timestep_bias_end", type=int, help="with range: the one after its last (default: after the last of all)")
-    add(
-        "--optim",
-        type=optimizer,
-        choices=list(OPTIMIZERS),
-        default="adamw",
-        help="muon learns faster from random weights",
-    )
+    add("--optim", type=optimizer, choices=list(OPTIMIZERS), default="adamw", help="muon: faster from random weights")
     add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="decay of the optimizer's averages")
     add("--weight_decay", type=float, default=1e-6, help="not applied to norms and biases")
     add("--scheduler", choices=list(SCHEDULES), default="cosine_decay", help="of the learning rate, after the warm-up")

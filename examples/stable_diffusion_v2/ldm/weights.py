@@ -93,7 +93,7 @@ def _choose(path: str, ckpt: Checkpoint, config_path: str | None, version: str |
     if own:
         if version:
             check_words(path, ckpt, load_model_config(VERSIONS[version].config), f"--version {version}")
-        return Choice(own, "it")
+        return Choice(own, "its config")
     if beside:
         return _by_sidecar(path, beside, version)
     version = version or published(path)

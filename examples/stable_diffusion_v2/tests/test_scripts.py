@@ -36,6 +36,7 @@ from ldm.config.model import (
     save_model_config,
 )
 from ldm.config.options import read_options
+from ldm.config.yaml_file import read_yaml
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.model import VAE, StableDiffusion
@@ -653,6 +654,9 @@ def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_pa
         (["--model_config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
         (["--model_config", "configs/tiny-vpred.yaml"], ["latents scaled by 0.18215"]),
         (["--model_config", "{place}/wide.yaml"], ["unet.model_channels '32'", "'64'", "another model"]),
+        (["--set", "model.unet.model_channels=64"], ["unet.model_channels '32'", "'64'", "another model"]),
+        (["--set", "model.prediction_type=eps"], ["prediction_type 'v'", "the config with --set says 'eps'"]),
+        (["--set", "model.unet.use_checkpoint=1"], ["--set: model.unet.use_checkpoint must be true or false"]),
         (["--ckpt_format", "diffusers", "--model_config", "{place}/no_diffusers.yaml"], ["ch_mult begins with 2"]),
         (["--scheduler", "cosin"], ["cosin", "cosine"]),
         (["--optim", "lion"], ["lion", "adamw"]),
@@ -759,6 +763,30 @@ def test_a_run_goes_on_with_its_own_data_and_weights_alone(monkeypatch, capsys, 
     assert len(read_log(tmp_path / "out/result.log")["step"]) == 2
 
 
+def test_changes_of_the_command_belong_to_the_run(monkeypatch, capsys, place, tmp_path):
+    """They are saved with it, it samples with them, and it does not go on with others that matter."""
+    change = ["--set", "model.unet.use_checkpoint=true", "model.sampling.steps=2", "model.schedule.beta_end=0.02"]
+    random = ["--unet_initialize_random", True]  # the file's UNet was trained with another schedule
+    words = training(place, tmp_path, "--step_mode", True, "--train_steps", 1, *random)
+    call(monkeypatch, train_text_to_image, [*words, *change])
+    saved = load_model_config(tmp_path / "model_config.yaml")
+    assert (saved.unet.use_checkpoint, saved.sampling.steps, saved.schedule.beta_end) == (True, 2, 0.02)
+    assert read_yaml(tmp_path / "args.yaml")["set"] == change[1:]
+    again = [*words, "--resume", "True", "--train_steps", "2"]
+    line = refusal(monkeypatch, capsys, train_text_to_image, [*again, *change[:-1]])
+    assert "schedule.beta_end was 0.02 and is now 0.012" in line
+    call(monkeypatch, train_text_to_image, [*again, "--set", change[-1]])
+
+    path = str(tmp_path / "ckpt/rank_0/sd-2.ckpt")
+    facts = []
+    for more in ([], ["--set", "model.sampling.steps=3"], ["--set", "model.image_size=64", "model.text.padding=zero"]):
+        args = read_options(text_to_image.build_parser(), ["--ckpt_path", path, *more])
+        config, _, _ = text_to_image.find_model(args)
+        facts.append(text_to_image.run_facts(args, config, path))
+    assert [(fact["sampling_steps"], fact["H"]) for fact in facts] == [(20, 32), (3, 32), (20, 64)]
+    assert len({fact["model_config"] for fact in facts}) == 1
+
+
 def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, tmp_path):
     shutil.copytree(trained / "ckpt", tmp_path / "ckpt")
     state = trained / "ckpt/rank_0/train_resume.safetensors"
@@ -805,6 +833,9 @@ def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, wo
         (["--ckpt_path", "no.ckpt"], ["no.ckpt does not exist"]),
         (["--ckpt_path", "{place}/cut.safetensors"], ["cut.safetensors", "truncated"]),
         (["--config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
+        (["--set", "model.prediction_type=eps"], ["prediction_type 'v'", "the config with --set says 'eps'"]),
+        (["--set", "model.unet.chanel_mult=[1]"], ["--set: unknown key", "'model.unet.channel_mult'"]),
+        (["--set", "model.sampling.sampler=euler"], ["euler", "dpm_solver_pp"]),
         (["--config", "{place}/typo.yaml"], ["typo.yaml", "model.unet.model_chanels", "model.unet.model_channels"]),
         (["--config", "{place}/type.yaml"], ["unknown prediction type 'velo'", "eps, x0, v"]),
         (["--output_path", "{place}/model.yaml"], ["cannot write to", "--output_path"]),

@@ -9,8 +9,9 @@ import pytest
 
 from ldm import checkpoint
 from ldm.checkpoint import Checkpoint
-from ldm.config.model import SamplingConfig, from_yaml, load_model_config, save_model_config
+from ldm.config.model import SamplingConfig, from_yaml, load_model_config, save_model_config, to_dict
 from ldm.config.versions import VERSIONS, published
+from ldm.config.yaml_file import dump_yaml
 from ldm.errors import UserError
 from ldm.model import PARTS, TEXT, UNET, VAE
 from ldm.weights import Choice, Weights, check_words, choose_config, config_key, tensors_of, words_of
@@ -61,6 +62,44 @@ def test_what_a_checkpoint_carries_decides():
     assert choose(weights, "configs/tiny-vpred.yaml").sampling == TINY.sampling  # the command's config decides more
     with pytest.raises(UserError, match="student.safetensors .*--version 2.1 says"):
         choose(weights, None, "2.1")
+
+
+def test_changes_of_the_command_are_made_after_the_choice(tmp_path):
+    own, changes = file("own.safetensors", words_of(TINY)), ["model.sampling.steps=3", "model.unet.use_checkpoint=true"]
+    choices = [
+        choose_config(own, None, None, changes),
+        choose_config(own, "configs/tiny-vpred.yaml", None, changes),
+        choose_config(file("tiny-vpred.safetensors"), changes=changes),
+        choose_config(beside(tmp_path, "x.ckpt", dump_yaml(to_dict(TINY))), changes=changes),
+    ]
+    for config, origin in choices:
+        assert (config.sampling.steps, config.unet.use_checkpoint) == (3, True) and origin.endswith(" with --set")
+        assert config_key(config) == config_key(choose(own))
+    assert config_key(choose_config(own, changes=["model.text.heads=2"]).config) != config_key(choose(own))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("model.prediction_type=eps", "prediction_type 'v', its config with --set says 'eps'"),
+        ("model.schedule.beta_end=0.02", "schedule beta_end: '0.012', its config with --set says 0.02"),
+        ("model.scale_factor=1", "scaled by .* says scale_factor 1.0"),
+        ("model.unet.num_res_blocks=3", "unet.num_res_blocks '1', its config with --set says '3'"),
+        ("model.text.padding=end", "text.padding 'zero', its config with --set says 'end'"),
+    ],
+)
+def test_changes_that_a_checkpoint_contradicts_are_refused(change, told):
+    weights = file("own.safetensors", words_of(TINY))
+    with pytest.raises(UserError, match=told):
+        tensors_of(weights, choose_config(weights, changes=[change]))
+
+
+def test_changes_do_not_make_a_published_model_another():
+    for name in ("sd_v2_768_v-e12e3a9b.ckpt", "768-v-ema.safetensors"):
+        with pytest.raises(UserError, match="published model 2.0-v, .* --version 2.0-v with --set says 'eps'"):
+            choose_config(file(name), changes=["model.prediction_type=eps"])
+    with pytest.raises(UserError, match="--set: unknown key"):
+        choose_config(file("sd_v2_768_v-e12e3a9b.ckpt"), changes=["model.type=eps"])
 
 
 def beside(tmp_path, name, text, meta=None):

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from ldm import checkpoint, runtime
-from ldm.config.model import UNetConfig, changed, load_model_config
-from ldm.config.options import add_set, seed
+from ldm.config.model import UNetConfig, add_set, changed, load_model_config
+from ldm.config.options import seed
 from ldm.errors import UserError
 from ldm.model import UNET, StableDiffusion
 from ldm.networks.layers import initialize

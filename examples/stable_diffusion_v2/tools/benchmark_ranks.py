@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from ldm import runtime
-from ldm.config.model import changed, load_model_config
-from ldm.config.options import Parser, add_set, read_options, require_at_least, str2bool
+from ldm.config.model import add_set, changed, load_model_config
+from ldm.config.options import Parser, read_options, require_at_least, str2bool
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.schedule import build_schedule

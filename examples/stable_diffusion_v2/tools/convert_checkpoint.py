@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import checkpoint, runtime
 from ldm.checkpoint import kinds
-from ldm.config.model import to_dict
-from ldm.config.options import add_set
+from ldm.config.model import add_set, to_dict
 from ldm.config.versions import VERSIONS, published
 from ldm.errors import UserError
 from ldm.files import escaped

@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.metrics import kid_with_error
 from eval.pictures import find_pictures
-from ldm.config.options import add_set, require_at_least
+from ldm.config.model import add_set
+from ldm.config.options import require_at_least
 from ldm.data.captions import read_captions, read_prompts
 from ldm.data.images import crop, decode, load_image, to_float
 from ldm.errors import UserError

@@ -8,7 +8,7 @@ is an error. Writing is exact, also as the text that a checkpoint carries. `chan
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,7 @@ class SamplingConfig:
 class UNetConfig:
     """The denoising network.
 
-    Attention has `num_heads` heads (SD 1.x), or heads of the width `num_head_channels` (SD 2.x). The other of the two is
-    None.
+    Attention has `num_heads` heads (SD 1.x), or heads of the width `num_head_channels` (SD 2.x); the other one is None.
     """
 
     in_channels: int = 4
@@ -299,7 +298,7 @@ def _build(data: Any, where: str) -> Any:
     for key in data:
         _require(
             key in known,
-            f"unknown key '{where}.{escaped(key)}'; the nearest known key is '{_nearest_path(key, where)}'",
+            f"unknown key '{where}.{escaped(key)}'; the nearest known key is '{_nearest_path(f'{where}.{key}')}'",
         )
     for name, field in known.items():
         _require(name in data or field.default is not MISSING, f"the key '{where}.{name}' is missing")
@@ -316,12 +315,15 @@ def _value(kind: str, value: Any, path: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _nearest_path(key: object, where: str) -> str:
-    names = {section: [field.name for field in fields(cls)] for section, cls in _SECTIONS.items()}
-    for section in names:  # the right key in the wrong section
-        if key in names[section]:
-            return f"{section}.{key}"
-    return f"{where}.{nearest(key, names[where])}"
+def _paths() -> list[str]:
+    """All keys, with their sections before them."""
+    return [f"{where}.{field.name}" for where, cls in _SECTIONS.items() for field in fields(cls)]
+
+
+def _nearest_path(path: str) -> str:
+    """The known key that a wrong one most likely means: the right name in another section, or else the same look."""
+    name = path.rpartition(".")[2]
+    return nearest(path, [known for known in _paths() if known.endswith(f".{name}")] or _paths())
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -415,6 +417,18 @@ _HEADS = ("num_heads", "num_head_channels")
 _IN_OTHER_WORDS = {"schedule": _move_spacing, "unet": _choose_heads, "vae": _drop_double_z}
 
 
+def add_set(add: Callable) -> None:
+    """Add --set, whose values `changed` takes, to a script that reads a model's config; `add`: its add_argument."""
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="other values in the model's config, such as model.sampling.steps=12 model.unet.use_checkpoint=false",
+    )
+
+
 def changed(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
     """The config with other values, as --set gives them.
 
@@ -432,7 +446,7 @@ def changed(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
         for change in changes:
             key, value = _key_and_value(change)
             OmegaConf.update(tree, key, value, force_add=True)
-        return _model(interpolated(OmegaConf.to_container(tree), "the values")["model"])
+        return _model(interpolated(OmegaConf.to_container(tree), "model")["model"])
     except UserError as e:
         raise UserError(f"--set: {e}") from None
 
@@ -441,7 +455,5 @@ def _key_and_value(change: str) -> tuple[str, Any]:
     key, equals, text = change.partition("=")
     if not equals:
         raise UserError(f"{quoted(change)} must be KEY=VALUE, such as model.unet.use_checkpoint=false")
-    known = [f"{where}.{field.name}" for where, cls in _SECTIONS.items() for field in fields(cls)]
-    if key not in known:
-        raise UserError(f"unknown key {quoted(key)}; the nearest known key is '{nearest(key, known)}'")
+    _require(key in _paths(), f"unknown key {quoted(key)}; the nearest known key is '{_nearest_path(key)}'")
     return key, parse_value(text, key)

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -121,18 +121,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of the whole usage; exit code 2."""
         self.exit(2, f"error: {message} (--help lists all options)\n")
-
-
-def add_set(add: Callable) -> None:
-    """Add --set, the same option of every script that reads a model's config; `add`: a parser's add_argument."""
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="other values in the model's config, such as model.sampling.steps=12 model.unet.use_checkpoint=false",
-    )
 
 
 def str2bool(text: str) -> bool:

@@ -216,7 +216,7 @@ def interpolated(data: dict, source: str) -> dict:
     except OmegaConfBaseException as e:
         where = f"{quoted(e.full_key)}: " if e.full_key else ""
         reason = escaped(str(e).partition("\n")[0], 200)
-        hint = "${KEY} is a value of the same file, ${oc.env:NAME} a variable of the environment, \\${ a plain ${"
+        hint = "${KEY} is another value, ${oc.env:NAME} a variable of the environment, \\${ a plain ${"
         raise UserError(f"{source}: {where}{reason} ({hint})") from None
 
 
