@@ -56,7 +56,10 @@ def build_parser() -> Parser:
         help="a published model: its file in models/, and its config",
     )
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
-    add("--model_config", help="the model's YAML file, as for sampling (default: the checkpoint's, or the version's)")
+    add(
+        "--model_config",
+        help="the model's YAML file, as for sampling (default: the checkpoint's own, or the version's)",
+    )
     add_set(add)
     add("--pretrained_model_path", default="", help="the checkpoint to start from (default: the version's)")
     add("--vae_path", help="an autoencoder's own file or folder, in the place of the checkpoint's")
