@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm import runtime
 from ldm.config.mindone import IGNORED_DRAW_OPTIONS, REFUSED_DRAW_OPTIONS
-from ldm.config.model import ModelConfig, load_model_config
+from ldm.config.model import ModelConfig, SamplingConfig, add_set, changed, load_model_config
 from ldm.config.options import Parser, draw_seed, read_options, seed, str2bool
 from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.config.yaml_file import search
@@ -47,7 +47,6 @@ from ldm.weights import choose_config, open_weights, tensors_of
 
 log = logging.getLogger("text_to_image")
 
-OLD_SAMPLER_FLAGS = {"ddim": "ddim", "ddpm": "ddpm", "dpm_solver": "dpm_solver", "dpm_solver_pp": "dpm_solver_pp"}
 DEFAULT_VERSION = "2.1"  # where neither a checkpoint nor a version is named; MindONE's
 
 
@@ -67,6 +66,7 @@ def build_parser() -> Parser:
         help="which published model (default: the checkpoint's own, or 2.1)",
     )
     add("--config", help="the model's YAML file (default: the checkpoint's own, or the version's)")
+    add_set(add)
     add("--ckpt_path", help="the checkpoint (default: the version's file in models/)")
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
     add("--pretrained_model_path", help="a checkpoint that brings what ckpt_path lacks, where that is a UNet alone")
@@ -85,9 +85,10 @@ def build_parser() -> Parser:
 
 def _add_ways_to_draw(add: Callable) -> None:
     add("--sampler", choices=list(SAMPLERS), help="default: the model's")
-    for flag, name in OLD_SAMPLER_FLAGS.items():
-        add(f"--{flag}", action="store_true", help=f"the same as --sampler {name}")
-    add("--sampling_steps", type=int, help="how often the network runs for a picture (default: the model's, 20)")
+    for name, sampler in SAMPLERS.items():
+        add(sampler.flag, action="store_true", help=f"the same as --sampler {name}")
+    usual = f"the model's, {SamplingConfig.steps}"
+    add("--sampling_steps", type=int, help=f"how often the network runs for a picture (default: {usual})")
     add("--spacing", choices=list(SPACINGS), help="of the times where it runs (default: the model's, or the sampler's)")
     add("--final_sigma", choices=list(FINAL_SIGMAS), help="noise that is left (default: the model's, or the sampler's)")
     add("--ddim_eta", type=float, help="fresh noise per step, 0 to 1 (default: the sampler's own)")
@@ -111,12 +112,12 @@ def _add_output(add: Callable) -> None:
 
 
 def chosen_sampler(args: argparse.Namespace, config: ModelConfig) -> Sampler:
-    wanted = {name for flag, name in OLD_SAMPLER_FLAGS.items() if getattr(args, flag)} | {args.sampler} - {None}
+    wanted = [name for name in SAMPLERS if getattr(args, name) or args.sampler == name]
     if len(wanted) > 1:
-        raise UserError(f"more than one sampler asked for: {', '.join(sorted(wanted))}; choose one")
+        raise UserError(f"more than one sampler asked for: {', '.join(wanted)}; choose one")
     if args.use_lora:
         raise UserError("--use_lora is not available here")
-    return sampler_of(config, wanted.pop() if wanted else None, args.ddim_eta, args.spacing, args.final_sigma)
+    return sampler_of(config, wanted[0] if wanted else None, args.ddim_eta, args.spacing, args.final_sigma)
 
 
 class Model(NamedTuple):
@@ -135,11 +136,12 @@ def find_model(args: argparse.Namespace) -> Model:
     """
     path, version = args.ckpt_path, args.version
     if not path:
-        wanted = load_model_config(args.config).prediction_type if args.config else None
-        version = version or default_version(wanted, args.download)
-        path = find_checkpoint(version, args.download, wanted)
+        config = changed(load_model_config(args.config), args.set) if args.config else None
+        version = version or default_version(config.prediction_type if config else None, args.download)
+        config = config or changed(load_model_config(VERSIONS[version].config), args.set)
+        path = find_checkpoint(version, args.download, config.prediction_type)
     weights = open_weights(existing(path), args.pretrained_model_path)
-    choice = choose_config(weights, args.config, version)
+    choice = choose_config(weights, args.config, version, args.set)
     return Model(choice.config, path, tensors_of(weights, choice, args.vae_path))
 
 

@@ -20,11 +20,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ldm import runtime
-from ldm.config.model import ModelConfig, load_model_config
+from ldm.config.model import ModelConfig, add_set, changed, load_model_config
 from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.data.batches import Augment, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
-from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.samplers import DEFAULT_SAMPLER, SAMPLERS
 from ldm.errors import UserError
 from ldm.model import StableDiffusion
 from ldm.parallel.ranks import Ranks
@@ -44,6 +44,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--train_config", help="YAML file with values for these options; the command line overrides it")
     add("--model_config", default="configs/tiny-vpred.yaml", help="the model's YAML file")
+    add_set(add)
     add("--data_path", required=True, help="a folder with pictures and img_txt.csv")
     add("--output_path", default="output/autoencoder", help="checkpoint, config, log and pictures go there")
     add(
@@ -64,7 +65,7 @@ def build_parser() -> Parser:
     )
     add("--denoise_below", type=int, default=500, help="with decoder_only, the latest timestep to denoise from")
     add("--clean_share", type=float, default=0.25, help="with decoder_only, the share of pictures without noise")
-    add("--sampler", choices=list(SAMPLERS), default="dpm_solver_pp", help="with decoder_only, what denoises")
+    add("--sampler", choices=list(SAMPLERS), default=DEFAULT_SAMPLER, help="with decoder_only, what denoises")
     add("--scale", type=float, default=1.0, help="with decoder_only, the guidance scale of the denoising")
     add(
         "--latent_channels",
@@ -119,7 +120,7 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
 def main() -> None:
     args = read_options(build_parser())
     draw_seed(args, Ranks())
-    config = load_model_config(args.model_config)
+    config = changed(load_model_config(args.model_config), args.set)
     args.image_size = args.image_size or config.image_size
     check(args, config)
     if not args.decoder_only:  # which leaves the UNet as it is

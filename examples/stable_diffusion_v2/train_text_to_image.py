@@ -16,8 +16,8 @@ from dataclasses import replace
 
 from ldm import runtime
 from ldm.checkpoint.diffusers_config import check_model
-from ldm.config.mindone import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS
-from ldm.config.model import ModelConfig, load_model_config, save_model_config, to_dict
+from ldm.config.mindone import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS, optimizer
+from ldm.config.model import ModelConfig, add_set, changed, load_model_config, save_model_config, to_dict
 from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool, whole
 from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.data.batches import Augment, Batches
@@ -74,6 +74,7 @@ def _add_model_and_data(add: Callable) -> None:
         "--model_config",
         help="the model's YAML file, as for sampling (default: the checkpoint's own, or the version's)",
     )
+    add_set(add)
     add("--pretrained_model_path", default="", help="the checkpoint to start from (default: the version's)")
     add("--vae_path", help="an autoencoder's own file or folder, in the place of the checkpoint's")
     add("--unet_initialize_random", type=str2bool, default=False, help="random weights for the UNet")
@@ -99,7 +100,7 @@ def _add_training(add: Callable) -> None:
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of that size per step")
     add("--train_text_encoder", type=str2bool, default=False, help="train the text encoder along with the UNet")
     add("--trainable_modules", nargs="*", default=[], help="what to train of the UNet (or all): regular expressions")
-    add("--optim", choices=list(OPTIMIZERS), default="adamw", help="muon learns faster from random weights")
+    add("--optim", type=optimizer, choices=list(OPTIMIZERS), default="adamw", help="muon: faster from random weights")
     add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="decay of the optimizer's averages")
     add("--weight_decay", type=float, default=1e-6, help="not applied to norms and biases")
     add("--clip_grad", type=str2bool, default=False, help="scale larger gradients down to max_grad_norm")
@@ -175,8 +176,8 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
 def settle(args: argparse.Namespace) -> tuple[Choice, Weights]:
     """The model that the command means, and its file, open; fills in the options that these decide."""
     if args.version and not args.pretrained_model_path:
-        random = args.unet_initialize_random or not args.model_config
-        wanted = None if random else load_model_config(args.model_config).prediction_type
+        config = changed(load_model_config(args.model_config or VERSIONS[args.version].config), args.set)
+        wanted = None if args.unet_initialize_random else config.prediction_type
         args.pretrained_model_path = find_checkpoint(args.version, args.download, wanted)
     if not args.pretrained_model_path:
         raise UserError(
@@ -184,10 +185,10 @@ def settle(args: argparse.Namespace) -> tuple[Choice, Weights]:
         )
     weights = open_weights(existing(args.pretrained_model_path), raw=True)
     if args.unet_initialize_random and args.model_config:  # whatever the file's own UNet is
-        config = load_model_config(args.model_config)
+        config = changed(load_model_config(args.model_config), args.set)
         choice = Choice(pad_text(config, args.pretrained_model_path, weights), "the config")
     else:
-        choice = choose_config(weights, args.model_config, args.version)
+        choice = choose_config(weights, args.model_config, args.version, args.set)
     args.image_size = args.image_size or choice.config.image_size
     return choice, weights
 

@@ -170,6 +170,7 @@ def prepare(
         **sources,
         "version": options.version,
         "config": options.config,
+        "set": " ".join(options.set),
         "device_target": options.device_target or runtime.default_device(),
     }
     folder = output / "-".join([*(re.sub(r"\W+", "_", facts[part]) for part in ("model", "dataset")), key])

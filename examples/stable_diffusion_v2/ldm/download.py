@@ -1,7 +1,7 @@
-"""A file from the web, into a partial file that the next try goes on with.
+"""Downloads a file into a partial file, from which the next try goes on.
 
-Beside the partial file stands what the server said of the version that it is of: its length, and its ETag or date. The
-next try asks for the rest of that version alone, and begins anew where the server has another one now.
+A second file beside it keeps the server's words about the version: its length, and its ETag or date. The next try asks
+for the rest of this version. If the server has another version now, the try begins anew.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch `url` to `path`, which appears only when all announced bytes are there; one process at a time.
+    """Fetch `url` to `path`, one process at a time. The file appears only when it has all announced bytes.
 
-    Where the name ends in eight hexadecimal digits, as in `sd_v2_base-57526ee4.ckpt`, they are compared with the
-    beginning of the file's sha256, and a difference is warned of: whose digits they are is not documented.
+    A name may end in eight hexadecimal digits, as in `sd_v2_base-57526ee4.ckpt`. They are compared with the beginning
+    of the file's sha256. A difference is only a warning, because their meaning is not documented.
 
     Raises:
         UserError: the server cannot be reached or does not have the file, the disk is full, the connection breaks off,
@@ -65,7 +65,7 @@ def _fetch(url: str, partial: Path) -> None:
             raise UserError(f"{partial.parent} has {left} of disk left, {url} needs {needed}: make room there")
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=partial.stem)
         with open(partial, "ab" if have else "wb") as file, bar:
-            if not have:  # the old numbers are gone: from now on the new version's stand there
+            if not have:  # the old bytes are gone: write down the new version
                 _version_file(partial).write_text(json.dumps(version), encoding="utf-8")
             while chunk := response.read(CHUNK):
                 file.write(chunk)
@@ -78,7 +78,7 @@ def _fetch(url: str, partial: Path) -> None:
 
 
 def _open(url: str, partial: Path) -> tuple[HTTPResponse, int, dict]:
-    """(what the server sends, behind how many bytes of the partial file, the version that both are of)."""
+    """(the server's answer, the number of bytes of the partial file that it continues, the version of both)."""
     have, version = _kept(url, partial)
     response = _ask_for_rest(url, have, version) if have else urllib.request.urlopen(url, timeout=TIMEOUT)
     if (
@@ -93,8 +93,10 @@ def _open(url: str, partial: Path) -> tuple[HTTPResponse, int, dict]:
 
 
 def _ask_for_rest(url: str, have: int, version: dict) -> HTTPResponse | None:
-    """The answer to a request for what is behind the first bytes of this version, or else for the whole file; None
-    where the file is not longer."""
+    """Ask for the bytes of this version behind the first `have`, or for the whole file where the version is another.
+
+    None where the file is not longer.
+    """
     tag = version["ETag"] if not (version["ETag"] or "W/").startswith("W/") else version["Last-Modified"]
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", **({"If-Range": tag} if tag else {})})
     try:
@@ -106,7 +108,7 @@ def _ask_for_rest(url: str, have: int, version: dict) -> HTTPResponse | None:
 
 
 def _version(response: HTTPResponse, before: int) -> dict:
-    """What a server says of a file of which it sends all but the first bytes."""
+    """The server's words about a file of which it sends all but the first `before` bytes."""
     length = response.headers.get("Content-Length", "")
     said = {name: response.headers.get(name) for name in ("ETag", "Last-Modified")}
     return {**said, "bytes": before + int(length) if length.isdecimal() else None}
@@ -117,7 +119,7 @@ def _version_file(partial: Path) -> Path:
 
 
 def _kept(url: str, partial: Path) -> tuple[int, dict]:
-    """(bytes of an earlier try, the version they are of); (0, {}) where there are none that can be gone on with."""
+    """(number of bytes of an earlier try, their version); (0, {}) where no try can be continued."""
     try:
         version = json.loads(_version_file(partial).read_text(encoding="utf-8"))
         known = isinstance(version, dict) and version.keys() == {"url", "ETag", "Last-Modified", "bytes"}
@@ -128,7 +130,7 @@ def _kept(url: str, partial: Path) -> tuple[int, dict]:
 
 
 def _refuse_page(url: str, partial: Path) -> None:
-    """UserError where a login or a proxy has answered with a page of its own."""
+    """UserError where a login page or a proxy's page came instead of the file."""
     with open(partial, "rb") as file:
         head = file.read(512).lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):

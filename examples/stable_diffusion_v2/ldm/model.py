@@ -16,7 +16,7 @@ from ldm.networks.layers import fill
 from ldm.networks.text import VARIANTS, Under
 from ldm.networks.unet import UNet
 from ldm.networks.vae import AutoencoderKL, VAEEncode
-from ldm.text.tokenizer import PADDING, Tokenizer
+from ldm.text.tokenizer import Tokenizer, padding_of
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."  # how the files begin their names
 PARTS = (VAE, UNET, TEXT)
@@ -53,7 +53,7 @@ class StableDiffusion(nn.Cell):
             self.first_stage_model = vae
         if text_encoder:
             self.cond_stage_model = under_prefix(text_encoder)
-        padding = config.text.padding or PADDING[config.text.variant]
+        padding = padding_of(config.text.variant, config.text.padding)
         self.tokenizer = Tokenizer(config.text.vocab_size, config.text.context_length, padding)
         self.networks = Networks(unet, vae, text_encoder, VAEEncode(vae) if vae else None)
         self.scale_factor = config.scale_factor

@@ -1,8 +1,8 @@
-"""The files that a model's weights come from, what they say of it, and which model a command means.
+"""The files that a model's weights come from, what they say of the model, and which model a command means.
 
---config decides. Without it the checkpoint's own words do: it may carry its model's config. Else a YAML file beside it
-decides that has its name, else its name where that is a published model's, else --version. A file of which nothing is
-known is asked about, never guessed.
+The first of these that is there decides: --config; the config that the checkpoint carries; a YAML file of its name
+beside it; --version; its name, where that is a published model's. If none is there, the user is asked; nothing is
+guessed. --set changes the chosen config, and the file is then compared with the result.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +19,13 @@ import numpy as np
 
 from ldm import checkpoint
 from ldm.checkpoint import Checkpoint, words
-from ldm.config.model import ModelConfig, SamplingConfig, from_yaml, load_model_config, to_yaml
+from ldm.config.model import ModelConfig, SamplingConfig, changed, from_yaml, load_model_config, to_yaml
 from ldm.config.versions import VERSIONS, published
 from ldm.diffusion.prediction import get_prediction
 from ldm.errors import UserError
 from ldm.files import quoted
 from ldm.model import PARTS, TEXT, UNET, VAE
-from ldm.text.tokenizer import PADDING
+from ldm.text.tokenizer import padding_of
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _SECTIONS = {UNET: "unet", VAE: "vae", TEXT: "text"}
 
 
 class Choice(NamedTuple):
-    """A model's config, and what messages call its origin."""
+    """A model's config, and the name of its origin in messages."""
 
     config: ModelConfig
     origin: str
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint and, where it lacks parts, another one that brings them."""
+    """A checkpoint, and another one with the parts that it lacks, if the command names one."""
 
     path: str
     checkpoint: Checkpoint
@@ -50,57 +50,68 @@ class Weights:
 
     @property
     def of_unet(self) -> tuple[str, Checkpoint]:
-        """The file that the UNet comes from: its words are the model's."""
+        """The file with the UNet. What it says of itself holds for the model."""
         if self.rest is None or _holds(self.checkpoint, UNET):
             return self.path, self.checkpoint
         return self.rest_path, self.rest
 
 
 def open_weights(path: str, rest: str | None = None, widen: bool = True, raw: bool = False) -> Weights:
-    """Read what is there; UserError as `checkpoint.load`, whose `widen` and `raw` these are."""
+    """Read both files; `widen`, `raw` and UserError as in `checkpoint.load`."""
     return Weights(path, checkpoint.load(path, widen, raw), rest, checkpoint.load(rest, widen, raw) if rest else None)
 
 
 # ---- which model ----
 
 
-def choose_config(weights: Weights, config_path: str | None = None, version: str | None = None) -> Choice:
-    """The model that a command means; its text padding is settled.
+def choose_config(
+    weights: Weights, config_path: str | None = None, version: str | None = None, changes: Sequence[str] = ()
+) -> Choice:
+    """The model that a command means, its text padding said.
+
+    Args:
+        changes: --set's, made after the choice.
 
     Raises:
         UserError: nothing says which model it is; the file or its sidecar says another than --version, or it is
-            published as another; the sidecar is no model file; the config's prediction type is unknown.
+            published as another; the sidecar is no model file; the config's prediction type is unknown; `changed`.
     """
     path, ckpt = weights.of_unet
-    own, name, beside = own_config(path, ckpt), published(path), sidecar(path)
-    if config_path:
-        choice = Choice(load_model_config(config_path), "the config")
-    elif own:
-        choice = Choice(own, "it")
-        if version:
-            check_words(path, ckpt, load_model_config(VERSIONS[version].config), f"--version {version}")
-    elif beside:
-        choice = _by_sidecar(path, beside, version)
-    elif version or name:
-        choice = Choice(load_model_config(VERSIONS[version or name].config), f"--version {version or name}")
-    else:
-        raise UserError(
-            f"{path} does not say which model it is: add --version ({', '.join(VERSIONS)}), or its YAML file as config"
-        )
-    get_prediction(choice.config.prediction_type)  # or an unknown word would be held against the file's
+    choice, name = _choose(path, ckpt, config_path, version), published(path)
+    if changes:
+        choice = Choice(changed(choice.config, changes), f"{choice.origin} with --set")
+    get_prediction(choice.config.prediction_type)  # an unknown word is refused here, before it is compared
     if name and "prediction_type" not in ckpt.meta:
         _check_published(path, name, choice)
     return choice._replace(config=pad_text(choice.config, path, weights))
 
 
+def _choose(path: str, ckpt: Checkpoint, config_path: str | None, version: str | None) -> Choice:
+    own, beside = own_config(path, ckpt), sidecar(path)
+    if config_path:
+        return Choice(load_model_config(config_path), "the config")
+    if own:
+        if version:
+            check_words(path, ckpt, load_model_config(VERSIONS[version].config), f"--version {version}")
+        return Choice(own, "its config")
+    if beside:
+        return _by_sidecar(path, beside, version)
+    version = version or published(path)
+    if version:
+        return Choice(load_model_config(VERSIONS[version].config), f"--version {version}")
+    raise UserError(
+        f"{path} does not say which model it is: add --version ({', '.join(VERSIONS)}), or its YAML file as config"
+    )
+
+
 def sidecar(path: str) -> str | None:
-    """The YAML file that lies beside a checkpoint under its name, as A1111 wants it; None where there is none."""
+    """The YAML file of the same name beside a checkpoint, as A1111 wants it; None where there is none."""
     beside = Path(path).with_suffix(".yaml")
     return str(beside) if Path(path).is_file() and beside.is_file() else None
 
 
 def _by_sidecar(path: str, beside: str, version: str | None) -> Choice:
-    """UserError where it is no model file, or --version says another prediction type."""
+    """The sidecar's model; UserError where it is no model file, or --version says another prediction type."""
     try:
         config = load_model_config(beside)
     except UserError as error:
@@ -119,12 +130,12 @@ def _by_sidecar(path: str, beside: str, version: str | None) -> Choice:
 
 
 def own_config(path: str, ckpt: Checkpoint) -> ModelConfig | None:
-    """The config that a checkpoint carries; None where it carries none. UserError where that is damaged."""
+    """The config that a checkpoint carries, or None; UserError where it is damaged."""
     text = ckpt.meta.get("model_config")
     if text is None:
         return None
     config, name = from_yaml(text, f"{path}: its model_config"), published(path)
-    if name and "sampling:" not in text:  # a published file of ours that was written before there was this section
+    if name and "sampling:" not in text:  # a published file of ours that is older than this section
         config = replace(config, sampling=load_model_config(VERSIONS[name].config).sampling)
     return config
 
@@ -140,10 +151,10 @@ def _check_published(path: str, name: str, choice: Choice) -> None:
 
 
 def pad_text(config: ModelConfig, path: str, weights: Weights) -> ModelConfig:
-    """The config with the text padding said: what nobody has said is SD's, but MindONE's where it has trained."""
+    """The config with its text padding said. Where it says none, that is SD's, or MindONE's for a file of MindONE's."""
     if config.text.padding:
         return config
-    pad = PADDING[config.text.variant]
+    pad = padding_of(config.text.variant)
     with_text = weights.checkpoint if weights.rest is None or _holds(weights.checkpoint, TEXT) else weights.rest
     if with_text.by_mindone and not published(path) and pad != "end":
         pad = "end"
@@ -160,8 +171,8 @@ def check_words(
     """Compare what a checkpoint says of itself with a config.
 
     Args:
-        origin: what messages call the config.
-        parts: the networks that are wanted of the file; the type and the schedule are the UNet's.
+        origin: the config's name in messages.
+        parts: the networks that are wanted of the file. Prediction type and schedule are compared with the UNet only.
 
     Raises:
         UserError: it was trained with another latent scale, prediction type or schedule, or for another architecture.
@@ -199,20 +210,20 @@ def _check_type(path: str, ckpt: Checkpoint, config: ModelConfig, origin: str) -
 
 
 def _differences(own: ModelConfig, config: ModelConfig, parts: tuple[str, ...]) -> Iterator[tuple]:
-    """(key, the file's value, the config's) of what differs in the networks that are wanted."""
+    """(key, the file's value, the config's value) of every difference in the wanted networks."""
     for section in (_SECTIONS[part] for part in parts):
         said, wanted = (_comparable(getattr(which, section)) for which in (own, config))
         yield from ((f"{section}.{key}", said[key], wanted[key]) for key in said if said[key] != wanted[key])
 
 
 def _comparable(section: object) -> dict:
-    """A section's fields, with what is the same in other words made equal."""
+    """A section's fields, so that equal networks have equal fields."""
     fields = asdict(section)
-    fields.pop("use_checkpoint", None)  # memory and time, not the result
+    fields.pop("use_checkpoint", None)  # it changes memory and time, not the result
     if "attention_resolutions" in fields:
         fields["attention_resolutions"] = tuple(sorted(fields["attention_resolutions"]))
     if "padding" in fields:
-        fields["padding"] = fields["padding"] or PADDING[fields["variant"]]
+        fields["padding"] = padding_of(fields["variant"], fields["padding"])
     return fields
 
 
@@ -222,9 +233,11 @@ def _comparable(section: object) -> dict:
 def read_checkpoint(
     path: str, config: ModelConfig, parts: tuple[str, ...] = PARTS, widen: bool = True, raw: bool = False
 ) -> Checkpoint:
-    """A checkpoint of a model config, of which these networks are wanted.
+    """The checkpoint of a model config.
 
-    `widen` and `raw` are those of `checkpoint.load`.
+    Args:
+        parts: the networks that are wanted of it.
+        widen, raw: as in `checkpoint.load`.
 
     Raises:
         UserError: it cannot be read, or `check_words` finds another model.
@@ -235,7 +248,10 @@ def read_checkpoint(
 
 
 def tensors_of(weights: Weights, choice: Choice, vae: str | None = None) -> dict[str, np.ndarray]:
-    """All tensors of a model, the autoencoder's from a file of its own where one is given.
+    """All tensors of a model.
+
+    Args:
+        vae: a file with an autoencoder, which replaces the checkpoint's.
 
     Raises:
         UserError: `check_words` finds another model, or the autoencoder does not fit.
@@ -250,8 +266,8 @@ def tensors_of(weights: Weights, choice: Choice, vae: str | None = None) -> dict
     return checkpoint.with_vae(tensors, vae, config.scale_factor) if vae else tensors
 
 
-def describe(config: ModelConfig) -> dict[str, str]:
-    """What a checkpoint of this config says of itself; `check_words` and other tools look there."""
+def words_of(config: ModelConfig) -> dict[str, str]:
+    """What a checkpoint of this config says of itself. `check_words` and other programs read it."""
     return {
         "prediction_type": config.prediction_type,
         "schedule": json.dumps(asdict(config.schedule)),
@@ -262,9 +278,9 @@ def describe(config: ModelConfig) -> dict[str, str]:
 
 
 def config_key(config: ModelConfig) -> str:
-    """16 hexadecimal digits for all of a config that decides what a network answers.
+    """16 hexadecimal digits for everything in a config that decides what the networks answer.
 
-    Sampling and size are not in it: a picture's facts say them one by one.
+    Sampling and size are left out, because a picture's facts say them one by one.
     """
     plain = replace(config, sampling=SamplingConfig(), unet=replace(config.unet, use_checkpoint=False))
     step = config.vae.factor * config.unet.factor

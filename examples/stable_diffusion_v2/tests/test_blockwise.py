@@ -28,6 +28,7 @@ CONFIG = UNetConfig(
     attention_resolutions=(2,),
     context_dim=32,
     num_heads=2,
+    num_head_channels=None,
 )
 
 

@@ -20,6 +20,7 @@ from ldm.config.model import (
     TextConfig,
     UNetConfig,
     VAEConfig,
+    changed,
     from_dict,
     from_yaml,
     load_model_config,
@@ -30,6 +31,7 @@ from ldm.config.model import (
 from ldm.config.moved import answer, translated
 from ldm.config.options import Parser, draw_seed, read_options, seed, steps_or_share, str2bool
 from ldm.config.versions import existing
+from ldm.config.yaml_file import read_yaml, save_yaml
 from ldm.data.captions import read_captions
 from ldm.errors import UserError
 from ldm.parallel.ranks import Ranks
@@ -258,6 +260,171 @@ def test_absurd_sizes_are_refused(body, told):
         assert message(from_yaml, text, "x").startswith(f"x: {told}")
     else:
         from_yaml(text, "x")
+
+
+def test_double_z_of_older_files_is_left_out():
+    assert from_yaml("model: {prediction_type: v, vae: {double_z: true}}", "x") == ModelConfig("v")
+    assert "double_z" not in to_yaml(ModelConfig("v"))
+    carried = checkpoint.load(CONFIGS.parent / "models/tiny-vpred.safetensors").meta["model_config"]
+    assert "double_z: true" in carried
+    sampling = load_model_config("configs/tiny-vpred.yaml").sampling
+    assert dataclasses.replace(from_yaml(carried, "x"), sampling=sampling) == load_model_config(
+        "configs/tiny-vpred.yaml"
+    )
+    text = edited("mindone_v2.yaml", "double_z: true", "double_z: false")
+    assert "ddconfig.double_z: 'False' is not supported here" in message(from_yaml, text, "x")
+
+
+def test_heads_are_given_in_one_way_of_two():
+    for text, heads in (("num_heads: 8", (8, None)), ("num_heads: 8, num_head_channels: null", (8, None))):
+        unet = from_yaml(f"model: {{prediction_type: v, unet: {{{text}}}}}", "x").unet
+        assert (unet.num_heads, unet.num_head_channels) == heads
+    for text in ("num_head_channels: null", "num_heads: null", "num_heads: null, num_head_channels: null"):
+        assert from_yaml(f"model: {{prediction_type: v, unet: {{{text}}}}}", "x") == ModelConfig("v")
+    assert "give num_heads or num_head_channels" in message(UNetConfig, 4, 4, 320, 2, (1,), (1,), None, None)
+
+
+# --- interpolation
+
+
+def test_interpolations_in_a_model_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCHEDULE", "linear")
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "model:\n  prediction_type: v\n  text: {width: 768, heads: 12}\n  unet: {context_dim: '${model.text.width}'}\n"
+        "  schedule: {name: '${oc.env:SCHEDULE}'}\n  vae: {ch_mult: '${model.unet.channel_mult}'}\n"
+    )
+    assert "'model.vae.ch_mult': Interpolation key" in message(load_model_config, path)  # only what the file says
+    path.write_text(path.read_text().replace("context_dim", "channel_mult: [1, 2, 4, 4], context_dim"))
+    cfg = load_model_config(path)
+    assert (cfg.unet.context_dim, cfg.schedule.name, cfg.vae.ch_mult) == (768, "linear", (1, 2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("${nowhere}", ["'model.prediction_type'", "key 'nowhere' not found", "${oc.env:NAME}"]),
+        ("${oc.env:NO_SUCH_VARIABLE}", ["'NO_SUCH_VARIABLE' not found"]),
+        ("${model.prediction_type}", ["Recursive interpolation"]),
+        ("${model}", ["Interpolation to parent"]),
+        ("${nowhere:1}", ["Unsupported interpolation type nowhere"]),
+        ("costs ${5", ["mismatched input", "a plain ${"]),
+        ("${model.image_size}", ["model.prediction_type must be a word, got '64'"]),
+    ],
+)
+def test_interpolations_without_a_value(text, words, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"model: {{image_size: 64, prediction_type: '{text}'}}")
+    said = message(load_model_config, path)
+    assert [word for word in [str(path), *words] if word not in said] == []
+
+
+def test_interpolations_of_interpolations_take_no_memory(tmp_path):
+    path = tmp_path / "mine.yaml"
+    levels = [f"{a}: '{f'${{{b}}}' * 9}'" for a, b in zip("bcdefghij", "abcdefghi")]
+    tracemalloc.start()
+    for first in ("a: lol", "a: 1", "a: " + "x" * 90_000):
+        path.write_text("\n".join([first, *levels, "model: {prediction_type: '${j}'}"]))
+        assert "a file with interpolations may have at most 20 ${...} and 10,000" in message(load_model_config, path)
+    path.write_text("a: " + "x" * 20_000 + "\nmodel: {prediction_type: '${a}'}")
+    assert "at most 20" in message(load_model_config, path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+@pytest.mark.parametrize("word", ["${model.image_size}", "${oc.env:HOME}", "\\\\${x}", "a ${"])
+def test_a_checkpoint_carries_no_interpolation(word):
+    said = message(from_yaml, f'model: {{image_size: 64, prediction_type: "{word}"}}', "x.ckpt: its model_config")
+    assert said.startswith("x.ckpt: its model_config") and "interpolation" in said and "does not belong there" in said
+
+
+def test_interpolations_in_a_train_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "data_path: ${oc.env:HOME}/${optim}\noptim: sgd\nvalidation_prompts: ['\\${cat}', '$5 {x}']\nepochs: ${n}"
+    assert "'epochs': Interpolation key 'n' not found" in message(options, tmp_path, text)
+    args = options(tmp_path, text.replace("${n}", "${train_batch_size}\ntrain_batch_size: 3"))
+    assert (args.data_path, args.epochs) == (f"{tmp_path}/sgd", 3)
+    assert args.validation_prompts == ["${cat}", "$5 {x}"]
+
+
+@pytest.mark.parametrize("text", ["${cat}", "\\${a}", "\\\\${", "a\\ ${b} \\", "$ {c}", "${oc.env:HOME}\n${", "\\"])
+def test_saved_options_are_read_back_as_they_are(text, tmp_path):
+    data = {"prompts": [text, "other"], "section": {"key": text}, "number": 3}
+    save_yaml(data, tmp_path / "args.yaml")
+    assert read_yaml(tmp_path / "args.yaml") == data
+
+
+# --- --set
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        (["model.unet.use_checkpoint=true"], {"unet": {"use_checkpoint": True}}),
+        (["model.sampling.steps=12", "model.prediction_type=epsilon"], {"sampling": {"steps": 12}, "": "eps"}),
+        (["model.sampling.steps=12", "model.sampling.steps=9"], {"sampling": {"steps": 9}}),
+        (
+            ["model.unet.context_dim=512", "model.text.width=512"],
+            {"unet": {"context_dim": 512}, "text": {"width": 512}},
+        ),
+        (["model.unet.channel_mult=[1, 2, 2, 2]"], {"unet": {"channel_mult": (1, 2, 2, 2)}}),
+        (["model.schedule={timesteps: 100}"], {"schedule": {"timesteps": 100}}),
+        (["model.schedule.beta_start=1e-4"], {"schedule": {"beta_start": 1e-4}}),
+        (
+            ["model.unet.num_heads=8", "model.unet.num_head_channels="],
+            {"unet": {"num_heads": 8, "num_head_channels": None}},
+        ),
+        (
+            ["model.text.width=512", "model.unet.context_dim=${model.text.width}"],
+            {"unet": {"context_dim": 512}, "text": {"width": 512}},
+        ),
+    ],
+)
+def test_a_command_changes_a_config(changes, wanted):
+    cfg = ModelConfig("v", image_size=768)
+    prediction_type, sections = wanted.pop("", "v"), {}
+    for name, fields in wanted.items():
+        sections[name] = dataclasses.replace(getattr(cfg, name), **fields)
+    assert changed(cfg, changes) == dataclasses.replace(cfg, prediction_type=prediction_type, **sections)
+    assert changed(cfg, []) is cfg
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.unet.use_chekpoint=true", ["'model.unet.use_chekpoint'", "'model.unet.use_checkpoint'"]),
+        ("unet.use_checkpoint=true", ["'model.unet.use_checkpoint'"]),
+        ("steps=3", ["'model.sampling.steps'"]),
+        ("model.schedule.spacing=trailing", ["'model.sampling.spacing'"]),
+        ("model.target=x", ["unknown key 'model.target'"]),
+        ("model.unet.use_checkpoint", ["KEY=VALUE"]),
+        ("model.unet.use_checkpoint=maybe", ["model.unet.use_checkpoint must be true or false, got 'maybe'"]),
+        ("model.sampling.steps=1.5", ["model.sampling.steps must be a whole number"]),
+        ("model.sampling.steps=", ["model.sampling.steps must be a whole number"]),
+        ("model.unet=3", ["model.unet must be a section"]),
+        ("model.unet={depth: 3}", ["unknown key 'model.unet.depth'"]),
+        ("model.unet.channel_mult=[1, 2", ["model.unet.channel_mult, line 1"]),
+        ("model.unet.model_channels=100", ["must be a multiple of 32"]),
+        ("model.text.width=512", ["context_dim 1024 must be equal"]),
+        ("model.unet.num_heads=8", ["num_heads or num_head_channels, not both"]),
+        ("model.unet.context_dim=${model.text.widht}", ["'model.text.widht' not found"]),
+        ("model.sampling.sampler=&a [*a]", ["part of"]),
+        ("=3", ["unknown key ''"]),
+    ],
+)
+def test_a_wrong_change_is_told_in_one_line(change, words):
+    said = message(changed, ModelConfig("v"), [change])
+    assert [word for word in ["--set: ", *words] if word not in said] == []
+
+
+def test_changes_are_given_by_the_file_and_by_the_command(tmp_path):
+    (tmp_path / "run.yaml").write_text("data_path: d\nset: [model.sampling.steps=3, model.image_size=64]\n")
+    for script in (train_text_to_image, train_autoencoder):
+        words = ["--train_config", str(tmp_path / "run.yaml"), "--set", "a=1", "b=2", "--set", "c=3"]
+        args = read_options(script.build_parser(), words)
+        assert args.set == ["model.sampling.steps=3", "model.image_size=64", "a=1", "b=2", "c=3"]
+        assert read_options(script.build_parser(), ["--data_path", "d"]).set == []
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -750,6 +917,12 @@ def test_flags_that_are_not_here_are_told_with_their_own_reason():
         assert f"--{flag} is not available here" in said and word in said
         assert ("samplers" in said) == (flag == "plms")
     assert not hasattr(read_options(text_to_image.build_parser(), []), "plms")
+
+
+def test_mindone_has_two_words_for_one_optimizer(tmp_path):
+    (tmp_path / "run.yaml").write_text("optim: momentum")
+    for words in (["--optim", "momentum"], ["--train_config", str(tmp_path / "run.yaml")]):
+        assert read_options(train_text_to_image.build_parser(), words).optim == "sgd"
 
 
 def test_levels_of_compilation_are_accepted(caplog):

@@ -68,7 +68,7 @@ def reference(name, w, scale, decayed):
             decay = DECAY if key in decayed else 0.0
             if name not in ("adamw", "muon"):
                 g = g + decay * w[key]
-            if name in ("sgd", "momentum"):
+            if name == "sgd":
                 m[key] = beta1 * m[key] + g
                 w[key] = w[key] - lr * m[key]
                 continue

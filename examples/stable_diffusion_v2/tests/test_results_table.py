@@ -105,14 +105,21 @@ def test_what_is_drawn_is_kept_and_settings_do_not_mix(place):
     assert stand_in.calls.count("text_to_image.py") == 1
     (samples / "00001.png").unlink()
     assert len(table(place, *model)) == 1 and (samples / "00001.png").exists()
+    assert len(table(place, *model, "--set", "model.sampling.steps=9", "model.unet.use_checkpoint=true")) == 2
+    with open(place / "out/table.csv", newline="") as file:
+        assert {row["set"]: row["sampling_steps"] for row in csv.DictReader(file)} == {
+            "": "20",
+            "model.sampling.steps=9 model.unet.use_checkpoint=true": "9",
+        }
     other = [["--seed", 1], ["--scale", 3], ["--n_samples", 2], ["--limit", 2], ["--negative_prompt", "red"]]
-    for number, words in enumerate(other, 2):
+    for number, words in enumerate(other, 3):
         assert len(table(place, *model, *words)) == number
     checkpoint.save(place / "one.safetensors", {"x": np.zeros(3, np.float32)}, {}, "safetensors")  # of the same name
     rows = table(place, *model)
-    assert len(rows) == 7 == len(list(place.glob("out/*/samples")))
-    assert len({row[0] for row in rows}) == 7  # of equal labels each says its folder; the one of scale 3 is alone
-    assert sum(row[0] == "one" for row in rows) == 1
+    assert len(rows) == 8 == len(list(place.glob("out/*/samples")))
+    # Of equal labels each says its folder. The rows of scale 3 and of 9 steps have labels of their own.
+    assert len({row[0] for row in rows}) == 7
+    assert sum(row[0] == "one" for row in rows) == 2
 
 
 def test_what_cannot_be_measured_is_a_dash_and_says_why(place, monkeypatch):

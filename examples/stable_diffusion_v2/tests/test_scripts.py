@@ -36,6 +36,7 @@ from ldm.config.model import (
     save_model_config,
 )
 from ldm.config.options import read_options
+from ldm.config.yaml_file import read_yaml
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.model import VAE, StableDiffusion
@@ -44,7 +45,7 @@ from ldm.parallel.ranks import Ranks
 from ldm.randomness import generator
 from ldm.train import autoencoder, finetune
 from ldm.train.log import read_log
-from ldm.weights import Choice, describe, open_weights, tensors_of
+from ldm.weights import Choice, config_key, open_weights, tensors_of, words_of
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(
@@ -84,7 +85,7 @@ def fill_place(folder: Path, config: ModelConfig) -> None:
     for name, array in tensors.items():  # layers that start at zero would hide the prompt
         if name.startswith("model.") and not array.any():
             tensors[name] = generator(1, name).normal(0, 0.1, array.shape).astype(np.float32)
-    checkpoint.save(folder / "base.safetensors", tensors, describe(config), "safetensors")
+    checkpoint.save(folder / "base.safetensors", tensors, words_of(config), "safetensors")
     source = ROOT / "datasets/emoji/openmoji/test"
     (folder / "data").mkdir()
     lines = (source / "img_txt.csv").read_text(encoding="utf-8").splitlines()[:13]
@@ -653,6 +654,9 @@ def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_pa
         (["--model_config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
         (["--model_config", "configs/tiny-vpred.yaml"], ["latents scaled by 0.18215"]),
         (["--model_config", "{place}/wide.yaml"], ["unet.model_channels '32'", "'64'", "another model"]),
+        (["--set", "model.unet.model_channels=64"], ["unet.model_channels '32'", "'64'", "another model"]),
+        (["--set", "model.prediction_type=eps"], ["prediction_type 'v'", "the config with --set says 'eps'"]),
+        (["--set", "model.unet.use_checkpoint=1"], ["--set: model.unet.use_checkpoint must be true or false"]),
         (["--ckpt_format", "diffusers", "--model_config", "{place}/no_diffusers.yaml"], ["ch_mult begins with 2"]),
         (["--scheduler", "cosin"], ["cosin", "cosine"]),
         (["--optim", "lion"], ["lion", "adamw"]),
@@ -759,6 +763,28 @@ def test_a_run_goes_on_with_its_own_data_and_weights_alone(monkeypatch, capsys, 
     assert len(read_log(tmp_path / "out/result.log")["step"]) == 2
 
 
+def test_changes_of_the_command_belong_to_the_run(monkeypatch, capsys, place, tmp_path):
+    """They are saved with it, it samples with them, and it does not go on with others that matter."""
+    change = ["--set", "model.unet.use_checkpoint=true", "model.sampling.steps=2", "model.schedule.beta_end=0.02"]
+    random = ["--unet_initialize_random", True]  # the file's UNet was trained with another schedule
+    words = training(place, tmp_path, "--step_mode", True, "--train_steps", 1, *random)
+    call(monkeypatch, train_text_to_image, [*words, *change])
+    saved = load_model_config(tmp_path / "model_config.yaml")
+    assert (saved.unet.use_checkpoint, saved.sampling.steps, saved.schedule.beta_end) == (True, 2, 0.02)
+    assert read_yaml(tmp_path / "args.yaml")["set"] == change[1:]
+    again = [*words, "--resume", "True", "--train_steps", "2"]
+    line = refusal(monkeypatch, capsys, train_text_to_image, [*again, *change[:-1]])
+    assert "schedule.beta_end was 0.02 and is now 0.012" in line
+    call(monkeypatch, train_text_to_image, [*again, "--set", change[-1]])
+
+    path = str(tmp_path / "ckpt/rank_0/sd-2.ckpt")
+    for more, steps, size in ((), 2, 32), (("--set", "model.sampling.steps=3", "model.image_size=64"), 3, 64):
+        config = text_to_image.find_model(
+            read_options(text_to_image.build_parser(), ["--ckpt_path", path, *more])
+        ).config
+        assert (config.sampling.steps, config.image_size, config_key(config)) == (steps, size, config_key(saved))
+
+
 def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, tmp_path):
     shutil.copytree(trained / "ckpt", tmp_path / "ckpt")
     state = trained / "ckpt/rank_0/train_resume.safetensors"
@@ -805,6 +831,9 @@ def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, wo
         (["--ckpt_path", "no.ckpt"], ["no.ckpt does not exist"]),
         (["--ckpt_path", "{place}/cut.safetensors"], ["cut.safetensors", "truncated"]),
         (["--config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
+        (["--set", "model.prediction_type=eps"], ["prediction_type 'v'", "the config with --set says 'eps'"]),
+        (["--set", "model.unet.chanel_mult=[1]"], ["--set: unknown key", "'model.unet.channel_mult'"]),
+        (["--set", "model.sampling.sampler=euler"], ["euler", "dpm_solver_pp"]),
         (["--config", "{place}/typo.yaml"], ["typo.yaml", "model.unet.model_chanels", "model.unet.model_channels"]),
         (["--config", "{place}/type.yaml"], ["unknown prediction type 'velo'", "eps, x0, v"]),
         (["--output_path", "{place}/model.yaml"], ["cannot write to", "--output_path"]),

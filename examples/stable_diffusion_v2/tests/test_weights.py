@@ -9,11 +9,12 @@ import pytest
 
 from ldm import checkpoint
 from ldm.checkpoint import Checkpoint
-from ldm.config.model import SamplingConfig, from_yaml, load_model_config, save_model_config
+from ldm.config.model import SamplingConfig, from_yaml, load_model_config, save_model_config, to_dict
 from ldm.config.versions import VERSIONS, published
+from ldm.config.yaml_file import dump_yaml
 from ldm.errors import UserError
 from ldm.model import PARTS, TEXT, UNET, VAE
-from ldm.weights import Choice, Weights, check_words, choose_config, config_key, describe, tensors_of
+from ldm.weights import Choice, Weights, check_words, choose_config, config_key, tensors_of, words_of
 
 V, EPS = load_model_config("configs/v2-vpred-inference.yaml"), load_model_config("configs/v2-inference.yaml")
 TINY = load_model_config("configs/tiny-vpred.yaml")
@@ -55,12 +56,50 @@ def test_a_file_that_says_nothing_is_asked_about():
 
 def test_what_a_checkpoint_carries_decides():
     own = replace(TINY, sampling=SamplingConfig("ddim", 4, 1.0, "trailing", "zero"))
-    weights = file("student.safetensors", describe(own))
+    weights = file("student.safetensors", words_of(own))
     for words in ((), (None, "tiny")):
         assert choose(weights, *words).sampling == own.sampling
     assert choose(weights, "configs/tiny-vpred.yaml").sampling == TINY.sampling  # the command's config decides more
     with pytest.raises(UserError, match="student.safetensors .*--version 2.1 says"):
         choose(weights, None, "2.1")
+
+
+def test_changes_of_the_command_are_made_after_the_choice(tmp_path):
+    own, changes = file("own.safetensors", words_of(TINY)), ["model.sampling.steps=3", "model.unet.use_checkpoint=true"]
+    choices = [
+        choose_config(own, None, None, changes),
+        choose_config(own, "configs/tiny-vpred.yaml", None, changes),
+        choose_config(file("tiny-vpred.safetensors"), changes=changes),
+        choose_config(beside(tmp_path, "x.ckpt", dump_yaml(to_dict(TINY))), changes=changes),
+    ]
+    for config, origin in choices:
+        assert (config.sampling.steps, config.unet.use_checkpoint) == (3, True) and origin.endswith(" with --set")
+        assert config_key(config) == config_key(choose(own))
+    assert config_key(choose_config(own, changes=["model.text.heads=2"]).config) != config_key(choose(own))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("model.prediction_type=eps", "prediction_type 'v', its config with --set says 'eps'"),
+        ("model.schedule.beta_end=0.02", "schedule beta_end: '0.012', its config with --set says '0.02'"),
+        ("model.scale_factor=1", "scaled by .* says scale_factor 1.0"),
+        ("model.unet.num_res_blocks=3", "unet.num_res_blocks '1', its config with --set says '3'"),
+        ("model.text.padding=end", "text.padding 'zero', its config with --set says 'end'"),
+    ],
+)
+def test_changes_that_a_checkpoint_contradicts_are_refused(change, told):
+    weights = file("own.safetensors", words_of(TINY))
+    with pytest.raises(UserError, match=told):
+        tensors_of(weights, choose_config(weights, changes=[change]))
+
+
+def test_changes_do_not_make_a_published_model_another():
+    for name in ("sd_v2_768_v-e12e3a9b.ckpt", "768-v-ema.safetensors"):
+        with pytest.raises(UserError, match="published model 2.0-v, .* --version 2.0-v with --set says 'eps'"):
+            choose_config(file(name), changes=["model.prediction_type=eps"])
+    with pytest.raises(UserError, match="--set: unknown key"):
+        choose_config(file("sd_v2_768_v-e12e3a9b.ckpt"), changes=["model.type=eps"])
 
 
 def beside(tmp_path, name, text, meta=None):
@@ -84,7 +123,7 @@ def test_a_yaml_file_beside_a_checkpoint_says_what_it_is(tmp_path, caplog):
         said = [line for line in caplog.messages if "lies beside" in line]
         assert len(said) == 1 and "photos.safetensors" in said[0]
     assert choose(weights, "configs/v2-inference.yaml").prediction_type == "eps"
-    assert choose(beside(tmp_path, "own.ckpt", text, describe(TINY))).unet == TINY.unet
+    assert choose(beside(tmp_path, "own.ckpt", text, words_of(TINY))).unet == TINY.unet
     assert (
         choose(beside(tmp_path, "512-base-ema.ckpt", "model: {prediction_type: eps, image_size: 384}")).image_size
         == 384
@@ -105,19 +144,19 @@ def test_a_yaml_file_beside_a_checkpoint_that_is_no_model_is_named(tmp_path):
 
 
 def test_the_file_in_the_repository_says_how_it_draws_best():
-    old = describe(TINY)["model_config"].replace("  sampling:", "  left_out:")
+    old = words_of(TINY)["model_config"].replace("  sampling:", "  left_out:")
     assert "sampling:" not in old
     lines = [line for line in old.splitlines() if "left_out" not in line]
     start = next(i for i, line in enumerate(lines) if "sampler:" in line)
     text = "\n".join(lines[:start] + lines[start + 5 :])
     assert from_yaml(text, "x").sampling == SamplingConfig()
-    meta = {**describe(TINY), "model_config": text}
+    meta = {**words_of(TINY), "model_config": text}
     assert choose(file("models/tiny-vpred.safetensors", meta)).sampling == TINY.sampling
     assert choose(file("of-mine.safetensors", meta)).sampling == SamplingConfig()
 
 
 def test_the_words_are_those_of_the_file_with_the_unet():
-    unet, rest = file("unet.safetensors", parts=(UNET,)), file("base.safetensors", describe(V))
+    unet, rest = file("unet.safetensors", parts=(UNET,)), file("base.safetensors", words_of(V))
     both = replace(unet, rest_path=rest.path, rest=rest.checkpoint)
     with pytest.raises(UserError, match="unet.safetensors does not say which model"):
         choose(both)
@@ -140,7 +179,7 @@ def test_the_words_are_those_of_the_file_with_the_unet():
     ],
 )
 def test_the_first_difference_is_said(change, told):
-    ckpt = file("x.ckpt", describe(V)).checkpoint
+    ckpt = file("x.ckpt", words_of(V)).checkpoint
     check_words("x.ckpt", ckpt, V)
     with pytest.raises(UserError, match=f"x.ckpt .*{told}"):
         check_words("x.ckpt", ckpt, change(V))
@@ -150,10 +189,10 @@ def test_what_changes_no_answer_is_no_difference():
     unet = replace(V.unet, use_checkpoint=False, attention_resolutions=(1, 2, 4))
     text = replace(V.text, padding="zero")
     other = replace(V, unet=unet, text=text, image_size=512, sampling=SamplingConfig("ddim"))
-    check_words("x.ckpt", file(meta=describe(V)).checkpoint, other)
+    check_words("x.ckpt", file(meta=words_of(V)).checkpoint, other)
     another = replace(V, unet=replace(V.unet, num_head_channels=32), prediction_type="eps")
-    check_words("x.ckpt", file(meta=describe(V)).checkpoint, another, parts=(VAE, TEXT))  # its UNet is not wanted
-    check_words("x.ckpt", file(meta=describe(V), parts=(VAE,)).checkpoint, another)  # or is not there
+    check_words("x.ckpt", file(meta=words_of(V)).checkpoint, another, parts=(VAE, TEXT))  # its UNet is not wanted
+    check_words("x.ckpt", file(meta=words_of(V), parts=(VAE,)).checkpoint, another)  # or is not there
 
 
 @pytest.mark.parametrize(
@@ -205,7 +244,7 @@ def test_sd2_prompts_are_padded_as_the_weights_were_trained(tmp_path, caplog):
     assert choose(file("sd-20.ckpt"), None, "1.5").text.padding == "end"
     save_model_config(replace(V, text=replace(V.text, padding="zero")), tmp_path / "zero.yaml")
     assert choose(theirs, str(tmp_path / "zero.yaml")).text.padding == "zero"
-    ours = describe(replace(V, text=replace(V.text, padding="end")))
+    ours = words_of(replace(V, text=replace(V.text, padding="end")))
     assert choose(file("fine.safetensors", ours)).text.padding == "end"
 
 

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from ldm import checkpoint, runtime
-from ldm.config.model import UNetConfig, load_model_config
+from ldm.config.model import UNetConfig, add_set, changed, load_model_config
 from ldm.config.options import seed
 from ldm.errors import UserError
 from ldm.model import UNET, StableDiffusion
 from ldm.networks.layers import initialize
-from ldm.weights import describe, read_checkpoint
+from ldm.weights import read_checkpoint, words_of
 
 log = logging.getLogger("add_unet_level")
 
@@ -107,9 +107,10 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("destination", type=Path)
     parser.add_argument("--config", default="configs/tiny-vpred.yaml", help="the larger model's YAML file")
+    add_set(parser.add_argument)
     parser.add_argument("--seed", type=seed, default=42, help="of the new level's random weights")
     args = parser.parse_args()
-    config = load_model_config(args.config)
+    config = changed(load_model_config(args.config), args.set)
     smaller = replace(config, unet=without_first_level(config.unet))
     if args.destination.exists():
         raise UserError(f"{args.destination} exists; remove it or give another name")
@@ -120,7 +121,7 @@ def main() -> None:
     initialize(larger.unet, args.seed)
     new = grow(old, larger.tensors(), config.unet)
     others = {name: array for name, array in ckpt.tensors.items() if not name.startswith(UNET)}
-    checkpoint.save(args.destination, {**others, **new}, {**ckpt.meta, **describe(config)}, "safetensors")
+    checkpoint.save(args.destination, {**others, **new}, {**ckpt.meta, **words_of(config)}, "safetensors")
     before, after = (f"{sum(array.size for array in part.values()):,}" for part in (old, new))
     log.info("the UNet of %s has %s parameters, that of %s %s", args.source, before, args.destination, after)
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from ldm import runtime
-from ldm.config.model import load_model_config
+from ldm.config.model import add_set, changed, load_model_config
 from ldm.config.options import Parser, read_options, require_at_least, str2bool
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
@@ -46,6 +46,7 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--config", help="the model's YAML file; without it SD 2.x of --width")
+    add_set(add)
     add("--width", type=int, default=FULL_WIDTH, help="channels of the UNet's first level")
     add("--size", type=int, default=16, help="side of the latents")
     add("--batch", type=int, default=16, help="samples of a step, of all ranks together")
@@ -83,7 +84,7 @@ def measure(args) -> None:
     runtime.connect_devices(ranks, runtime.start(args.device_target, ranks=ranks))
     if args.batch % ranks.size:
         raise UserError(f"{args.batch} samples do not divide among {ranks.size} ranks")
-    config = load_model_config(args.config) if args.config else small_config(args.width)
+    config = changed(load_model_config(args.config) if args.config else small_config(args.width), args.set)
     net = UNet(config.unet)
     initialize(net, 0)
     schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)

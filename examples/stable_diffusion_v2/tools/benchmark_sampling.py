@@ -28,7 +28,7 @@ FULL_WIDTH = 320  # channels of SD's UNet at its first level
 
 def small_config(width: int):
     """SD 2.x with v-prediction, all of its widths shrunk so that the UNet begins with `width` channels."""
-    from ldm.config.model import load_model_config
+    from ldm.config.model import GROUPS, load_model_config
 
     config = load_model_config(HERE / "configs" / "v2-vpred-inference.yaml")
 
@@ -39,7 +39,7 @@ def small_config(width: int):
     return replace(
         config,
         unet=replace(config.unet, model_channels=width, context_dim=context),
-        vae=replace(config.vae, ch=shrunk(config.vae.ch, 32)),
+        vae=replace(config.vae, ch=shrunk(config.vae.ch, GROUPS)),
         text=replace(config.text, width=context, heads=context // 64),
     )
 
@@ -53,13 +53,13 @@ def make(folder: Path, width: int) -> None:
     from ldm.config.model import save_model_config
     from ldm.model import StableDiffusion
     from ldm.networks.layers import initialize
-    from ldm.pipeline import describe
+    from ldm.weights import words_of
 
     config = small_config(width)
     model = StableDiffusion(config)
     initialize(model, 0)
     save_model_config(config, folder / "model.yaml")
-    checkpoint.save(folder / "model", model.tensors(), describe(config), "diffusers")
+    checkpoint.save(folder / "model", model.tensors(), words_of(config), "diffusers")
 
 
 def draw_with_diffusers(folder: Path, size: int, steps: int) -> None:

@@ -1,6 +1,6 @@
 """Convert a checkpoint to another format: any that is read, to any that is written.
 
-    python tools/convert_checkpoint.py SOURCE DESTINATION [--dtype float16] [--version 2.1-v]
+    python tools/convert_checkpoint.py SOURCE DESTINATION [--dtype float16] [--version 2.1-v] [--set KEY=VALUE ...]
 
 SOURCE is MindSpore's .ckpt, PyTorch's .ckpt or .pt, .safetensors, or a diffusers folder. DESTINATION says the format:
 NAME.ckpt is MindSpore's with MindONE's names, NAME.safetensors has Stability's, any other name (but .pt, .pth, .bin)
@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import checkpoint, runtime
 from ldm.checkpoint import kinds
-from ldm.config.model import to_dict
+from ldm.config.model import add_set, to_dict
 from ldm.config.versions import VERSIONS, published
 from ldm.errors import UserError
 from ldm.files import escaped
-from ldm.weights import check_words, choose_config, describe, open_weights, sidecar
+from ldm.weights import check_words, choose_config, open_weights, sidecar, words_of
 
 log = logging.getLogger("convert_checkpoint")
 SUFFIXES = {".ckpt": "mindspore", ".safetensors": "safetensors", "": "diffusers"}
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float16"), help="of the numbers (default: the source's)")
     parser.add_argument("--config", help="the model's YAML file, where the source does not describe itself")
     parser.add_argument("--version", choices=list(VERSIONS), help="the published model whose config it is")
+    add_set(parser.add_argument)
     args = parser.parse_args()
     kind = SUFFIXES.get(args.destination.suffix, "diffusers")
     if args.destination.suffix in (".pt", ".pth", ".bin"):
@@ -45,9 +46,9 @@ def main() -> None:
     weights = open_weights(args.source, widen=False)
     ckpt, meta = weights.checkpoint, weights.checkpoint.meta
     if args.config or args.version or "model_config" in meta or published(args.source) or sidecar(args.source):
-        config, origin = choose_config(weights, args.config, args.version)
+        config, origin = choose_config(weights, args.config, args.version, args.set)
         check_words(args.source, ckpt, config, origin)
-        described, wrong = describe(config), kinds.contradiction(ckpt.tensors, to_dict(config)["model"])
+        described, wrong = words_of(config), kinds.contradiction(ckpt.tensors, to_dict(config)["model"])
         if wrong:
             raise UserError(f"{args.source} is of another model than the config: {wrong}; choose another config")
         meta = {**described, **meta, "model_config": described["model_config"]}

@@ -35,7 +35,7 @@ from ldm.data.images import check_image, load_image
 from ldm.data.prompts import read_lines
 from ldm.pictures import ENTRY, RECORD, read_facts, read_record
 from ldm.train.state import load_state, save_state
-from ldm.weights import choose_config, describe, open_weights, tensors_of
+from ldm.weights import choose_config, open_weights, tensors_of, words_of
 
 HERE = Path(__file__).resolve().parents[1]
 Image.MAX_IMAGE_PIXELS = 1 << 24  # twice as many are read at most; by default 179 million, which take 700 MB
@@ -96,7 +96,7 @@ def _checkpoints(folder: Path) -> dict:
     }
     for path in files.values():
         path.parent.mkdir()
-    meta = describe(CONFIG)
+    meta = words_of(CONFIG)
     checkpoint.save(files["safetensors"], _tensors(), meta, "safetensors")
     checkpoint.save(files["ckpt"], _tensors(), meta, "mindspore")
     state = {f"{slot}{name}": array for name, array in _tensors().items() for slot in ("", "swap.", "adam_m.", "ema.")}
@@ -157,7 +157,7 @@ def _diffusers(folder: Path) -> dict:
     files = (f"unet/{shard}", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
     names = ("conv_out.weight", "quant_conv.bias", "text_model.final_layer_norm.weight")
     for file, name, array in zip(files, names, _tensors().values()):
-        formats.write(place / file, {name: array}, {"format": "pt", **describe(CONFIG)}, "safetensors")
+        formats.write(place / file, {name: array}, {"format": "pt", **words_of(CONFIG)}, "safetensors")
     return {"diffusers": (sorted(place.rglob("*.json")), lambda: _read_model(place))}
 
 

@@ -25,6 +25,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.metrics import kid_with_error
 from eval.pictures import find_pictures
+from ldm.config.model import add_set
 from ldm.config.options import require_at_least
 from ldm.data.captions import read_captions, read_prompts
 from ldm.data.images import crop, decode, load_image, to_float
@@ -123,7 +125,12 @@ def measure(gen: Path, real: Path, each: int = 1, limit: int | None = None) -> d
 
 
 def reconstruct(
-    real: str, ckpt: str, config_path: str | None, limit: int | None = None, batch: int = 16
+    real: str,
+    ckpt: str,
+    config_path: str | None,
+    limit: int | None = None,
+    batch: int = 16,
+    changes: Sequence[str] = (),
 ) -> dict[str, float]:
     """PSNR of pictures that the autoencoder has encoded, to the mean, and decoded."""
     from ldm import runtime  # MindSpore is wanted here alone
@@ -132,7 +139,7 @@ def reconstruct(
 
     paths = [sample.path for sample in read_captions(real)[:limit]]
     weights = open_weights(ckpt)
-    config, origin = choose_config(weights, config_path)
+    config, origin = choose_config(weights, config_path, changes=changes)
     check_words(ckpt, weights.checkpoint, config, origin, (VAE,))
     tensors = weights.checkpoint.tensors
     runtime.start()
@@ -156,6 +163,7 @@ def main() -> None:
     source.add_argument("--ckpt_path", help="a checkpoint to draw them with, for every caption of real_path")
     parser.add_argument("--reconstruct", action="store_true", help="the PSNR of ckpt_path's autoencoder instead")
     parser.add_argument("--config", help="the model's YAML file (default: the checkpoint's own)")
+    add_set(parser.add_argument)
     parser.add_argument("--n_samples", type=int, default=1, help="pictures per caption")
     parser.add_argument("--limit", type=int, help="the first captions only")
     parser.add_argument("--output_path", type=Path, default=Path("output/measure"), help="drawn pictures go there")
@@ -163,13 +171,16 @@ def main() -> None:
     if args.gen_path and options:
         raise UserError(f"with --gen_path nothing is drawn, and {options[0]} has no meaning")
     if args.reconstruct and (options or not args.ckpt_path):
-        raise UserError(f"--reconstruct takes --ckpt_path and --config, not {options[0] if options else '--gen_path'}")
+        other = options[0] if options else "--gen_path"
+        raise UserError(f"--reconstruct takes --ckpt_path, --config and --set, not {other}")
     require_at_least(1, args, "n_samples", "limit")
     row = {"real": args.real_path}
     if args.reconstruct:
-        row.update(checkpoint=args.ckpt_path, **reconstruct(args.real_path, args.ckpt_path, args.config, args.limit))
+        figures = reconstruct(args.real_path, args.ckpt_path, args.config, args.limit, changes=args.set)
+        row.update(checkpoint=args.ckpt_path, **figures)
     else:
         options += ["--config", args.config] if args.config else []
+        options += ["--set", *args.set] if args.set else []
         each = args.n_samples, args.limit
         gen = args.gen_path or draw(args.real_path, args.ckpt_path, args.output_path.resolve(), options, *each)
         row.update(generated=str(gen), **measure(gen, Path(args.real_path), *each))

@@ -30,7 +30,7 @@ import numpy as np
 
 from ldm.checkpoint import diffusers_folder, formats, kinds, names, words
 from ldm.checkpoint.arrays import changed, release, widened
-from ldm.diffusion.prediction import own_name
+from ldm.diffusion.prediction import DIFFUSERS_NAMES, MODELSPEC_NAMES, own_name
 from ldm.errors import UserError
 from ldm.files import escaped, sha256
 
@@ -57,10 +57,8 @@ FORMATS = (*formats.FORMATS, "diffusers")  # that are written
 Tensors = dict[str, np.ndarray]
 Strings = dict[str, str]
 
-_MODELSPEC_TYPE_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample"}
-
 _V_MARK, _ZERO_SNR_MARK = "v_pred", "ztsnr"  # of these tensors only the presence counts
-_MARKED_TYPE = own_name("v_prediction")
+_MARKED_TYPE = own_name(DIFFUSERS_NAMES["v"])
 _MODELSPEC = "modelspec."
 _DERIVED = (
     "sai_model_spec",
@@ -322,7 +320,7 @@ def _modelspec(tensors: Tensors, meta: Strings, path: str | Path) -> Strings:
     if "resolution" in meta:
         spec["resolution"] = meta["resolution"]
     if "prediction_type" in meta:
-        spec["prediction_type"] = _MODELSPEC_TYPE_NAMES.get(meta["prediction_type"], meta["prediction_type"])
+        spec["prediction_type"] = MODELSPEC_NAMES.get(meta["prediction_type"], meta["prediction_type"])
     return {"format": "pt", **{_MODELSPEC + key: text for key, text in spec.items()}}
 
 

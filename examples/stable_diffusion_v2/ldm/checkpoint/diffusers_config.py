@@ -12,9 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ldm.config.model import GROUPS
+from ldm.diffusion.prediction import DIFFUSERS_NAMES, own_name
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
-from ldm.text.tokenizer import END, PADDING, START, Tokenizer
+from ldm.text.tokenizer import END, START, Tokenizer, padding_of
 
 INDEX = "model_index.json"
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
@@ -26,7 +29,6 @@ _SCHEDULE = {  # diffusers' key: the field of ScheduleConfig, and its kind
     "num_train_timesteps": ("timesteps", "a whole number"),
     "rescale_betas_zero_snr": ("zero_terminal_snr", "true or false"),
 }
-_TYPE_NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _VERSION = "0.31.0"  # of diffusers, whose keys these are
 _PAD_TOKENS = {"zero": "!", "end": END}  # "!" has the id 0
 _LARGEST = 1 << 20  # a whole number beyond it is no size of a network
@@ -127,7 +129,7 @@ _UNET_FIXED = {  # what the UNet here does; no value is "not given"
     "mid_block_scale_factor": (1,),
     "mid_block_type": (_MIDDLE,),
     "norm_eps": (1e-5,),
-    "norm_num_groups": (32,),
+    "norm_num_groups": (GROUPS,),
     "num_class_embeds": (),
     "only_cross_attention": (False,),
     "projection_class_embeddings_input_dim": (),
@@ -154,7 +156,7 @@ _VAE_FIXED = {
     "latents_mean": (),
     "latents_std": (),
     "mid_block_add_attention": (True,),
-    "norm_num_groups": (32,),
+    "norm_num_groups": (GROUPS,),
     "shift_factor": (0,),
     "up_block_types": ("UpDecoderBlock2D",),
     "use_post_quant_conv": (True,),
@@ -182,9 +184,8 @@ def check_text_encoder(table: Table) -> None:
 
 
 def prediction_type(scheduler: Table) -> str:
-    """By the name it has here; a word that is not known as it is."""
-    said = scheduler.get("prediction_type", "a word", "epsilon")
-    return {theirs: ours for ours, theirs in _TYPE_NAMES.items()}.get(said, said)
+    """By our name; an unknown word unchanged."""
+    return own_name(scheduler.get("prediction_type", "a word", DIFFUSERS_NAMES["eps"]))
 
 
 def schedule(scheduler: Table) -> dict:
@@ -350,7 +351,7 @@ def files(model: dict) -> dict[str, str]:
 
 
 def _tokenizer(text: dict) -> Tokenizer:
-    return Tokenizer(text["vocab_size"], text["context_length"], _padding(text))
+    return Tokenizer(text["vocab_size"], text["context_length"], padding_of(text["variant"], text.get("padding")))
 
 
 def _index() -> dict:
@@ -389,7 +390,7 @@ def _unet(model: dict) -> dict:
         "layers_per_block": unet["num_res_blocks"],
         "mid_block_scale_factor": 1,
         "norm_eps": 1e-05,
-        "norm_num_groups": 32,
+        "norm_num_groups": GROUPS,
         "out_channels": unet["out_channels"],
         "sample_size": model["image_size"] // 2 ** (len(model["vae"]["ch_mult"]) - 1),
         "transformer_layers_per_block": unet["transformer_depth"],
@@ -411,7 +412,7 @@ def _vae(model: dict) -> dict:
         "in_channels": vae["in_channels"],
         "latent_channels": vae["z_channels"],
         "layers_per_block": vae["num_res_blocks"],
-        "norm_num_groups": 32,
+        "norm_num_groups": GROUPS,
         "out_channels": vae["out_ch"],
         "sample_size": model["image_size"],
         "scaling_factor": model["scale_factor"],
@@ -444,7 +445,7 @@ def _text_encoder(text: dict, tokenizer: Tokenizer) -> dict:
 def _scheduler(model: dict) -> dict:
     schedule, sampling = model["schedule"], model.get("sampling", {})
     spacing = sampling.get("spacing") or schedule.get("spacing")  # where other files say it
-    spacing = spacing or ("trailing" if schedule["zero_terminal_snr"] else "leading")
+    spacing = spacing or SAMPLERS["ddim"].spacing_for(schedule["zero_terminal_snr"])
     if spacing not in ("leading", "trailing"):  # its times between the first and the last would be others
         log.warning("diffusers' DDIM cannot sample with spacing '%s'; the folder says 'trailing'", spacing)
         spacing = "trailing"
@@ -453,7 +454,7 @@ def _scheduler(model: dict) -> dict:
         "_diffusers_version": _VERSION,
         **{theirs: schedule[ours] for theirs, (ours, _) in _SCHEDULE.items()},
         "clip_sample": False,
-        "prediction_type": _TYPE_NAMES[model["prediction_type"]],
+        "prediction_type": DIFFUSERS_NAMES[model["prediction_type"]],
         "set_alpha_to_one": sampling.get("final_sigma") == "zero",
         "steps_offset": 1,
         "timestep_spacing": spacing,
@@ -461,12 +462,8 @@ def _scheduler(model: dict) -> dict:
     }
 
 
-def _padding(text: dict) -> str:
-    return text.get("padding") or PADDING[text["variant"]]
-
-
 def _special_tokens(text: dict) -> dict:
-    pad = _PAD_TOKENS[_padding(text)]
+    pad = _PAD_TOKENS[padding_of(text["variant"], text.get("padding"))]
     return {"bos_token": START, "eos_token": END, "pad_token": pad, "unk_token": END}
 
 

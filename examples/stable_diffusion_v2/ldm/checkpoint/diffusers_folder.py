@@ -17,9 +17,10 @@ from ldm.checkpoint import formats, kinds, names, words
 from ldm.checkpoint.arrays import Strings, Tensors
 from ldm.checkpoint.diffusers_config import INDEX, Table
 from ldm.config.yaml_file import dump_yaml
+from ldm.diffusion.prediction import DIFFUSERS_NAMES
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
-from ldm.text.tokenizer import PADDING
+from ldm.text.tokenizer import padding_of
 
 PARTS = ("unet", "vae", "text_encoder")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -171,7 +172,7 @@ def _prediction_type(folder: Path, scheduler: Table, strings: Strings) -> str:
     kind = configs.prediction_type(scheduler)
     said = strings.get("prediction_type", kind)
     if said != kind:
-        theirs = quoted(scheduler.get("prediction_type", "a word", "epsilon"))
+        theirs = quoted(scheduler.get("prediction_type", "a word", DIFFUSERS_NAMES["eps"]))
         raise UserError(
             f"{folder} contradicts itself: its UNet was trained with prediction_type {quoted(said)}, its "
             f"scheduler_config.json says {theirs}; correct one of them"
@@ -183,7 +184,7 @@ def _model_config(folder: Path, tables: dict[str, Table], strings: Strings) -> s
     """As YAML. What the configs leave open is taken from the text among the UNet's strings, if any."""
     model = configs.model_config(*(tables[name] for name in (*PARTS, "scheduler")))
     pad = configs.padding(tables["tokenizer"]) if "tokenizer" in tables else None
-    if pad not in (None, PADDING[model["text"]["variant"]]):
+    if pad not in (None, padding_of(model["text"]["variant"])):
         model["text"]["padding"] = pad
     carried = words.model_section(folder, strings)
     if carried is None:

@@ -1,1 +1,1 @@
-"""What a command asks for: the model, the options, the YAML files of ours and others, the published models."""
+"""The config of a model, the options of a command, the YAML files of ours and others, the published models."""

@@ -1,5 +1,7 @@
-"""MindONE's config files, and those of CompVis and Stability that they descend from: their class names, key names and
-option names are known here and nowhere else."""
+"""Config files of MindONE, and of CompVis and Stability, from which MindONE's descend.
+
+No other module knows their class names, key names and option names.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class _Keys(NamedTuple):
-    """What these files may say in one section."""
+    """The keys of one section of these files."""
 
-    used: tuple  # translated by from_mindone
-    only: dict  # key -> the values that we can do
-    ignored: tuple  # no effect here: decided by run options, by the device, or unused there as well
+    used: tuple  # from_mindone translates them
+    only: dict  # key -> the values that are supported here
+    ignored: tuple  # without effect here: run options or the device decide, or MindONE does not use them either
 
 
 _LATENT_DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
@@ -75,8 +77,13 @@ _KEYS = {
         ignored=("monitor", "use_fp16", "upcast_sigmoid", "lossconfig", "ckpt_path", "ignore_keys"),
     ),
     "model.params.first_stage_config.params.ddconfig": _Keys(
-        used=("double_z", "z_channels", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks"),
-        only={"attn_resolutions": ([],), "dropout": (0,), "attn_type": ("vanilla", "vanilla-xformers")},
+        used=("z_channels", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks"),
+        only={
+            "double_z": (True,),  # the encoder gives a mean and a variance
+            "attn_resolutions": ([],),
+            "dropout": (0,),
+            "attn_type": ("vanilla", "vanilla-xformers"),
+        },
         ignored=("resolution",),
     ),
     "model.params.cond_stage_config": _Keys(
@@ -91,11 +98,12 @@ _KEYS = {
     ),
 }
 _BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}  # their names are CompVis'
-_BESIDE_MODEL = ("data", "lightning")  # what CompVis' training files hold beside the model
+_BESIDE_MODEL = ("data", "lightning")  # further sections of CompVis' training files
+_OPTIMIZERS = {"momentum": "sgd"}  # MindONE has two words for one
 
 
 def find_model_file(path: str | Path) -> Path:
-    """A model file by its name. MindONE has one for training and one for sampling, here the latter serves both."""
+    """A model file by its name. MindONE has one file for training and one for sampling; here the latter serves both."""
     twin = re.sub(r"-train\.yaml$", "-inference.yaml", str(path))
     if search(path) is None and search(twin) is not None:
         log.warning("there is no %s; %s is read instead, which serves training and sampling", path, twin)
@@ -104,21 +112,21 @@ def find_model_file(path: str | Path) -> Path:
 
 
 def is_foreign(model: Any) -> bool:
-    """Whether a file's `model` section is one of those that this module translates."""
+    """Whether a file's `model` section is MindONE's, CompVis' or Stability's."""
     return isinstance(model, dict) and ("target" in model or "params" in model)
 
 
 def without_training_sections(data: dict) -> dict:
-    """A foreign file's sections without those that have nothing to do with the model."""
+    """A foreign file without the sections that do not describe the model."""
     return {key: value for key, value in data.items() if key not in _BESIDE_MODEL}
 
 
 def from_mindone(model: dict) -> dict:
-    """Translates the `model` section of a foreign file into that of ours.
+    """Translates the `model` section of a foreign file into one of ours.
 
-    What a file leaves out gets MindONE's default. A file that says nothing but the prediction type, as lies beside many
-    a checkpoint for A1111, is Stable Diffusion 2.x. Raises UserError for unknown keys, for what is not supported here
-    and for two prediction types that contradict each other; values are checked by whoever reads the result.
+    A missing key gets MindONE's default. A file that says the prediction type alone is Stable Diffusion 2.x; many
+    checkpoints for A1111 have such a file beside them. UserError for unknown keys, for what is not supported here and
+    for two prediction types that contradict each other. The reader of the result checks the values.
     """
     is_short = "target" not in model
     model = _entries(model, "model")
@@ -150,7 +158,7 @@ def from_mindone(model: dict) -> dict:
 
 
 def _entries(section: Any, where: str) -> dict:
-    """The keys of a section that are to be translated, after a look at all the others."""
+    """A section's keys that `from_mindone` translates; UserError for unknown keys and unsupported values."""
     if not isinstance(section, dict):
         raise UserError(f"{where} must be a section with keys of its own, got {quoted(section)}")
     used, only, ignored = _KEYS[where]
@@ -173,7 +181,7 @@ def _part(params: dict, name: str) -> dict:
 
 
 def _prediction_type(model: dict, params: dict) -> Any:
-    """MindONE samples by one switch and trains by another; here they must agree. Without either it is eps."""
+    """MindONE samples by one switch and trains by another. Here both must agree; without them the type is eps."""
     said = {
         "model.prediction_type": model.get("prediction_type"),
         "model.params.parameterization": params.get("parameterization"),
@@ -187,7 +195,7 @@ def _prediction_type(model: dict, params: dict) -> Any:
 
 
 def _image_size(latent_size: Any, ch_mult: Any) -> int:
-    """In pixels; MindONE's is that of the latent."""
+    """The pictures' side in pixels, from MindONE's, which is the latents' side."""
     if not isinstance(latent_size, int) or not isinstance(ch_mult, list):
         raise UserError("model.params.image_size must be a whole number and the autoencoder's ch_mult a list of them")
     return latent_size * 2 ** (len(ch_mult) - 1)
@@ -203,7 +211,7 @@ def _unet(unet: dict) -> dict:
 
 
 def _text(params: dict, context_dim: Any) -> dict:
-    """Older files leave the encoder's sizes out; what the UNet expects then tells SD 1.x from 2.x, ours by default."""
+    """The text section. Older files leave out the encoder's sizes; then the UNet's context tells SD 1.x from 2.x."""
     text, encoder = _part(params, "cond_stage_config"), params["cond_stage_config"]
     if "max_length" in text:
         text.setdefault("context_length", text.pop("max_length"))
@@ -228,16 +236,16 @@ def _text(params: dict, context_dim: Any) -> dict:
 
 
 def is_placeholder(value: Any) -> bool:
-    """Whether a train file's value is what MindONE's files say where the user is to fill in a path."""
+    """Whether a train file's value is a path that the user should have filled in, as in MindONE's files."""
     return isinstance(value, str) and value.startswith("/path/to/") and not os.path.exists(value)
 
 
 def remarks(values: dict, options: argparse.Namespace) -> list[str]:
-    """What a user of MindONE should know who gives one of its train files: where it means something else here.
+    """Warnings about options of a train file of MindONE's that mean something else here.
 
     Args:
-        values: what the file says, by option.
-        options: what is to be done, after the command line; it may have overridden the file.
+        values: the file's values by option.
+        options: the run's options; the command line may have replaced the file's.
     """
     train_file = re.search(r"-train[\w-]*\.yaml$", str(values.get("model_config")))
     theirs = train_file or any(key in IGNORED_TRAIN_OPTIONS for key in values)
@@ -246,7 +254,12 @@ def remarks(values: dict, options: argparse.Namespace) -> list[str]:
     return []
 
 
-# Options of train_text_to_image.py that have nothing to set here, and why: for `ldm.config.options.Parser.ignore`.
+def optimizer(word: str) -> str:
+    """Our name of an optimizer of MindONE's; other words unchanged. For `type=`."""
+    return _OPTIMIZERS.get(word, word)
+
+
+# Options of train_text_to_image.py without effect here, and why: for `ldm.config.options.Parser.ignore`.
 IGNORED_TRAIN_OPTIONS = {
     "num_workers": "it is for ModelArts",
     "enable_modelarts": "it is for ModelArts",
@@ -270,7 +283,7 @@ IGNORED_TRAIN_OPTIONS = {
 _DREAMBOOTH_ADVICE = "it is DreamBooth's; fine-tune with --data_path, a folder of pictures and img_txt.csv"
 _EMBEDDING_ADVICE = "it is textual inversion's; fine-tune the UNet with --data_path, or see --trainable_modules"
 
-# Options of MindONE's other training scripts that would change what is learnt: for `ldm.config.options.Parser.refuse`.
+# Options of MindONE's other training scripts that would change the training: for `ldm.config.options.Parser.refuse`.
 REFUSED_TRAIN_OPTIONS = {
     **dict.fromkeys(
         ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt", "with_prior_preservation")

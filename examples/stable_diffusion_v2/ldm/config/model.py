@@ -1,34 +1,45 @@
 """The configuration of a model: one YAML file that training and sampling both read, so they cannot disagree.
 
-Typed sections whose defaults are those of Stable Diffusion 2.x; strict reading, where whatever is not known is an
-error; exact writing, also as text to be carried inside a checkpoint. The names of prediction types and of noise
-schedules belong to `ldm.diffusion` and are checked there.
+The sections are typed, and their defaults are Stable Diffusion 2.x's. Reading is strict: an unknown key or another type
+is an error. Writing is exact, also as the text that a checkpoint carries. `changed` makes the changes of a command's
+--set. `ldm.diffusion` owns the names of prediction types, noise schedules and samplers, and checks them.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from ldm.config.mindone import find_model_file, from_mindone, is_foreign, without_training_sections
-from ldm.config.yaml_file import dump_yaml, nearest, parse_carried, read_yaml, save_yaml
+from ldm.config.yaml_file import (
+    dump_yaml,
+    interpolated,
+    nearest,
+    parse_carried,
+    parse_value,
+    read_yaml,
+    save_yaml,
+)
 from ldm.diffusion.prediction import own_name
+from ldm.diffusion.samplers import DEFAULT_SAMPLER
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
-from ldm.text.tokenizer import PADDING
+from ldm.text.tokenizer import PADDINGS
 
 LEAST_BETA = 1e-12  # 1 - beta has 16 digits
-GROUPS = 32  # every group norm of Stable Diffusion has 32 groups
+GROUPS = 32  # of every group norm of Stable Diffusion
 
-
-# Beyond these a size is a mistake or an attack: such a network would take all memory, or hours until it is built.
+# A larger size is a mistake or an attack: such a network would take all memory, or hours until it is built.
 LARGEST_SIZE = 16_384
 LARGER_SIZES = {"vocab_size": 1 << 20, "timesteps": 1_000_000}
 MOST_LEVELS = 12
 MOST_LAYERS = 1000
-MOST_WEIGHTS = 4e9  # of those that are counted here; Stable Diffusion's UNet has 0.2e9 of them
+MOST_WEIGHTS = 4e9  # by the rough count that is made here, which gives 0.2e9 for Stable Diffusion's UNet
 
 
 def _require(condition: bool, message: str) -> None:
@@ -37,7 +48,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_sizes(section: object, where: str) -> None:
-    """UserError where a number of the section is not positive, or is absurd."""
+    """UserError where a number of the section is not positive, or absurdly large."""
     for field in fields(section):
         value = getattr(section, field.name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -52,7 +63,12 @@ def _require_sizes(section: object, where: str) -> None:
 
 
 def _require_possible(where: str, layers: int, weights: int) -> None:
-    """UserError for a network that is absurd as a whole, by a number of layers and of weights that it has at least."""
+    """UserError for an absurdly large network.
+
+    Args:
+        where: the section.
+        layers, weights: lower bounds of the network's numbers of them.
+    """
     _require(layers <= MOST_LAYERS, f"{where} has {layers:,} layers: more than {MOST_LAYERS:,} are not built here")
     billions = f"{weights / 1e9:,.1f} billion weights in a part of its layers"
     _require(weights <= MOST_WEIGHTS, f"{where} has {billions}: more than {MOST_WEIGHTS / 1e9:.0f} are not built here")
@@ -79,13 +95,13 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """What suits the model when it is drawn with, where the command says nothing else.
+    """How the model is sampled, where the command says nothing else.
 
-    The words are explained in `ldm.diffusion.samplers`. None: the guidance scale is `ModelConfig.guidance_scale`, the
-    rest is what suits the sampler.
+    `ldm.diffusion.samplers` explains the words. None: the guidance scale is `ModelConfig.guidance_scale`, spacing and
+    final sigma are the sampler's own.
     """
 
-    sampler: str = "dpm_solver_pp"
+    sampler: str = DEFAULT_SAMPLER
     steps: int = 20
     guidance_scale: float | None = None
     spacing: str | None = None
@@ -97,7 +113,10 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The denoising network. Give `num_heads` (SD 1.x) or `num_head_channels`, the width of one (SD 2.x; 64)."""
+    """The denoising network.
+
+    Attention has `num_heads` heads (SD 1.x), or heads of the width `num_head_channels` (SD 2.x); the other one is None.
+    """
 
     in_channels: int = 4
     out_channels: int = 4
@@ -106,7 +125,7 @@ class UNetConfig:
     attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsampling factors that have attention
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_heads: int | None = None
-    num_head_channels: int | None = None
+    num_head_channels: int | None = 64
     use_linear_in_transformer: bool = True  # False: 1x1 convolutions, as in SD 1.x
     transformer_depth: int = 1
     context_dim: int = 1024
@@ -114,10 +133,8 @@ class UNetConfig:
 
     def __post_init__(self):
         where = "model.unet"
-        given = (self.num_heads is not None) + (self.num_head_channels is not None)
-        _require(given < 2, f"{where}: give num_heads or num_head_channels, not both")
-        if not given:
-            object.__setattr__(self, "num_head_channels", 64)
+        one = (self.num_heads is None) != (self.num_head_channels is None)
+        _require(one, f"{where}: give num_heads or num_head_channels, not both; the other one is null")
         _require_sizes(self, where)
         width = self.model_channels
         levels = [width * mult for mult in self.channel_mult]
@@ -150,7 +167,6 @@ class VAEConfig:
     num_res_blocks: int = 2
     z_channels: int = 4
     embed_dim: int = 4
-    double_z: bool = True
 
     def __post_init__(self):
         _require_sizes(self, "model.vae")
@@ -158,7 +174,6 @@ class VAEConfig:
         layers = len(levels) * self.num_res_blocks
         _require_possible("model.vae", layers, 36 * self.num_res_blocks * sum(level**2 for level in levels))
         _require(self.ch % GROUPS == 0, f"model.vae.ch must be a multiple of {GROUPS}, got {self.ch}")
-        _require(self.double_z, "model.vae.double_z must be true: the encoder gives a mean and a variance")
 
     @property
     def factor(self) -> int:
@@ -170,23 +185,25 @@ class VAEConfig:
 class TextConfig:
     """The text encoder: "openclip" (SD 2.x, GELU) or "clip" (SD 1.x, quick GELU).
 
-    `padding` fills short prompts up: "zero" or "end", the end token. None is what the encoder was trained with
-    (`ldm.text.tokenizer.PADDING`); MindONE trains and draws SD 2.x with "end".
+    `padding` fills short prompts up: "zero", or "end", the end token. None is what the encoder was trained with
+    (`ldm.text.tokenizer.padding_of`); MindONE trains and samples SD 2.x with "end".
     """
 
     variant: str = "openclip"
     vocab_size: int = 49408
     context_length: int = 77
     width: int = 1024
-    layers: int = 23  # blocks that run; the final layer norm follows. SD 2.x stops one short of its encoder's 24
+    layers: int = 23  # blocks that run; the final layer norm follows. SD 2.x leaves out the last of its encoder's 24
     heads: int = 16
     mlp_ratio: int = 4
     padding: str | None = None
 
     def __post_init__(self):
         where = "model.text"
-        ways = (None, *PADDING.values())
-        _require(self.padding in ways, f"{where}.padding must be zero or end, got {quoted(self.padding)}")
+        _require(
+            self.padding in (None, *PADDINGS),
+            f"{where}.padding must be {' or '.join(PADDINGS)}, got {quoted(self.padding)}",
+        )
         known = ("openclip", "clip")
         _require(
             self.variant in known, f"{where}.variant must be one of {', '.join(known)}, got {quoted(self.variant)}"
@@ -199,8 +216,11 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model. `image_size` is the side in pixels that it is trained and sampled at where nothing else is said;
-    `scale_factor` brings the autoencoder's latents to unit variance."""
+    """A whole model.
+
+    `image_size` is the pictures' side in pixels, in training and in sampling, where the command says no other.
+    `scale_factor` brings the autoencoder's latents to unit variance.
+    """
 
     prediction_type: str
     image_size: int = 512
@@ -224,7 +244,7 @@ class ModelConfig:
 
     @property
     def guidance_scale(self) -> float:
-        """The model's own, or what SD 1.x and 2.x have been drawn with since they came out."""
+        """The model's own, or the usual scale of SD 1.x or 2.x."""
         usual = 7.5 if self.text.variant == "clip" else 9.0
         return self.sampling.guidance_scale or usual
 
@@ -278,7 +298,7 @@ def _build(data: Any, where: str) -> Any:
     for key in data:
         _require(
             key in known,
-            f"unknown key '{where}.{escaped(key)}'; the nearest known key is '{_nearest_path(key, where)}'",
+            f"unknown key '{where}.{escaped(key)}'; the nearest known key is '{_nearest_path(f'{where}.{key}')}'",
         )
     for name, field in known.items():
         _require(name in data or field.default is not MISSING, f"the key '{where}.{name}' is missing")
@@ -295,19 +315,22 @@ def _value(kind: str, value: Any, path: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _nearest_path(key: object, where: str) -> str:
-    names = {section: [field.name for field in fields(cls)] for section, cls in _SECTIONS.items()}
-    for section in names:  # the right key in the wrong section
-        if key in names[section]:
-            return f"{section}.{key}"
-    return f"{where}.{nearest(key, names[where])}"
+def _paths() -> list[str]:
+    """All keys, with their sections before them."""
+    return [f"{where}.{field.name}" for where, cls in _SECTIONS.items() for field in fields(cls)]
+
+
+def _nearest_path(path: str) -> str:
+    """The known key that a wrong one most likely means: the right name in another section, or else the same look."""
+    name = path.rpartition(".")[2]
+    return nearest(path, [known for known in _paths() if known.endswith(f".{name}")] or _paths())
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
-    """The model described by a YAML file, ours or MindONE's; which of the two it is, its content tells.
+    """The model described by a YAML file. The content decides whether the file is ours or MindONE's.
 
-    Raises UserError, naming the file, where it is missing or not YAML, or where a key or value is unknown, of the
-    wrong type, in contradiction to another, or asks for something that is not supported.
+    UserError, naming the file, where it is missing or not YAML, or where a key or value is unknown, of the wrong type,
+    in contradiction to another, or asks for something that is not supported.
     """
     file = find_model_file(path)
     return from_dict(read_yaml(file), str(file))
@@ -326,7 +349,7 @@ def to_yaml(cfg: ModelConfig) -> str:
 def from_yaml(text: str, source: str) -> ModelConfig:
     """The inverse of `to_yaml`, for text that a checkpoint carries; `source` says in messages where it came from.
 
-    UserError as `load_model_config`, and for what `to_yaml` never writes, such as aliases.
+    UserError as `load_model_config`, and for what `to_yaml` never writes, such as aliases and interpolations.
     """
     return from_dict(parse_carried(text, source), source)
 
@@ -348,23 +371,89 @@ def from_dict(data: dict, source: str) -> ModelConfig:
         )
         for key in data:
             _require(key == "model", f"unknown key '{escaped(key)}'; the only key at the top is 'model'")
-        if isinstance(model, dict) and "prediction_type" in model:
-            model = {**model, "prediction_type": own_name(model["prediction_type"])}
-        model = _spacing_of_the_schedule(model)
-        return _build(model, "model")
+        for section, translate in _IN_OTHER_WORDS.items():
+            if isinstance(model, dict) and isinstance(model.get(section), dict):
+                model = translate(model)
+        return _model(model)
     except UserError as e:
         raise UserError(f"{source}: {e}") from None
 
 
-def _spacing_of_the_schedule(model: Any) -> Any:
-    """A model whose schedule says the spacing, as diffusers' do and ours did, says it of its sampling instead.
+def _model(model: Any) -> ModelConfig:
+    if isinstance(model, dict) and "prediction_type" in model:
+        model = {**model, "prediction_type": own_name(model["prediction_type"])}
+    return _build(model, "model")
+
+
+def _move_spacing(model: dict) -> dict:
+    """Older files of ours, and diffusers', say the spacing in the schedule: put it into the sampling.
 
     Such files say "leading" where nobody has chosen anything.
     """
-    if not (isinstance(model, dict) and isinstance(model.get("schedule"), dict) and "spacing" in model["schedule"]):
-        return model
     schedule, sampling = dict(model["schedule"]), model.get("sampling", {})
-    spacing = schedule.pop("spacing")
+    spacing = schedule.pop("spacing", "leading")
     if isinstance(sampling, dict) and spacing != "leading":
         sampling = {"spacing": spacing, **sampling}
     return {**model, "schedule": schedule, "sampling": sampling}
+
+
+def _choose_heads(model: dict) -> dict:
+    """A file may say `num_heads` alone: put None for `num_head_channels`, whose default would contradict it."""
+    unet = {key: value for key, value in model["unet"].items() if value is not None or key not in _HEADS}
+    if "num_heads" in unet:
+        unet = {"num_head_channels": None, **unet}
+    return {**model, "unet": unet}
+
+
+def _drop_double_z(model: dict) -> dict:
+    """Older files say `double_z`: leave it out, for every encoder here gives a mean and a variance."""
+    vae = dict(model["vae"])
+    double_z = vae.pop("double_z", True)
+    _require(double_z is True, "model.vae.double_z must be true: the encoder gives a mean and a variance")
+    return {**model, "vae": vae}
+
+
+_HEADS = ("num_heads", "num_head_channels")
+_IN_OTHER_WORDS = {"schedule": _move_spacing, "unet": _choose_heads, "vae": _drop_double_z}
+
+
+def add_set(add: Callable) -> None:
+    """Add --set, whose values `changed` takes, to a script that reads a model's config; `add`: its add_argument."""
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="other values in the model's config, such as model.sampling.steps=12 model.unet.use_checkpoint=false",
+    )
+
+
+def changed(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
+    """The config with other values, as --set gives them.
+
+    Args:
+        changes: each is "KEY=VALUE". The key has its sections before it, as in "model.unet.use_checkpoint"; the value
+            is YAML. A later change of a key replaces an earlier one, and only the result of all is checked.
+
+    Raises:
+        UserError: there is no such key, a value has the wrong type, or the result is no model.
+    """
+    if not changes:
+        return config
+    try:
+        tree = OmegaConf.create(to_dict(config))
+        for change in changes:
+            key, value = _key_and_value(change)
+            OmegaConf.update(tree, key, value, force_add=True)
+        return _model(interpolated(OmegaConf.to_container(tree), "model")["model"])
+    except UserError as e:
+        raise UserError(f"--set: {e}") from None
+
+
+def _key_and_value(change: str) -> tuple[str, Any]:
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise UserError(f"{quoted(change)} must be KEY=VALUE, such as model.unet.use_checkpoint=false")
+    _require(key in _paths(), f"unknown key {quoted(key)}; the nearest known key is '{_nearest_path(key)}'")
+    return key, parse_value(text, key)

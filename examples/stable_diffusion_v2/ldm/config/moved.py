@@ -1,4 +1,4 @@
-"""What the scripts answer that stand where MindONE has some of its own: the command that does the same here."""
+"""The answer of scripts at paths where MindONE has a script: the command that does the same here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NoReturn
 
 
 def answer(script: str, names: Mapping[str, str | None] | None = None, note: str = "") -> NoReturn:
-    """Print the command that does here what this one does in MindONE, and end with exit code 2."""
+    """Print the command that does the same here as MindONE's script, and end with exit code 2."""
     line = f"error: this is {script} here: python {shlex.join([script, *translated(sys.argv[1:], names or {})])}"
     print(line + (f" ({note})" if note else ""), file=sys.stderr)
     sys.exit(2)
@@ -19,9 +19,9 @@ def translated(words: Sequence[str], names: Mapping[str, str | None]) -> list[st
     """A command's words with our names of the options.
 
     Args:
-        words: what stands after the script's name.
-        names: MindONE's options that are called otherwise here. "" where ours takes the value alone, in the order of
-            `names`; None where there is none. Others keep their names.
+        words: the command line without the script's name.
+        names: MindONE's options that have another name here. "": ours takes the value alone, in the order of `names`.
+            None: there is none. Other options keep their names.
     """
     given, words = [], list(words)
     while words:

@@ -1,6 +1,6 @@
 """Options of the scripts: defaults, then the YAML file named by `--train_config`, then the command line.
 
-A value in the file is checked as if it stood on the command line. A mistake in either is answered with one line.
+A value in the file is checked like one on the command line. One line answers a mistake in either.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ldm.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-_IS_PATH = re.compile(r"(path|dir|config|cfg)$|^resume$")  # by their names, the options that take a file or a folder
-_OTHER_WORDS = {  # what other programs call an option of ours whose name looks different
+_IS_PATH = re.compile(r"(path|dir|config|cfg)$|^resume$")  # names of options that take a file or a folder
+_OTHER_WORDS = {  # other programs' names of options, where ours look different
     "learning_rate": "start_learning_rate",
     "lr": "start_learning_rate",
     "lr_scheduler": "scheduler",
@@ -51,7 +51,7 @@ _OTHER_WORDS = {  # what other programs call an option of ours whose name looks 
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Adds each option's default to its help, but where there is none or the help says it in words."""
+    """Adds each option's default to its help, unless there is none or the help says it in words."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -61,7 +61,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class _Store(argparse.Action):
-    """An option with a value: one of `str2bool` alone is True, and `~` and `$HOME` in a path are the user's folder."""
+    """An option with a value. A yes-or-no option without a value is True. `~` and `$HOME` in a path are the user's
+    folder."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **settings):
         if settings.get("type") is str2bool:
@@ -85,12 +86,12 @@ class Parser(argparse.ArgumentParser):
         self.refused: dict[str, str] = {}
 
     def ignore(self, options: dict[str, str]) -> None:
-        """Accepts options (name: reason) that have no effect; `read_options` warns of those that were given."""
+        """Accepts options (name: reason) that have no effect; `read_options` warns where one is given."""
         self._add_hidden(options)
         self.ignored.update(options)
 
     def refuse(self, options: dict[str, str]) -> None:
-        """Knows options (name: reason) of what is not available; `read_options` raises where one is asked for."""
+        """Knows options (name: reason) that are not available; `read_options` raises where one is asked for."""
         self._add_hidden(options)
         self.refused.update(options)
 
@@ -99,7 +100,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def nearest(self, name: str) -> str:
-        """The visible option that a wrong name most likely means: the same thing in other words, or the same look."""
+        """The visible option that a wrong name most likely means, by its meaning or by its look."""
         known = [name for name, action in self.options().items() if action.help != argparse.SUPPRESS]
         other = _OTHER_WORDS.get(name.lstrip("-").replace("-", "_").lower())
         return other if other in known else nearest(name.lstrip("-"), known)
@@ -133,21 +134,21 @@ def str2bool(text: str) -> bool:
 
 
 def seed(text: str) -> int:
-    """A whole number from 0, or -1, in whose place `draw_seed` puts another; for `type=`."""
+    """A whole number from 0, or -1, which `draw_seed` replaces; for `type=`."""
     if not text.strip().isdecimal() and text.strip() != "-1":
         raise argparse.ArgumentTypeError(f"a seed is a whole number from 0, or -1 to draw one, not {quoted(text)}")
     return int(text)
 
 
 def draw_seed(args: argparse.Namespace, ranks: Ranks) -> None:
-    """In the place of seed -1 one that nobody has chosen, the same for all ranks; a line tells it."""
+    """Replace seed -1 by a random one, the same for all ranks; a line tells it."""
     if args.seed == -1:
         args.seed = ranks.broadcast("seed", secrets.randbelow(1 << 32))
         log.info("the seed is %d; --seed %d repeats this run", args.seed, args.seed)
 
 
 def whole(text: str) -> int:
-    """A whole number, which other programs write as 1000.0 too; for `type=`."""
+    """A whole number, also written as 1000.0; for `type=`."""
     try:
         number = float(text)
         if number == int(number):
@@ -158,7 +159,7 @@ def whole(text: str) -> int:
 
 
 def steps_or_share(text: str) -> int | float:
-    """A number of steps, or below 1 a share of all; for `type=`."""
+    """A number of steps, or a share of all steps below 1; for `type=`."""
     try:
         return whole(text)
     except argparse.ArgumentTypeError:
@@ -170,12 +171,12 @@ def steps_or_share(text: str) -> int | float:
 
 
 def path(text: str) -> str:
-    """A file or a folder, where a shell has not put the user's folder for `~` and variables such as `$HOME`."""
+    """A file or a folder; `~` and variables such as `$HOME`, which a shell has left, are replaced."""
     return text if os.path.lexists(text) else os.path.expanduser(os.path.expandvars(text))
 
 
 def require_at_least(lowest: int, args: argparse.Namespace, *names: str) -> None:
-    """UserError where one of these options is below `lowest`; those that are None are left alone."""
+    """UserError where one of these options is below `lowest`; None is allowed."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < lowest:
@@ -183,7 +184,7 @@ def require_at_least(lowest: int, args: argparse.Namespace, *names: str) -> None
 
 
 def read_options(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command: what it does not say is taken from its `--train_config` file, then from the defaults.
+    """Parses a command. The command line goes before the `--train_config` file, the file before the defaults.
 
     Args:
         parser: with the option `--train_config` if the script has such a file. The file's keys are the parser's
@@ -214,7 +215,7 @@ def read_options(parser: Parser, argv: Sequence[str] | None = None) -> argparse.
 
 
 def _is_wanted(options: argparse.Namespace, name: str) -> bool:
-    """Whether a refused option was given, and not as what it is without being given."""
+    """Whether a refused option was given, with a value that switches it on."""
     if not hasattr(options, name):
         return False
     value = getattr(options, name)

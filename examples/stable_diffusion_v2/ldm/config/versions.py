@@ -18,7 +18,7 @@ PUBLISHED = "https://download.mindspore.cn/toolkits/mindone/stable_diffusion"
 class Version(NamedTuple):
     config: str
     checkpoint: str
-    also: tuple[str, ...] = ()  # what Stability AI and its partners call the same weights, without a suffix
+    also: tuple[str, ...] = ()  # Stability AI's and its partners' names of the same weights, without a suffix
 
 
 VERSIONS = {
@@ -37,19 +37,19 @@ VERSIONS = {
 }
 
 
-_WUKONG = "1.5-wukong", "wukong-huahua"  # a version of MindONE's, and how the names of its files begin
+_WUKONG = "1.5-wukong", "wukong-huahua"  # a version of MindONE's, and the beginning of its files' names
 _NOT_WUKONG = "it is Stable Diffusion 1.x with a Chinese vocabulary, which is not available here"
 
 
 def version(word: str) -> str:
-    """For `type=` of an option, whose choices tell the rest."""
+    """For `type=` of an option: refuses MindONE's Chinese version with a reason; `choices` refuse other words."""
     if word == _WUKONG[0]:
         raise argparse.ArgumentTypeError(f"{word}: {_NOT_WUKONG}; choose one of {', '.join(VERSIONS)}")
     return word
 
 
 def published(path: str | Path) -> str | None:
-    """The version that a file is by its name, whatever its suffix; None where no published one is called so."""
+    """The published version with a file of this name, whatever its suffix; None where there is none."""
     stem = Path(path).stem
     return next((word for word, v in VERSIONS.items() if stem in (Path(v.checkpoint).stem, *v.also)), None)
 
@@ -58,7 +58,8 @@ def existing(path: str) -> str:
     """A checkpoint that the user named.
 
     Raises:
-        UserError: there is none; of a published one says where to get it. Or it is one that cannot be used here.
+        UserError: there is no such file (for a published one the message says where to get it), or the file cannot be
+            used here.
     """
     name = Path(path).name
     if name.startswith(_WUKONG[1]):
@@ -76,20 +77,20 @@ def existing(path: str) -> str:
 
 
 def find_checkpoint(version: str, fetch: bool = False, prediction_type: str | None = None) -> str:
-    """The file of that version under models/; with `fetch` it is downloaded where it is not there.
+    """The file of that version under models/; with `fetch` a missing one is downloaded.
 
     Args:
-        prediction_type: what its UNet will be taken for. Most of these files do not say what they are, so a config of
-            another type would go unnoticed. None where the UNet is not wanted.
+        prediction_type: the type that its UNet will be used with, or None where the UNet is not wanted. Most of these
+            files do not say their type, so nobody would notice another one.
 
     Raises:
-        UserError: it is of another type, or not there; then says which file to get, from where and where to put it.
+        UserError: the file is of another type, or missing; then the message says where to get it and where to put it.
     """
     own = load_model_config(VERSIONS[version].config).prediction_type
     if prediction_type not in (None, own):
         raise UserError(
             f"--version {version} was trained with prediction_type '{own}', the config says '{prediction_type}': "
-            "leave out the config, or choose another version"
+            "leave out the config and --set, or choose another version"
         )
     name = VERSIONS[version].checkpoint
     found = search(f"models/{name}")

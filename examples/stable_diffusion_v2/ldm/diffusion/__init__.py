@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: what the network predicts, the noise schedule, the loss and the samplers."""
+"""The mathematics of diffusion: prediction types, noise schedules, the loss and the samplers."""

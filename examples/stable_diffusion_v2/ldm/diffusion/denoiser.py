@@ -1,4 +1,4 @@
-"""The denoiser: what a sampler sees of the network, its schedule, its prediction type and the guidance."""
+"""The denoiser: it hides the network, its schedule, its prediction type and the guidance from the samplers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ldm.errors import UserError
 
 
 class Denoiser:
-    """denoise(x, t) -> (x0, eps): the clean latents and the noise that the network sees in x.
+    """denoise(x, t) -> (x0, eps): the network's estimate of the clean latents and of the noise in x.
 
     With classifier-free guidance (arXiv 2207.12598) the network runs once per step on the batch (without caption, with
-    caption), and its raw output is uncond + guidance_scale (cond - uncond). Conversion to x0 and eps is linear, so this
-    is guidance of both.
+    caption), and the guided output is uncond + guidance_scale (cond - uncond). Conversion to x0 and eps is linear, so
+    this guides both.
 
     Args:
         network: Cell, network(x float32 [N, C, H, W], t float32 [N], *condition) -> [N, C, H, W].
         schedule: the noise schedule that the network was trained with.
         prediction: what the network predicts.
-        cond: of the prompts, arrays.
-        uncond: of the negative or empty prompts; not used where guidance_scale is 1.
-        guidance_scale: 1 is no guidance and half the work, 0 ignores the prompts.
+        cond: the prompts' condition, arrays.
+        uncond: the condition of the negative or empty prompts; it is not used where guidance_scale is 1.
+        guidance_scale: 1 is no guidance and half the work; 0 ignores the prompts.
 
     Raises:
         UserError: the prediction type does not go with the schedule.
@@ -50,7 +50,7 @@ class Denoiser:
         self.condition = Condition.join(conditions).map(Tensor).given()  # of copies * B
 
     def __call__(self, x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
-        """(x0, eps), float64 [B, C, H, W] each, for x [B, C, H, W] at the time t, which may lie between two steps.
+        """(x0, eps), float64 [B, C, H, W] each, for x [B, C, H, W] at time t. The time may lie between two steps.
 
         Raises:
             UserError: the network returned NaN or infinity.

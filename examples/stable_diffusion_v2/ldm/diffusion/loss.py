@@ -36,28 +36,28 @@ class DiffusionLoss(nn.Cell):
         self.to_eps = Tensor(to_x0 * alpha**2 / sigma**2, ms.float32)
 
     def construct(self, latents: Tensor, eps: Tensor, t: Tensor, weight: Tensor, *condition: Tensor):
-        """The loss, and what it means for x0 and eps.
+        """The loss, and the same error as one of x0 and as one of eps.
 
         Args:
             latents: float32 [B, C, H, W], of unit variance.
             eps: float32 [B, C, H, W], unit Gaussian noise.
             t: int32 [B], in [0, T - 1].
             weight: float32 [B], the weight on each sample's squared error; see weighting.loss_weight.
-            condition: what the network is told beside z and t; see `Condition.given`.
+            condition: the network's further inputs; see `Condition.given`.
 
         Returns:
             loss: float32 scalar, to be minimized.
-            x0_loss, eps_loss: float32 [B], each sample's unweighted squared error of x0 and of eps, which can be
-                compared across prediction types as the loss itself cannot.
+            x0_loss, eps_loss: float32 [B], each sample's unweighted squared error of x0 and of eps. They can be
+                compared across prediction types; the loss cannot.
         """
         return self.compare(self.network(self.noisy(latents, eps, t), t, *condition), latents, eps, t, weight)
 
     def noisy(self, latents: Tensor, eps: Tensor, t: Tensor):
-        """z = alpha x0 + sigma eps, what the network sees."""
+        """The network's input z = alpha x0 + sigma eps."""
         return ops.gather(self.alpha, t, 0) * latents + ops.gather(self.sigma, t, 0) * eps  # factors [B, 1, 1, 1]
 
     def compare(self, output: Tensor, latents: Tensor, eps: Tensor, t: Tensor, weight: Tensor):
-        """What `construct` returns, by the network's output [B, C, H, W]."""
+        """As `construct`, from the network's output [B, C, H, W]."""
         alpha, sigma = ops.gather(self.alpha, t, 0), ops.gather(self.sigma, t, 0)
         error = output.astype(ms.float32) - self.target(latents, eps, alpha, sigma)
         squared = (error * error).mean((1, 2, 3))  # [B]

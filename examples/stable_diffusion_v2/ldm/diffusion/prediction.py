@@ -1,4 +1,6 @@
-"""What the network predicts: the noise eps, the clean latents x0, or the velocity v. No other file names them.
+"""Prediction types: the network predicts the noise eps, the clean latents x0, or the velocity v.
+
+The words for them, ours and other programs', stand in this file alone.
 
 With z = alpha x0 + sigma eps and alpha^2 + sigma^2 = 1, any of the three gives the other two (arXiv 2202.00512,
 section 2.4 and appendix D). The functions are plain arithmetic: they take NumPy arrays, and MindSpore tensors inside a
@@ -21,7 +23,7 @@ class Prediction(NamedTuple):
         to_x0_eps(output, z, alpha, sigma): the pair (x0, eps) that an output at z stands for, [B, C, H, W] each.
         x0_factor(alpha, sigma): squared error of the output / squared error of the x0 that it stands for. The error of
             eps is always SNR = alpha^2 / sigma^2 times that of x0, so losses of all types can be compared.
-        needs_signal: x0 cannot be had where alpha = 0.
+        needs_signal: the output gives no x0 where alpha = 0.
     """
 
     name: str
@@ -60,7 +62,7 @@ def v_target(x0, eps, alpha, sigma):
 
 
 def v_to_x0_eps(output, z, alpha, sigma):
-    # Straight to x0: by way of eps it would be divided by alpha, 0.068 at SD's last step, and lose a digit.
+    # Straight to x0. By way of eps it would be divided by alpha, 0.068 at SD's last step, and lose a digit.
     return alpha * z - sigma * output, sigma * z + alpha * output
 
 
@@ -78,7 +80,7 @@ PREDICTIONS = {
 }
 
 
-# What files and configs of other programs call the types.
+# Words for the types in files and configs of other programs.
 FOREIGN_NAMES = {
     "epsilon": "eps",
     "noise": "eps",
@@ -90,10 +92,12 @@ FOREIGN_NAMES = {
     "x_start": "x0",
     "start_x": "x0",
 }
+DIFFUSERS_NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # in a scheduler's config
+MODELSPEC_NAMES = {"eps": "epsilon", "v": "v", "x0": "sample"}  # in a .safetensors file's modelspec.prediction_type
 
 
 def own_name(word):
-    """Our name of a type for any word that means one, however it is spelt; anything else comes back as it is."""
+    """Our name of a type, for any word that means one, however it is spelt. Any other value is returned unchanged."""
     plain = word.strip().lower().replace("-", "_") if isinstance(word, str) else word
     known = isinstance(plain, str) and plain in (*PREDICTIONS, *FOREIGN_NAMES)
     return FOREIGN_NAMES.get(plain, plain) if known else word

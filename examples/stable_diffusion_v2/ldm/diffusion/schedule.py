@@ -1,8 +1,8 @@
-"""The noise schedule: how much of the image and how much noise there is at each of the T training steps.
+"""The noise schedule: the shares of image and noise at each of the T training steps.
 
 z_t = alpha_t x0 + sigma_t eps with alpha_t^2 = alpha_bar_t = prod(1 - beta) up to t, and sigma_t^2 = 1 - alpha_bar_t
-(DDPM, arXiv 2006.11239, eq. 4). Time t counts from 0, the least noise, to T - 1, the most; CLEAN is the time before the
-first noise. Everything is float64 on the host.
+(DDPM, arXiv 2006.11239, eq. 4). Time t counts from 0, the least noise, to T - 1, the most; CLEAN is the time without
+noise. Everything is float64 on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def linear(start: float, end: float, steps: int) -> np.ndarray:
 
 
 def squaredcos_cap_v2(start: float, end: float, steps: int) -> np.ndarray:
-    """Squared cosine (arXiv 2102.09672, eq. 17), each beta at most 0.999; it has no start and no end to choose."""
+    """Squared cosine (arXiv 2102.09672, eq. 17), each beta at most 0.999; start and end are not used."""
     alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
@@ -37,7 +37,7 @@ BETAS = {"scaled_linear": scaled_linear, "linear": linear, "squaredcos_cap_v2": 
 
 
 def rescale_zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
-    """Shift and scale sqrt(alpha_bar) so that it ends at exactly 0 and begins as before (arXiv 2305.08891, alg. 1)."""
+    """Shift and scale sqrt(alpha_bar): it ends at exactly 0 and begins as before (arXiv 2305.08891, alg. 1)."""
     alpha = np.sqrt(alpha_bar)
     return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
 
@@ -64,7 +64,7 @@ class NoiseSchedule:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """The last step is noise alone."""
+        """Whether the last step is noise alone."""
         return bool(self.alpha_bar[-1] == 0)
 
     def _alpha_bar(self, t) -> np.ndarray:
@@ -87,7 +87,7 @@ class NoiseSchedule:
             return np.log(alpha_bar) - np.log1p(-alpha_bar)
 
     def check(self, prediction: Prediction) -> None:
-        """UserError where this schedule has a step that a network with this prediction type cannot be used at."""
+        """UserError where a network with this prediction type cannot be used at every step of this schedule."""
         if self.zero_terminal_snr and prediction.needs_signal:
             others = " or ".join(f"'{other.name}'" for other in PREDICTIONS.values() if not other.needs_signal)
             raise UserError(
@@ -100,7 +100,7 @@ def build_schedule(config) -> NoiseSchedule:
     """The schedule of a model's configuration.
 
     Args:
-        config: ldm.config.ScheduleConfig, which has seen to it that 1e-12 <= beta_start <= beta_end < 1.
+        config: ldm.config.model.ScheduleConfig, which checks that 1e-12 <= beta_start <= beta_end < 1.
 
     Raises:
         UserError: unknown name, or betas that leave nothing of the picture before the end.

@@ -1,7 +1,7 @@
-"""Where a sampler asks the network: n times out of [0, T - 1], strictly falling, for every n from 1 to T.
+"""The times at which a sampler asks the network: n of [0, T - 1], strictly falling, for every n from 1 to T.
 
-`leading` is what Stable Diffusion's own DDIM samples were made with. It begins well below T - 1, where latents still
-have signal, though sampling begins with pure noise. The others begin at T - 1.
+Stable Diffusion's own DDIM samples were made with `leading`. It begins well below T - 1, where latents still have
+signal, though sampling begins with pure noise. The others begin at T - 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def linspace(n: int, steps: int) -> np.ndarray:
 
 
 def uniform(n: int, steps: int) -> np.ndarray:
-    """From T - 1 down in equal strides, of which the next after the last would be 0: fractions of t.
+    """From T - 1 down in n equal strides that end at 0; the 0 itself is left out. Times are fractions.
 
     The time steps of DPM-Solver (arXiv 2206.00927, section 3.4 and appendix D.4).
     """
@@ -45,8 +45,8 @@ def sampling_times(spacing: str, n: int, schedule: NoiseSchedule) -> np.ndarray:
     """Exactly n times, float64 [n], strictly falling, in [0, T - 1].
 
     Raises:
-        UserError: unknown spacing, n outside 1 to T, or a spacing that misses the last step though it is the only one
-            without signal.
+        UserError: unknown spacing, n outside 1 to T, or a spacing that misses the last step where that step has no
+            signal.
     """
     place, steps = choose(SPACINGS, spacing, "timestep spacing"), len(schedule)
     if not 1 <= n <= steps:

@@ -1,4 +1,4 @@
-"""Training some timesteps more often than others: unlike a weight on the loss (`weighting`), it spends samples on them.
+"""Training some timesteps more often than others. Unlike a weight on the loss (`weighting`), it spends samples on them.
 
 The strategies and their options are those of diffusers' SDXL training script.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from ldm.diffusion.prediction import choose
 from ldm.errors import UserError
 
-# (timesteps, portion, begin, end) -> those that come `multiplier` times as often
+# (timesteps, portion, begin, end) -> the timesteps that come `multiplier` times as often
 STRATEGIES = {
     "none": lambda timesteps, portion, begin, end: slice(0, 0),
     "earlier": lambda timesteps, portion, begin, end: slice(0, int(portion * timesteps)),
@@ -30,11 +30,12 @@ def timestep_density(
     """The share of each timestep in training, float64 [T], which adds up to 1.
 
     Args:
-        strategy: whose timesteps come `multiplier` times as often as the others: those of "none", the "earlier" ones
-            with little noise, the "later" ones with much, or those of a "range".
+        strategy: which timesteps come more often: "none", the "earlier" ones with little noise, the "later" ones with
+            much, or a "range".
         timesteps: T.
-        portion: of "earlier" and "later", how much of T they are.
-        begin, end: of "range", its first timestep and the one after its last (None: T).
+        multiplier: how many times as often as the others they come.
+        portion: with "earlier" and "later", their share of T.
+        begin, end: with "range", the first timestep and the one after the last (None: T).
 
     Raises:
         UserError: an unknown strategy, or a number that makes no sense.
@@ -53,5 +54,5 @@ def timestep_density(
 
 
 def timesteps_at(density: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
-    """The timesteps int32 at these quantiles in [0, 1) of a density over them: uniform ones give draws from it."""
+    """The timesteps, int32, at these quantiles in [0, 1) of a density. Uniform quantiles give draws from it."""
     return np.searchsorted(np.cumsum(density)[:-1], quantiles, side="right").astype(np.int32)

@@ -1,7 +1,7 @@
 """Loss weights by signal-to-noise ratio, the same in effect for every prediction type.
 
-A weighting says what the error of x0 counts for at each step. Divided by the type's x0_factor it becomes the weight on
-the network's own loss: min-SNR is min(SNR, gamma) / SNR for eps and min(SNR, gamma) / (SNR + 1) for v.
+A weighting gives the weight on the error of x0 at each step. Divided by the type's x0_factor it becomes the weight on
+the network's own loss. So min-SNR is min(SNR, gamma) / SNR for eps and min(SNR, gamma) / (SNR + 1) for v.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from ldm.errors import UserError
 
 
 def none(snr: np.ndarray, x0_factor: np.ndarray, gamma: float) -> np.ndarray:
-    """The network's own loss as it is."""
+    """The network's own loss, unweighted."""
     return x0_factor
 
 
 def min_snr(snr: np.ndarray, x0_factor: np.ndarray, gamma: float) -> np.ndarray:
-    """min(SNR, gamma) (arXiv 2303.09556, section 3.4). A last step without signal counts nothing."""
+    """min(SNR, gamma) (arXiv 2303.09556, section 3.4). A last step without signal gets weight 0."""
     return np.minimum(snr, gamma)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm import kernels
+from ldm.config.model import GROUPS
 from ldm.kernels import add, multiply, reshape, transpose
 from ldm.randomness import generator
 
@@ -116,13 +117,13 @@ class ShiftedConv2d(Conv2d):
 
 
 class GroupNorm(nn.Cell):
-    """32 groups, followed by SiLU if asked."""
+    """Group norm with GROUPS groups, followed by SiLU if asked."""
 
     def __init__(self, channels: int, eps: float, silu: bool = False):
         super().__init__()
         self.weight = parameter(channels, value=1.0)
         self.bias = parameter(channels)
-        self.kernel = kernels.select().GroupNorm(32, eps, silu)
+        self.kernel = kernels.select().GroupNorm(GROUPS, eps, silu)
 
     def construct(self, x):
         return self.kernel(x, self.weight, self.bias)

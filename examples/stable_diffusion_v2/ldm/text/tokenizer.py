@@ -43,7 +43,8 @@ SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 FULL_SIZE = 49408  # 256 bytes twice, 48,894 merges, start and end
 CACHED_WORDS = 1 << 14
-PADDING = {"openclip": "zero", "clip": "end"}  # what each text encoder was trained with: SD 2.x and SD 1.x
+PADDINGS = ("zero", "end")  # the token 0, and the end token
+_TRAINED_PADDING = {"openclip": "zero", "clip": "end"}  # of each text encoder: SD 2.x and SD 1.x
 
 # The vocabulary file writes a byte as one visible character: printable Latin-1 as itself, the rest from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -174,3 +175,8 @@ def _choose(option: str, name: str, choices: dict):
     if name not in choices:
         raise UserError(f"unknown {option} {name!r}; choose one of: {', '.join(choices)}")
     return choices[name]
+
+
+def padding_of(variant: str, said: str | None = None) -> str:
+    """What fills short prompts up: what the model's config says, or else what its text encoder was trained with."""
+    return said or _TRAINED_PADDING[variant]

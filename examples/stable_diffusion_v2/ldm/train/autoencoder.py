@@ -27,7 +27,7 @@ from ldm.train.latent_channels import alive, keep_channels
 from ldm.train.optimizer import build_optimizer
 from ldm.train.run import Plan, Task
 from ldm.train.step import StepResult, TrainStep
-from ldm.weights import describe, read_checkpoint
+from ldm.weights import read_checkpoint, words_of
 
 log = logging.getLogger(__name__)
 DECODER = (VAE + "decoder.", VAE + "post_quant_conv.")
@@ -196,7 +196,7 @@ class WholeAutoencoder(AutoencoderTask):
             tensors = keep_channels(tensors, kept)
         scale = self.config.scale_factor / np.sqrt(np.mean(mean[:, kept] ** 2 + std[:, kept] ** 2, dtype=np.float64))
         config = replace(with_latent_channels(self.config, len(kept)), scale_factor=float(scale))
-        checkpoint.save(self.folder / self.exported, tensors, describe(config), "safetensors")
+        checkpoint.save(self.folder / self.exported, tensors, words_of(config), "safetensors")
         save_model_config(config, self.folder / "model_config.yaml")
         return self.folder / self.exported
 
@@ -242,7 +242,7 @@ class DecoderAlone(AutoencoderTask):
     def write(self, tensors: dict[str, np.ndarray]) -> Path:
         """The whole model."""
         path = self.folder / self.exported
-        checkpoint.save(path, {**self.whole, **tensors}, describe(self.config), "safetensors")
+        checkpoint.save(path, {**self.whole, **tensors}, words_of(self.config), "safetensors")
         return path
 
     def facts(self) -> dict[str, str]:

@@ -43,7 +43,7 @@ from ldm.train.optimizer import build_optimizer
 from ldm.train.run import Plan, Task
 from ldm.train.step import LossScale, StepResult, TrainStep
 from ldm.train.trainable import trainable
-from ldm.weights import Choice, Weights, check_words, describe, open_weights
+from ldm.weights import Choice, Weights, check_words, open_weights, words_of
 
 log = logging.getLogger(__name__)
 
@@ -305,7 +305,7 @@ class FineTune(Task):
         args, ema = self.args, self.step.ema
         path = ckpt_folder(args) / f"sd-{plan.number(step)}{SUFFIXES[args.ckpt_format]}"
         tensors = {**self.frozen, **self.model.tensors(), **(ema.tensors() if ema else {})}
-        checkpoint.save(path, tensors, describe(self.config), args.ckpt_format, args.ckpt_dtype)
+        checkpoint.save(path, tensors, words_of(self.config), args.ckpt_format, args.ckpt_dtype)
         return path
 
     def validate(self, step: int) -> None:

@@ -128,7 +128,7 @@ class LearningRate:
 
 def tell_changes(options: Mapping[str, Any], path: Path) -> None:
     """One line where a resumed run has another learning rate or length than the options that were saved in `path`."""
-    then = read_yaml(path) if path.is_file() else {}
+    then = read_yaml(path, interpolate=False) if path.is_file() else {}
     changed = [name for name in _PLAN if name in then and name in options and then[name] != options[name]]
     if changed:
         told = ", ".join(f"{name} was {escaped(then[name])} and is now {options[name]}" for name in changed)

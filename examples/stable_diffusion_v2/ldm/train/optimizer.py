@@ -243,7 +243,7 @@ class SGD(Optimizer):
         return self.apply(param, velocity, scalars[0], grad, self.momentum)
 
 
-OPTIMIZERS = {"adamw": AdamW, "muon": Muon, "adam": Adam, "sgd": SGD, "momentum": SGD}
+OPTIMIZERS = {"adamw": AdamW, "muon": Muon, "adam": Adam, "sgd": SGD}
 
 
 def build_optimizer(

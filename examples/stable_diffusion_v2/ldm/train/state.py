@@ -29,7 +29,7 @@ from ldm.train.step import TrainStep
 RESUME_NAME = "train_resume.safetensors"
 _KEY, _VERSION = "train_state", 1
 _LATER = ("text.padding", "data", "picture_contents", "frozen", "max_grad_norm")  # states were once without these
-_NO_LONGER = ("schedule.spacing",)  # settings that states were written with once
+_NO_LONGER = ("schedule.spacing", "vae.double_z", "double_z")  # settings that states were written with once
 _DOOMED = ".deleted"  # the end of a checkpoint's name while it is removed
 _CHECKPOINT = re.compile(r"sd-\d+(\.ckpt|\.safetensors)?")  # or a diffusers folder
 

@@ -22,7 +22,7 @@ from ldm.config.model import SamplingConfig, from_yaml, load_model_config
 from ldm.diffusion.samplers import get_sampler
 from ldm.model import StableDiffusion
 from ldm.pipeline import Pipeline
-from ldm.weights import describe
+from ldm.weights import words_of
 
 pytestmark = pytest.mark.parity
 TINY = "models/tiny-vpred.safetensors"
@@ -185,7 +185,7 @@ def same(got, wanted):
 def test_a_round_trip_keeps_every_bit(tmp_path, model, kind):
     config, _, tensors = model
     path = tmp_path / "model"
-    checkpoint.save(path, tensors, describe(config), kind)
+    checkpoint.save(path, tensors, words_of(config), kind)
     read = checkpoint.load(path)
     same(read.tensors, tensors)
     assert read.meta["prediction_type"] == config.prediction_type
@@ -209,11 +209,11 @@ def test_a_single_file_of_torch_is_read(tmp_path, model, legacy):
 def test_diffusers_loads_what_we_write(tmp_path, model, kind):
     config, theirs, tensors = model
     folder, file = tmp_path / "folder", tmp_path / "model.safetensors"
-    checkpoint.save(folder, tensors, describe(config), "diffusers")
+    checkpoint.save(folder, tensors, words_of(config), "diffusers")
     if kind == "folder":
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     else:
-        checkpoint.save(file, tensors, describe(config), "safetensors")
+        checkpoint.save(file, tensors, words_of(config), "safetensors")
         for weights in folder.glob("*/*.safetensors"):
             weights.unlink()  # what it reads must come from the file
         pipe = diffusers.StableDiffusionPipeline.from_single_file(file, config=str(folder), local_files_only=True)
