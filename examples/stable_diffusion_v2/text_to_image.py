@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm import runtime
 from ldm.config.mindone import IGNORED_DRAW_OPTIONS, REFUSED_DRAW_OPTIONS
 from ldm.config.model import ModelConfig, SamplingConfig, add_set, changed, load_model_config
-from ldm.config.options import Parser, draw_seed, read_options, seed, str2bool
+from ldm.config.options import Parser, read_options, seed, str2bool
 from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.config.yaml_file import search
 from ldm.diffusion.samplers import FINAL_SIGMAS, SAMPLERS, Sampler
@@ -43,6 +43,7 @@ from ldm.networks.blockwise import MANY_WEIGHTS
 from ldm.parallel.ranks import Ranks
 from ldm.pictures import make_folder, next_number
 from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, sampler_of
+from ldm.randomness import settled_seed
 from ldm.weights import choose_config, open_weights, tensors_of
 
 log = logging.getLogger("text_to_image")
@@ -212,7 +213,7 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
 def main() -> None:
     args = read_options(build_parser())
     ranks = runtime.join(args.use_parallel)
-    draw_seed(args, ranks)
+    args.seed = settled_seed(args.seed, ranks.broadcast)
     job = prepare(args, ranks)
     pictures, settings = job.pictures, job.settings
     if not pictures:

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from ldm import runtime
 from ldm.config.model import ModelConfig, add_set, changed, load_model_config
-from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool
+from ldm.config.options import Parser, read_options, require_at_least, seed, steps_or_share, str2bool
 from ldm.data.batches import Augment, Batches
 from ldm.data.dataset import ON_BAD_IMAGE, CaptionedImages
 from ldm.diffusion.samplers import DEFAULT_SAMPLER, SAMPLERS
@@ -29,6 +29,7 @@ from ldm.errors import UserError
 from ldm.model import StableDiffusion
 from ldm.parallel.ranks import Ranks
 from ldm.pipeline import check_config
+from ldm.randomness import settled_seed
 from ldm.train.autoencoder import DecoderAlone, WholeAutoencoder, read_start, run_settings, with_latent_channels
 from ldm.train.ema import Ema
 from ldm.train.learning_rate import MULTI_STEP, SCHEDULES, LearningRate
@@ -119,7 +120,7 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
 
 def main() -> None:
     args = read_options(build_parser())
-    draw_seed(args, Ranks())
+    args.seed = settled_seed(args.seed, Ranks().broadcast)
     config = changed(load_model_config(args.model_config), args.set)
     args.image_size = args.image_size or config.image_size
     check(args, config)

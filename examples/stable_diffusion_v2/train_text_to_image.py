@@ -18,7 +18,7 @@ from ldm import runtime
 from ldm.checkpoint.diffusers_config import check_model
 from ldm.config.mindone import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS, optimizer
 from ldm.config.model import ModelConfig, add_set, changed, load_model_config, save_model_config, to_dict
-from ldm.config.options import Parser, draw_seed, read_options, require_at_least, seed, steps_or_share, str2bool, whole
+from ldm.config.options import Parser, read_options, require_at_least, seed, steps_or_share, str2bool, whole
 from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.data.batches import Augment, Batches
 from ldm.data.captions import caption_warnings
@@ -29,6 +29,7 @@ from ldm.diffusion.timestep_bias import STRATEGIES
 from ldm.diffusion.weighting import WEIGHTINGS
 from ldm.errors import UserError
 from ldm.pipeline import check_config
+from ldm.randomness import settled_seed
 from ldm.text.tokenizer import Tokenizer
 from ldm.train import finetune
 from ldm.train.ema import Ema
@@ -196,7 +197,7 @@ def settle(args: argparse.Namespace) -> tuple[Choice, Weights]:
 def main() -> None:
     args = read_options(build_parser())
     ranks = runtime.join(args.use_parallel)
-    draw_seed(args, ranks)
+    args.seed = settled_seed(args.seed, ranks.broadcast)
     with ranks.main_first("settings"):
         choice, weights = settle(args)
         check(args, choice.config)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import secrets
 import zlib
+from collections.abc import Callable
 
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 
 def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
@@ -28,3 +33,12 @@ def spread(seed: int, purpose: str, index: np.ndarray) -> np.ndarray:
     less (the aim of arXiv 2107.00630, appendix I.1), and still no number depends on the size of the batch.
     """
     return (generator(seed, purpose).random() + GOLDEN * np.asarray(index)) % 1
+
+
+def settled_seed(seed: int, broadcast: Callable[[str, int], int]) -> int:
+    """The seed itself; for -1 a random one, the same for all ranks (`Ranks.broadcast`). A line tells it."""
+    if seed != -1:
+        return seed
+    seed = broadcast("seed", secrets.randbelow(1 << 32))
+    log.info("the seed is %d; --seed %d repeats this run", seed, seed)
+    return seed

@@ -29,12 +29,13 @@ from ldm.config.model import (
     to_yaml,
 )
 from ldm.config.moved import answer, translated
-from ldm.config.options import Parser, draw_seed, read_options, seed, steps_or_share, str2bool
+from ldm.config.options import Parser, read_options, seed, steps_or_share, str2bool
 from ldm.config.versions import existing
 from ldm.config.yaml_file import read_yaml, save_yaml
 from ldm.data.captions import read_captions
 from ldm.errors import UserError
 from ldm.parallel.ranks import Ranks
+from ldm.randomness import settled_seed
 from ldm.train.state import resume_path
 
 FIXTURES = Path(__file__).parent / "data" / "config"
@@ -962,7 +963,7 @@ def test_a_seed_is_drawn(caplog):
     caplog.set_level(logging.INFO)
     drawn = [argparse.Namespace(seed=seed(word)) for word in ("-1", "-1", "7")]
     for args in drawn:
-        draw_seed(args, Ranks())
+        args.seed = settled_seed(args.seed, Ranks().broadcast)
     assert drawn[2].seed == 7 and drawn[0].seed != drawn[1].seed and min(drawn[0].seed, drawn[1].seed) >= 0
     assert [str(args.seed) in text for args, text in zip(drawn, caplog.messages)] == [True, True]
     with pytest.raises(argparse.ArgumentTypeError, match="-1"):

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import re
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +18,6 @@ from ldm.config.mindone import is_placeholder, remarks
 from ldm.config.yaml_file import find_file, nearest, read_yaml
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
-from ldm.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -134,17 +132,10 @@ def str2bool(text: str) -> bool:
 
 
 def seed(text: str) -> int:
-    """A whole number from 0, or -1, which `draw_seed` replaces; for `type=`."""
+    """A whole number from 0, or -1, which `randomness.settled_seed` replaces; for `type=`."""
     if not text.strip().isdecimal() and text.strip() != "-1":
         raise argparse.ArgumentTypeError(f"a seed is a whole number from 0, or -1 to draw one, not {quoted(text)}")
     return int(text)
-
-
-def draw_seed(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Replace seed -1 by a random one, the same for all ranks; a line tells it."""
-    if args.seed == -1:
-        args.seed = ranks.broadcast("seed", secrets.randbelow(1 << 32))
-        log.info("the seed is %d; --seed %d repeats this run", args.seed, args.seed)
 
 
 def whole(text: str) -> int:
