@@ -57,7 +57,7 @@ def build_parser() -> Parser:
     add("--prompt", default="A cute wolf in winter forest", help="what to draw")
     add("--data_path", "--from-file", default="", help="a text file with one prompt per line, instead of --prompt")
     add("--negative_prompt", default="", help="what not to draw; for every prompt")
-    add("--negative_data_path", default="", help="a text file with one negative prompt for each prompt")
+    add("--negative_data_path", default="", help="a text file of negative prompts; line n is for line n of the prompts")
     add("--output_path", default="output", help="pictures go to its folder samples/, numbered on from what is there")
     add(
         "-v",

@@ -1,4 +1,4 @@
-"""The ground floor: files that are replaced whole or not at all, their digests, and foreign words made fit to print."""
+"""Files that are replaced whole or not at all, locks on folders, digests, and foreign words made fit to print."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from typing import BinaryIO
 
 from ldm.errors import UserError
 
-ABANDONED_SECONDS = 60  # a temporary file of this age that nobody holds was left by a process that was killed
+ABANDONED_SECONDS = 60  # an unlocked temporary file of this age belongs to no living process
 
 
 @contextmanager
 def replacing(path: str | Path, new: bool = False) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of ``path`` only when the block has ended without an error.
+    """A file to write to. It takes the place of `path` when the block has ended without an error.
 
-    With `new` there must be no such file yet: of several processes that write one, a single one succeeds.
+    The file is written beside `path` as `<name>.<random>.partial`, forced to the disk, then renamed. A reader sees the
+    old file or the new one, and a full disk damages neither. Several processes may replace the same file at once.
+    Temporary files of killed processes are removed.
 
-    It is written beside it as ``<name>.<random>.partial``, forced to the disk, then renamed: a reader sees the old file
-    or the new one, and a full disk costs neither. Several processes may replace the same file at once. What a killed
-    process has left is removed. Raises UserError instead of OSError.
+    Args:
+        path: the file to replace.
+        new: `path` must not exist yet. Of several processes that write it, a single one succeeds.
+
+    Raises:
+        UserError: instead of OSError; with `new`, the file exists.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         _remove_abandoned(path)
         with open(partial, "xb") as file:
-            with suppress(OSError):  # a disk without locks: nothing is taken for abandoned there
+            with suppress(OSError):  # a disk without locks, where `_remove_abandoned` removes nothing
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
@@ -64,10 +69,17 @@ def _create(partial: Path, path: Path) -> None:
 
 @contextmanager
 def claimed(folder: str | Path, work: str, instead: str = ", or choose another --output_path") -> Iterator[None]:
-    """Inside, other processes that claim the folder for the same work get a UserError.
+    """Claim a folder for one kind of work. The claim ends with the block, or with the process however it ends.
 
-    It names this process, says to wait, and what they can do `instead`. The claim ends with the process, however that
-    ends. On a disk without locks there is none.
+    On a disk without locks there is no claim.
+
+    Args:
+        folder: the folder to claim.
+        work: the kind of work. Claims for different kinds do not disturb one another.
+        instead: the end of the message for other processes: what they can do instead of waiting.
+
+    Raises:
+        UserError: another process has claimed the folder for the same work. The message names that process.
     """
     path = Path(folder) / f".{work}.lock"
     file = _locked(path, instead)
@@ -81,10 +93,14 @@ def claimed(folder: str | Path, work: str, instead: str = ", or choose another -
 
 
 def _locked(path: Path, instead: str) -> BinaryIO | None:
-    """The file, which says who holds it; None where it cannot be locked."""
+    """The lock file, open, with this process's number in it; None where the disk has no locks or cannot be written to.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
     while True:
         try:
-            file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open as long as it is held)
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open as long as the lock is held)
         except OSError:
             return None
         try:
@@ -94,7 +110,7 @@ def _locked(path: Path, instead: str) -> BinaryIO | None:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             return file
-        except FileNotFoundError:  # its holder has just ended and removed it
+        except FileNotFoundError:  # the holder has just ended and removed the file
             file.close()
         except BlockingIOError:
             file.seek(0)
@@ -109,21 +125,21 @@ def _locked(path: Path, instead: str) -> BinaryIO | None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Delete the temporary files of `path` that processes have left which are no longer there."""
+    """Delete the temporary files of `path` whose processes have ended."""
     for partial in path.parent.glob(f"{_literal(path.name)}.*.partial"):
         with suppress(OSError):
             if time.time() - partial.stat().st_mtime < ABANDONED_SECONDS:
                 continue
             with open(partial, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError where its writer lives
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError where the writer lives
                 partial.unlink()
 
 
 def private_folder(name: str) -> Path:
-    """A folder of that name in the user's cache folder, made where it is not there, to which nobody else can write.
+    """A folder of that name in the user's cache folder. Nobody else can write to it. It is made if it is missing.
 
     Raises:
-        UserError: it belongs to somebody else, everybody may write to it, or it cannot be made.
+        UserError: the folder belongs to somebody else, everybody may write to it, or it cannot be made.
     """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
@@ -133,20 +149,20 @@ def private_folder(name: str) -> Path:
             raise UserError(f"{folder} belongs to another user: set XDG_CACHE_HOME to a folder of your own")
         if found.st_mode & stat.S_IWOTH:
             raise UserError(f"everybody may write to {folder}: delete it, it is made again")
-        if found.st_mode & stat.S_IWGRP:  # by a umask for groups
+        if found.st_mode & stat.S_IWGRP:  # a umask for groups allowed it
             folder.chmod(stat.S_IMODE(found.st_mode) & ~stat.S_IWGRP)
-    except (OSError, RuntimeError) as error:  # no room, no right, no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         raise UserError(f"no folder {name} in the user's cache folder: {escaped(error, 200)}") from None
     return folder
 
 
 def _literal(name: str) -> str:
-    """A name as a pattern that fits it alone."""
+    """The glob pattern that matches this name alone."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def sha256(path: str | Path) -> bytes:
-    """Of the file's content; OSError where it cannot be read."""
+    """The sha256 of a file's content, 32 bytes. OSError where the file cannot be read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -155,16 +171,15 @@ def sha256(path: str | Path) -> bytes:
 
 
 def quoted(word: object, length: int = 80) -> str:
-    """A word from a file, fit for a message of one line.
+    """A foreign word in a message: in quotes, unprintable characters escaped, a long word without its middle.
 
-    It stands in quotes, unprintable characters are escaped, and the middle of a long word is left out. Whatever came
-    out of somebody's file goes through here, or through `escaped`, before it is printed.
+    Every word that came out of a user's file goes through `quoted` or `escaped` before it is printed.
     """
     return repr(_shortened(str(word), length))
 
 
 def escaped(text: object, length: int = 80) -> str:
-    """`quoted` without the quotes, for names in a list."""
+    """The same as `quoted` without the quotes, for names in a list."""
     shortened = _shortened(str(text), length)
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shortened)
 

@@ -1,6 +1,6 @@
-"""Pictures out: numbered PNG files that say how they were made, grids, and rows with captions.
+"""Drawn pictures as files: numbered PNGs that hold the facts of their making, grids, and sheets with captions.
 
-Beside the pictures of a run lies its record, RECORD: one line of JSON per picture, its file and how it was made.
+The record of a run, the file RECORD beside its pictures, holds one line of JSON per picture: its file name and facts.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from ldm.files import replacing
 log = logging.getLogger(__name__)
 
 GAP = 4
-ENTRY = "parameters"  # the PNG text entry that holds the same as the picture's line in the record
+ENTRY = "parameters"  # the PNG text entry with the picture's facts, as in its line of the record
 RECORD = "prompts.jsonl"
 
 
 def make_folder(path: str | Path) -> Path:
-    """The folder, made if need be and proven writable, so that nobody learns after an hour that it is not."""
+    """Make the folder where it does not exist, and write to it once. A run then fails at its start, not at its end.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +45,7 @@ def make_folder(path: str | Path) -> Path:
 
 
 def next_number(folder: Path) -> int:
-    """One more than the highest number among the folder's 00000.png, 00001.png, ...; 0 where there is none."""
+    """One more than the highest number of the folder's files 00000.png, 00001.png, ...; 0 where there are none."""
     numbers = [int(path.stem) for path in folder.glob("*.png") if re.fullmatch(r"\d{5,}", path.stem)]
     return max(numbers, default=-1) + 1
 
@@ -49,9 +53,10 @@ def next_number(folder: Path) -> int:
 def save_png(
     picture: np.ndarray | Image.Image, path: Path, text: dict[str, str] | None = None, new: bool = False
 ) -> None:
-    """Write uint8 [H, W, 3], whole or not at all, with `text` as PNG text entries.
+    """Write a picture, uint8 [H, W, 3], whole or not at all, with `text` as PNG text entries.
 
-    UserError where it cannot be, or with `new` where the file is there already.
+    Raises:
+        UserError: the file cannot be written, or with `new` it exists already.
     """
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     entries = PngImagePlugin.PngInfo()
@@ -64,9 +69,15 @@ def save_png(
 
 
 def save_drawn(picture: np.ndarray, path: Path, facts: dict) -> None:
-    """Write a picture that says how it was made, then its line in the folder's record; `facts` are JSON's values.
+    """Write a picture with the facts of its making, then its line in the folder's record.
 
-    UserError where one of them cannot be written, or another run has written a picture of that name.
+    Args:
+        picture: uint8 [H, W, 3].
+        path: a new file.
+        facts: values of JSON.
+
+    Raises:
+        UserError: the picture or the record cannot be written, or another run has written a picture of that name.
     """
     save_png(picture, path, {ENTRY: json.dumps(facts, ensure_ascii=False)}, new=True)
     line = json.dumps({"file": path.name, **facts}, ensure_ascii=False).encode() + b"\n"
@@ -75,14 +86,14 @@ def save_drawn(picture: np.ndarray, path: Path, facts: dict) -> None:
         with open(record, "a+b", buffering=0) as file:
             if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":  # a full disk cut the last line
                 line = b"\n" + line
-            if file.write(line) < len(line):  # one write at the end: processes may share the file
+            if file.write(line) < len(line):  # one write, because processes may share the file
                 raise OSError("no room is left")
     except OSError as error:
         raise UserError(f"cannot write {record}: {error.strerror or error}; the picture itself is there") from None
 
 
 def read_facts(path: Path) -> dict:
-    """How a picture says it was made; empty where it does not say. UserError where it is no picture."""
+    """The facts that a picture holds, or none where it holds none. UserError where the file is no picture."""
     try:
         with opened(path) as picture:
             return _facts(picture.info.get(ENTRY))
@@ -91,12 +102,12 @@ def read_facts(path: Path) -> dict:
 
 
 def read_record(path: Path) -> dict[str, dict]:
-    """File name -> facts, of a run's record; the last line counts where a picture was drawn again.
+    """The record of a run as file name -> facts. Of a picture that was drawn again the last line counts.
 
     A line that a full disk or a crash has cut is passed over with a warning. UserError where the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # and at no other line break, for those may be in a prompt
+        lines = path.read_text(encoding="utf-8").split("\n")  # a prompt may hold other line breaks
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     found = [_facts(line) for line in lines if line.strip()]
@@ -107,9 +118,10 @@ def read_record(path: Path) -> dict[str, dict]:
 
 
 def _facts(text: str | None) -> dict:
+    """The facts in a text of JSON; none where the text holds no facts."""
     try:
         facts = json.loads(text or "")
-    except (ValueError, RecursionError):  # no JSON, or brackets within brackets without end
+    except (ValueError, RecursionError):  # no JSON, or too many nested brackets
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -121,12 +133,12 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Floats [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded; what lies outside is clipped."""
+    """Floats [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded. Values outside are clipped."""
     return np.clip(images * 127.5 + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def grid(pictures: np.ndarray, rows: int) -> np.ndarray:
-    """Pictures uint8 [N, H, W, 3] side by side in so many rows, white between and behind them."""
+    """Pictures uint8 [N, H, W, 3] in a grid of so many rows on white."""
     n, h, w, _ = pictures.shape
     columns = -(-n // rows)
     out = np.full((rows * (h + GAP) + GAP, columns * (w + GAP) + GAP, 3), 255, np.uint8)
@@ -137,9 +149,12 @@ def grid(pictures: np.ndarray, rows: int) -> np.ndarray:
 
 
 def captioned_rows(columns: dict[str, np.ndarray], captions: list[str], scale: int = 1) -> Image.Image:
-    """A sheet with one row per caption: the pictures of every column side by side, then the caption.
+    """A sheet with one row per caption: one picture of every column, then the caption.
 
-    columns: heading -> uint8 [N, H, W, 3]; `scale` enlarges them by whole pixels.
+    Args:
+        columns: heading -> uint8 [N, H, W, 3].
+        captions: N captions.
+        scale: the factor by which the pictures are enlarged, pixel by pixel.
     """
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     _, h, w, _ = next(iter(columns.values())).shape

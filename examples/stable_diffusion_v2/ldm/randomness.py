@@ -1,4 +1,4 @@
-"""Host random generators keyed by what they are for, so a draw never depends on batch size, rank or restart."""
+"""Random generators on the host, keyed by their purpose: no draw depends on batch size, rank or restart."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from collections.abc import Callable
 import numpy as np
 
 log = logging.getLogger(__name__)
+GOLDEN = (5**0.5 - 1) / 2
 
 
 def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
-    """A generator that depends on nothing but its arguments.
+    """A generator that depends on its arguments alone.
 
     Args:
         seed: the run's seed, >= 0.
-        purpose: what is drawn ("noise", "timestep", "crop", ...); different purposes are independent.
-        index: which draw it is, e.g. the global number of the training sample or of the image.
+        purpose: what is drawn ("noise", "timestep", "crop", ...). Different purposes are independent.
+        index: the number of the draw, for example of the training sample or of the picture in the whole run.
     """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *index])))
 
 
-GOLDEN = (5**0.5 - 1) / 2
+def stratified(seed: int, purpose: str, index: np.ndarray) -> np.ndarray:
+    """Stratified uniform numbers in [0, 1): float64, of the shape of `index`.
 
-
-def spread(seed: int, purpose: str, index: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1), float64 like `index`, each uniform over seeds, and any run of consecutive ones evenly spread.
-
-    Additive recurrence with the golden ratio: a batch of times from it covers the noise levels, so that its loss varies
-    less (the aim of arXiv 2107.00630, appendix I.1), and still no number depends on the size of the batch.
+    Each number is uniform over seeds, and the numbers of consecutive indices cover the interval evenly. The numbers are
+    an additive recurrence with the golden ratio. A batch of times made from them covers the noise levels, so its loss
+    varies less (the aim of arXiv 2107.00630, appendix I.1). No number depends on the size of the batch.
     """
     return (generator(seed, purpose).random() + GOLDEN * np.asarray(index)) % 1
 

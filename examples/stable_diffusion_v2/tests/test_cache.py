@@ -15,7 +15,7 @@ from ldm.conditioning import Condition
 from ldm.config.model import ModelConfig, TextConfig
 from ldm.errors import UserError
 from ldm.train import cache
-from ldm.train.cache import ENTRY_BYTES, KEY_BYTES, Rows, file_key, settings_key, text_key
+from ldm.train.cache import ENTRY_BYTES, KEY_BYTES, ArrayStore, file_key, settings_key, text_key
 from ldm.train.inputs import FrozenOutputs
 
 SHAPE = (2, 3)
@@ -30,11 +30,11 @@ def keys(*numbers):
 
 
 def test_rows_are_found_again_by_their_keys(tmp_path):
-    store = Rows(tmp_path / "c", SHAPE)
+    store = ArrayStore(tmp_path / "c", SHAPE)
     with store.filling():
         store.append(keys(1, 2), rows(1, 2))
         store.append(keys(3), rows(3))
-    for again in (store, Rows(tmp_path / "c", SHAPE)):
+    for again in (store, ArrayStore(tmp_path / "c", SHAPE)):
         assert len(again) == 3 and keys(2)[0] in again and keys(4)[0] not in again
         assert again.take(keys(3, 1, 3))[:, 0, 0].tolist() == [3, 1, 3]
 
@@ -42,28 +42,28 @@ def test_rows_are_found_again_by_their_keys(tmp_path):
 @pytest.mark.parametrize("lost", [1, ENTRY_BYTES - 1, ENTRY_BYTES])
 def test_a_row_without_its_whole_key_is_written_anew(tmp_path, lost):
     """As after a kill between the two files, or in the middle of the second."""
-    store = Rows(tmp_path, SHAPE)
+    store = ArrayStore(tmp_path, SHAPE)
     store.append(keys(1, 2), rows(1, 2))
     path = tmp_path / "keys.crc32"
     path.write_bytes(path.read_bytes()[:-lost])
-    store = Rows(tmp_path, SHAPE)
+    store = ArrayStore(tmp_path, SHAPE)
     assert len(store) == 1
     store.append(keys(5), rows(5))
-    store = Rows(tmp_path, SHAPE)
+    store = ArrayStore(tmp_path, SHAPE)
     assert store.take(keys(1, 5))[:, 0, 0].tolist() == [1, 5] and len(store) == 2
 
 
 def test_keys_without_their_rows_are_forgotten(tmp_path):
-    Rows(tmp_path, SHAPE).append(keys(1, 2), rows(1, 2))
+    ArrayStore(tmp_path, SHAPE).append(keys(1, 2), rows(1, 2))
     path = tmp_path / "rows.f32"
     path.write_bytes(path.read_bytes()[:-1])
-    assert len(Rows(tmp_path, SHAPE)) == 1
+    assert len(ArrayStore(tmp_path, SHAPE)) == 1
 
 
 @pytest.mark.parametrize("name", ["rows.f32", "keys.crc32"])
 def test_a_flipped_bit_is_found_and_the_row_computed_again(tmp_path, name, caplog):
     """Anywhere in the file: in a row, a key or a checksum."""
-    whole = Rows(tmp_path / "whole", SHAPE)
+    whole = ArrayStore(tmp_path / "whole", SHAPE)
     whole.append(keys(1, 2), rows(1, 2))
     size = (whole.folder / name).stat().st_size
     for place in range(0, size, 5):
@@ -72,12 +72,12 @@ def test_a_flipped_bit_is_found_and_the_row_computed_again(tmp_path, name, caplo
         data = bytearray(path.read_bytes())
         data[place] ^= 4
         path.write_bytes(data)
-        store = Rows(path.parent, SHAPE)
+        store = ArrayStore(path.parent, SHAPE)
         store.forget_damaged(keys(1, 2))
         first = place < size // 2
         assert [key in store for key in keys(1, 2)] == [not first, first]
         store.append(keys(1, 2), rows(1, 2))
-        for again in (store, Rows(path.parent, SHAPE)):
+        for again in (store, ArrayStore(path.parent, SHAPE)):
             again.forget_damaged(keys(1, 2))
             assert again.take(keys(1, 2))[:, 0, 0].tolist() == [1, 2]
     assert "1 damaged rows in the cache" in caplog.text
@@ -92,26 +92,26 @@ def damage(folder, *places):
 
 def test_a_row_that_is_damaged_while_it_is_used_is_never_given(tmp_path):
     """Nor to the next run, which computes it anew without a look at all rows."""
-    store = Rows(tmp_path, SHAPE)
+    store = ArrayStore(tmp_path, SHAPE)
     store.append(keys(1, 2, 3), rows(1, 2, 3))
     store.take(keys(2))
     damage(tmp_path, 1)
     with pytest.raises(UserError, match="1 rows of the cache .* are damaged: --resume True computes them anew"):
         store.take(keys(1, 2, 3))
-    store = Rows(tmp_path, SHAPE)
+    store = ArrayStore(tmp_path, SHAPE)
     assert [key in store for key in keys(1, 2, 3)] == [True, False, True] and len(store) == 2
     store.append(keys(2), rows(2))
-    for again in (store, Rows(tmp_path, SHAPE)):
+    for again in (store, ArrayStore(tmp_path, SHAPE)):
         assert again.take(keys(1, 2, 3))[:, 0, 0].tolist() == [1, 2, 3]
 
 
 def test_of_a_large_cache_a_sample_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CHECKED_BYTES", 3 * rows(0).nbytes)
     numbers = range(8)
-    Rows(tmp_path, SHAPE).append(keys(*numbers), rows(*numbers))
+    ArrayStore(tmp_path, SHAPE).append(keys(*numbers), rows(*numbers))
     for damaged, found in (([1, 2], []), ([3], [1, 2, 3])):  # 0, 3 and 6 are looked at, or all
         damage(tmp_path, *damaged)
-        store = Rows(tmp_path, SHAPE)
+        store = ArrayStore(tmp_path, SHAPE)
         store.forget_damaged(keys(*numbers))
         assert [n for n in numbers if keys(n)[0] not in store] == found
 
@@ -142,14 +142,14 @@ def test_a_picture_or_caption_without_an_answer_is_named(tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path):
-    store = Rows(tmp_path, SHAPE)
+    store = ArrayStore(tmp_path, SHAPE)
     store.append(keys(1), rows(1))
     with pytest.raises(UserError, match="cannot write the cache"), files_of_at_most(60):
         store.append(keys(2, 3), rows(2, 3))
-    store = Rows(tmp_path, SHAPE)
+    store = ArrayStore(tmp_path, SHAPE)
     assert len(store) == 1 and store.take(keys(1))[0, 0, 0] == 1
     store.append(keys(4), rows(4))
-    assert Rows(tmp_path, SHAPE).take(keys(4))[0, 0, 0] == 4
+    assert ArrayStore(tmp_path, SHAPE).take(keys(4))[0, 0, 0] == 4
 
 
 def test_a_cache_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_a_cache_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("ldm.train.cache.fcntl.flock", refuse)
     with pytest.raises(UserError, match="cannot lock .*: Function not implemented; choose another --cache_path"):
-        Rows(tmp_path, SHAPE).append(keys(1), rows(1))
+        ArrayStore(tmp_path, SHAPE).append(keys(1), rows(1))
 
 
 def test_what_another_rank_should_have_computed_is_missed(tmp_path):
@@ -189,7 +189,7 @@ def test_the_features_of_another_layer_are_not_taken(tmp_path):
 
 
 def fill(folder, first):
-    store = Rows(folder, SHAPE)
+    store = ArrayStore(folder, SHAPE)
     with store.filling():
         for n in range(first, first + 50):
             if keys(n)[0] not in store:
@@ -203,20 +203,20 @@ def test_two_processes_fill_one_cache(tmp_path):
         worker.start()
     for worker in workers:
         worker.join(30)
-    store = Rows(tmp_path, SHAPE)
+    store = ArrayStore(tmp_path, SHAPE)
     assert len(store) == 75
     assert store.take(keys(*range(75)))[:, 0, 0].tolist() == list(range(75))
 
 
 def test_ranks_add_in_turn_and_nothing_twice(tmp_path):
     """Two ranks that have opened the folder before either wrote, and a key that both come upon."""
-    one, two = Rows(tmp_path, SHAPE), Rows(tmp_path, SHAPE)
+    one, two = ArrayStore(tmp_path, SHAPE), ArrayStore(tmp_path, SHAPE)
     with one.filling((0, 2)), two.filling((1, 2)):  # shares do not wait for one another
         one.append(keys(1), rows(1))
         two.append(keys(2, 1, 3), rows(2, 1, 3))
         one.append(keys(4), rows(4))
     two.refresh()
-    for store in (two, Rows(tmp_path, SHAPE)):
+    for store in (two, ArrayStore(tmp_path, SHAPE)):
         assert len(store) == 4 and store.take(keys(1, 2, 3, 4))[:, 0, 0].tolist() == [1, 2, 3, 4]
 
 

@@ -43,21 +43,31 @@ def test_files_that_are_no_prompts(tmp_path, content, message):
     [
         (["a", "b", "c"], ["x", "", ""], [("a", "x"), ("b", ""), ("c", "")]),
         (["a", "", "b"], ["x", "", "y"], [("a", "x"), ("b", "y")]),
-        (["a", "", "b"], ["x", "y"], [("a", "x"), ("b", "y")]),
-        (["a", "", "b"], ["x", "y", ""], [("a", "x"), ("b", "y")]),
-        (["a", "b"], ["", "x", ""], [("a", "x"), ("b", "x")]),
-        (["", "a"], ["x", ""], [("a", "x")]),
+        (["a", "b", ""], ["", "x", ""], [("a", ""), ("b", "x")]),
         ([""], ["x"], [("", "x")]),
-        ([""], ["", "x"], [("", "x")]),
     ],
 )
-def test_pairs(lines, negatives, pairs):
+def test_a_line_of_the_negatives_belongs_to_the_same_line_of_the_prompts(lines, negatives, pairs):
     assert paired(lines, negatives) == pairs
 
 
 @pytest.mark.parametrize(
-    ("lines", "negatives"), [(["a", "b", "c"], ["x", "y"]), ([""], ["x", "y"]), (["a"], ["x", "y"])]
+    ("lines", "negatives"),
+    [
+        (["a", "b", "c"], ["x", "y"]),
+        (["a", "", "b"], ["x", "y"]),
+        (["a", "b"], ["x"]),
+        ([""], ["x", "y"]),
+        (["a"], ["x", ""]),
+    ],
 )
-def test_numbers_that_do_not_match(lines, negatives):
-    with pytest.raises(UserError, match=f"2 negative prompts for {len(lines)} prompts"):
+def test_unequal_numbers_of_lines_are_an_error_with_both_numbers(lines, negatives):
+    said = f"{len(negatives)} lines of negative prompts for {len(lines)} lines of prompts, .*--negative_prompt"
+    with pytest.raises(UserError, match=said):
         paired(lines, negatives)
+
+
+@pytest.mark.parametrize(("lines", "number"), [(["a", "", "b"], 2), (["", "a", "b"], 1)])
+def test_a_negative_prompt_beside_no_prompt_is_an_error(lines, number):
+    with pytest.raises(UserError, match=f"line {number} has a negative prompt but no prompt"):
+        paired(lines, ["x", "y", ""])

@@ -5,11 +5,11 @@ import pytest
 
 from ldm.diffusion.timestep_bias import timestep_density, timesteps_at
 from ldm.errors import UserError
-from ldm.randomness import spread
+from ldm.randomness import stratified
 
 
 def test_without_bias_all_timesteps_come_as_often():
-    u = spread(3, "timestep", np.arange(5000))
+    u = stratified(3, "timestep", np.arange(5000))
     t = timesteps_at(timestep_density("none", 1000), u)
     assert t.dtype == np.int32
     np.testing.assert_array_equal(t, np.floor(1000 * u))
@@ -31,7 +31,7 @@ def test_what_is_favoured_comes_as_many_times_as_often(options, favoured):
     inside[slice(*favoured)] = True
     np.testing.assert_allclose(density[inside] / density[~inside].max(), 3.0)
     assert density.sum() == pytest.approx(1) and np.ptp(density[~inside]) == 0
-    drawn = np.bincount(timesteps_at(density, spread(7, "timestep", np.arange(200_000))), minlength=1000) / 200_000
+    drawn = np.bincount(timesteps_at(density, stratified(7, "timestep", np.arange(200_000))), minlength=1000) / 200_000
     assert drawn.shape == (1000,) and np.abs(drawn - density).max() < 2e-5
 
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from ldm.errors import UserError
 from ldm.text import tokenizer
-from ldm.text.tokenizer import Tokenizer, clean_original, clean_transformers
+from ldm.text.tokenizer import Tokenizer, clean
 
 SD = Tokenizer()
 TINY = Tokenizer(vocab_size=8192)
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 # No start and end tokens, and not the one character that the original drops.
-UNMARKED = st.text().filter(lambda text: "<|" not in clean_original(text) and "\u0345" not in clean_original(text))
+UNMARKED = st.text().filter(lambda text: "<|" not in clean(text) and "\u0345" not in clean(text))
 SYMBOLS, MERGES = list(SD.vocab()), set(SD.merges())
 
 # Made with simple_tokenizer.py of the PyPI package openai-clip 1.0.1 and ftfy 6.3.1.
@@ -52,20 +52,18 @@ def test_tokens_are_those_of_the_original(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "original", "transformers"),
+    ("text", "cleaned"),
     [
-        ("it’s", "it's", "it’s"),
-        ("&amp;", "&", "&amp;"),
-        ("ﬁne ＡＢＣ", "fine abc", "ﬁne ａｂｃ"),
-        ("schÃ¶n", "schön", "schã¶n"),
-        ("ΟΔΟΣ", "οδος", "οδοσ"),
-        ("Cafe\u0301", "café", "café"),
+        ("it’s", "it's"),
+        ("&amp;", "&"),
+        ("ﬁne ＡＢＣ", "fine abc"),
+        ("schÃ¶n", "schön"),
+        ("ΟΔΟΣ", "οδος"),
+        ("Cafe\u0301", "café"),
     ],
 )
-def test_what_the_two_cleanings_make_of_a_text(text, original, transformers):
-    assert clean_original(text) == original
-    assert clean_transformers(text) == transformers
-    assert Tokenizer(cleaning="transformers").tokens(text) == SD.tokens(text) or original != transformers
+def test_what_cleaning_makes_of_a_text(text, cleaned):
+    assert clean(text) == cleaned
 
 
 @pytest.mark.parametrize(("pad", "padding"), [("zero", 0), ("end", 49407)])
@@ -113,9 +111,7 @@ def test_whole_words_of_the_vocabulary_are_one_token():
 @EXAMPLES
 @given(UNMARKED)
 def test_no_character_is_lost(text):
-    raw = Tokenizer(cleaning="transformers")
-    assert squeezed(SD.decode(SD.tokens(text))) == squeezed(clean_original(text))
-    assert squeezed(raw.decode(raw.tokens(text))) == squeezed(clean_transformers(text))
+    assert squeezed(SD.decode(SD.tokens(text))) == squeezed(clean(text))
 
 
 @EXAMPLES
@@ -163,7 +159,6 @@ def test_the_cache_is_bounded_and_changes_nothing(monkeypatch):
         ({"vocab_size": 50000}, "from 514 to 49408"),
         ({"context_length": 1}, "need 2"),
         ({"pad": "left"}, "choose one of: zero, end"),
-        ({"cleaning": "none"}, "choose one of: original, transformers"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

@@ -1,10 +1,11 @@
 """The endless stream of training batches, a function of the seed and the position alone.
 
-Sample number `ordinal` (0, 1, 2, ... over the whole run and all ranks) lies in pass `ordinal // N` over the N pictures
-and is that pass's permuted entry `ordinal % N`. Passes follow one another without a gap, so every picture comes exactly
-once per pass whatever the batch size; a batch may span two passes. All randomness of a sample (crop, flip, dropped
-caption, and in the training loop its noise and timestep) is keyed by the ordinal, hence independent of batch size,
-number of ranks and restarts.
+The ordinal of a sample is its number (0, 1, 2, ...) over the whole run and all ranks. It lies in pass `ordinal // N`
+over the N pictures, and is entry `ordinal % N` of this pass's permutation. Passes follow one another without a gap, and
+a batch may span two passes. So every picture comes exactly once per pass, whatever the batch size.
+
+The ordinal is the key of all randomness of a sample: of its crop, flip and dropped caption, and of its noise and
+timestep in the training loop. The stream therefore depends on neither batch size, number of ranks nor restarts.
 """
 
 from __future__ import annotations
@@ -23,12 +24,21 @@ from ldm.data.images import crop, to_float
 from ldm.errors import UserError
 from ldm.randomness import generator
 
-AHEAD = 2  # batches that are prepared while the current one is trained on
+AHEAD = 2  # batches that are prepared during the training step of the current batch
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What is changed at random: crop position, left-right flip (half of the time), captions emptied."""
+    """The random changes of a sample.
+
+    Args:
+        random_crop: the square is cut from a random place, not from the middle.
+        flip: half of the pictures are flipped left to right.
+        caption_dropout: share of the captions that are emptied.
+
+    Raises:
+        UserError: caption_dropout is no probability.
+    """
 
     random_crop: bool = False
     flip: bool = False
@@ -41,9 +51,13 @@ class Augment:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a step: images float32 [B, 3, S, S] in [-1, 1], B captions, ordinals int64 [B].
+    """One rank's share of a step.
 
-    indices int64 [B] are the samples' places in the dataset. Without pictures images is None.
+    Args:
+        images: float32 [B, 3, S, S] in [-1, 1]; None where only captions are asked for.
+        texts: B captions.
+        ordinals: int64 [B], the samples' numbers in the whole run.
+        indices: int64 [B], the samples' places in the dataset.
     """
 
     images: np.ndarray | None
@@ -53,16 +67,17 @@ class Batch:
 
 
 class Batches:
-    """Iterate from `start_step` on, for ever; step s takes the ordinals from s * batch_size * ranks on.
+    """The batches from `start_step` on, without end. Step s takes batch_size * ranks ordinals from s times as many on.
 
     Args:
-        dataset: the pictures; the same on all ranks.
+        dataset: the captioned pictures, the same on all ranks.
         batch_size: samples per step and rank.
         seed: the run's seed, the same on all ranks.
         augment: random changes.
-        start_step: the first step to give, as after a resume.
-        rank, ranks: which share of every step is given.
-        pictures: whether the pictures are wanted, or captions and places alone.
+        start_step: the first step of the iteration, above 0 after a resume.
+        rank: the rank whose share of every step is given.
+        ranks: the number of ranks.
+        pictures: whether batches have pictures; otherwise they have captions, ordinals and indices alone.
     """
 
     def __init__(
@@ -83,18 +98,19 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that count as one epoch: whole batches that N holds, at least one.
+        """Steps that count as one epoch: the number of whole batches among N samples, at least 1.
 
-        The remainder is not dropped: it opens the next epoch, whose steps are as many.
+        The samples behind the last whole batch are not dropped: the next epoch, of as many steps, begins with them.
         """
         return max(1, len(self.dataset) // (self.batch_size * self.ranks))
 
     def ordinals(self, step: int) -> range:
+        """The ordinals of this rank's samples in a step."""
         first = (step * self.ranks + self.rank) * self.batch_size
         return range(first, first + self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Pictures are read in threads, `AHEAD` batches before they are wanted; their errors are raised here."""
+        """Threads read the pictures of the next `AHEAD` batches. An error of a thread is raised with its batch."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             step = self.start_step
             pending = deque(self._submit(pool, step + ahead) for ahead in range(AHEAD))
@@ -108,12 +124,12 @@ class Batches:
                 step += 1
 
     def index(self, ordinal: int) -> int:
-        """The place in the dataset of one ordinal."""
+        """The place of an ordinal's sample in the dataset."""
         epoch, position = divmod(ordinal, len(self.dataset))
         return epoch_order(self.seed, len(self.dataset), epoch)[position]
 
     def sample(self, ordinal: int) -> tuple[np.ndarray | None, str]:
-        """The picture, uint8 [S, S, 3], and the caption of one ordinal, with its random changes."""
+        """The picture, uint8 [S, S, 3] or None, and the caption of an ordinal, with their random changes."""
         index = self.index(ordinal)
         picture, text = self.dataset[index] if self.pictures else (None, self.dataset.samples[index].text)
         if generator(self.seed, "caption dropout", ordinal).random() < self.augment.caption_dropout:
@@ -132,5 +148,5 @@ class Batches:
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, count: int, epoch: int) -> np.ndarray:
-    """The order of one pass over `count` samples: int64 [count], a permutation. Not to be written to."""
+    """The order of one pass over `count` samples: a permutation, int64 [count]. Callers must not write to it."""
     return generator(seed, "shuffle", epoch).permutation(count)

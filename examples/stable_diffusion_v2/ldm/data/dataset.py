@@ -1,4 +1,4 @@
-"""The captioned pictures of a data folder, checked before the first step and held in memory where they fit."""
+"""The captioned pictures of a data folder, checked before the first step and kept in memory where they fit."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _log = logging.getLogger(__name__)
 class CaptionedImages:
     """A sequence of (picture, caption) pairs; see `__getitem__`.
 
-    Every picture's header and end are checked at once. A set whose scaled pictures fit into `cache_bytes` is also
-    decoded at once and kept, so all damage is known before training and later epochs cost nothing. A larger set is
-    decoded when it is needed; damage in the middle of a file then shows at that time, under the same policy.
+    The constructor checks every picture's header and end. If the scaled pictures fit into `cache_bytes`, it decodes and
+    keeps them too: all damage is known before training, and later epochs decode nothing. The pictures of a larger set
+    are decoded one by one during training. Damage in the middle of a file is found then, under the same policy.
 
     Args:
-        data_path: folder with `img_txt.csv` and the pictures.
+        data_path: folder with the caption files and the pictures.
         image_size: length of the short side in pixels.
         image_filter_size: pictures with a shorter side than this are left out.
         on_bad_image: "error" stops at an unreadable picture, "skip" counts it and goes on without it.
         cache_bytes: memory that decoded pictures may take.
 
     Raises:
-        UserError: as `read_captions`; a picture is unreadable; none is left.
+        UserError: as `read_captions`; a picture is unreadable; no picture remains.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class CaptionedImages:
         self._pictures: dict[str, np.ndarray] = {}
 
         samples = read_captions(data_path)
-        paths = list(dict.fromkeys(sample.path for sample in samples))  # several captions may share a picture
+        paths = list(dict.fromkeys(sample.path for sample in samples))  # captions may share a picture
         sizes = self._attempt(check_image, paths, "checking pictures")
         fitting = {path: size for path, size in sizes.items() if min(size) >= image_filter_size}
         if sum(_scaled_bytes(size, image_size) for size in fitting.values()) <= cache_bytes:
@@ -77,8 +77,12 @@ class CaptionedImages:
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
         """The picture, uint8 [height, width, 3] with min(height, width) == image_size, and its caption.
 
-        Where unreadable pictures are skipped, one that is found late gives way to the next readable one, so the answer
-        depends on the data alone and batches keep their size.
+        If unreadable pictures are skipped, the next readable picture takes the place of an unreadable one. The result
+        therefore depends on the data alone, and batches keep their size.
+
+        Raises:
+            IndexError: there is no sample of that index.
+            UserError: the picture is unreadable and is not skipped; all pictures are unreadable.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -87,46 +91,48 @@ class CaptionedImages:
             try:
                 return self._picture(sample.path), sample.text
             except BadImageError as error:
-                self._take_note({sample.path: error})
+                self._record_bad({sample.path: error})
         raise UserError("all pictures of the data folder are unreadable")
 
     def read(self, path: str) -> np.ndarray | None:
-        """The picture of a path, scaled; None where it is unreadable and such are skipped."""
+        """The scaled picture of a path, uint8 [height, width, 3]; None where it is unreadable and is skipped."""
         try:
             return self._picture(path)
         except BadImageError as error:
-            self._take_note({path: error})
+            self._record_bad({path: error})
             return None
 
     def leave_out(self, paths: set[str]) -> None:
-        """Go on without these pictures; UserError where none is left."""
+        """Go on without these pictures. UserError where no picture remains."""
         self.samples = [sample for sample in self.samples if sample.path not in paths]
         if not self.samples:
             raise UserError("all pictures of the data folder are unreadable")
 
     def summary(self) -> str:
-        """One line: how many captioned pictures there are and how many were left out for what."""
+        """One line: the number of captioned pictures, and of those left out with the reason."""
         left_out = [f"{self.small} smaller than image_filter_size left out"] if self.small else []
         if self.bad:
             left_out.append(f"{len(self.bad)} unreadable skipped, the first is {quoted(next(iter(self.bad)), 200)}")
         return "; ".join([f"{len(self):,} captioned pictures", *left_out])
 
     def facts(self) -> dict[str, object]:
-        """What a resumed run must find again: so many pictures, their names and captions, and what their files hold."""
+        """The facts that a resumed run must find again: the pictures' number, names, captions and contents."""
         return {"pictures": len(self), "data": self.digest(), "picture_contents": self._contents()}
 
     def digest(self) -> str:
-        """Stands for the pictures' file names and the captions, in their order."""
+        """16 hexadecimal digits for the pictures' file names and the captions, in their order."""
         lines = "".join(f"{Path(sample.path).name}\t{sample.text}\n" for sample in self.samples)
         return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def _contents(self) -> str:
+        """16 hexadecimal digits for the contents of the pictures' files."""
         paths = list(dict.fromkeys(sample.path for sample in self.samples))
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             parts = b"".join(pool.map(fingerprint, paths))
         return hashlib.sha256(parts).hexdigest()[:16]
 
     def _picture(self, path: str) -> np.ndarray:
+        """The scaled picture, from memory or decoded. BadImageError where it is unreadable, now or earlier."""
         if path in self.bad:
             raise self.bad[path]
         if path in self._pictures:
@@ -134,7 +140,7 @@ class CaptionedImages:
         return load_image(path, self.image_size)
 
     def _attempt(self, read: Callable[[str], T], paths: list[str], title: str) -> dict[str, T]:
-        """Apply `read` to all paths in threads; {path: result} of the good ones, the bad ones are taken note of."""
+        """Apply `read` to all paths in threads: path -> result of the readable pictures. The others are recorded."""
 
         def read_or_error(path: str) -> T | BadImageError:
             try:
@@ -147,12 +153,12 @@ class CaptionedImages:
             progress = tqdm(pool.map(read_or_error, paths), title, len(paths), leave=False, delay=1, unit=" files")
             results = dict(zip(paths, progress))
         finally:
-            pool.shutdown(cancel_futures=True)  # or an interrupt would wait for all files
-        self._take_note({path: result for path, result in results.items() if isinstance(result, BadImageError)})
+            pool.shutdown(cancel_futures=True)  # without it an interrupt would wait for all files
+        self._record_bad({path: result for path, result in results.items() if isinstance(result, BadImageError)})
         return {path: result for path, result in results.items() if path not in self.bad}
 
-    def _take_note(self, bad: dict[str, BadImageError]) -> None:
-        """The policy for unreadable pictures, in one place: raise the first, or say once that it is skipped."""
+    def _record_bad(self, bad: dict[str, BadImageError]) -> None:
+        """Apply the policy for unreadable pictures: raise an error for the first, or log once that it is skipped."""
         new = {path: error for path, error in bad.items() if path not in self.bad}
         if not new:
             return
@@ -165,5 +171,6 @@ class CaptionedImages:
 
 
 def _scaled_bytes(size: tuple[int, int], image_size: int) -> int:
+    """The bytes of a picture of this (width, height) after scaling."""
     ratio = min(max(size) / min(size), LONGEST)
     return round(3 * image_size**2 * ratio)

@@ -1,7 +1,7 @@
 """Picture files as arrays: 8-bit sRGB, upright, on white, the short side scaled to the size of training.
 
-Whatever a file holds (palette, transparency, 16 bits, CMYK, colour profile, a camera's orientation mark) becomes plain
-sRGB here, and whatever cannot be read raises; no stand-in picture is ever made up.
+Every kind of picture (palette, transparency, 16 bits, CMYK, colour profile, a camera's orientation mark) becomes plain
+sRGB here. A file that cannot be read raises an error; no other picture takes its place.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ from ldm.data.colour import to_srgb
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS, for which Pillow starts another program
-LONGEST = 8  # of a picture with longer sides than 8 : 1 only the middle is kept, or scaling could exhaust the memory
-DECODER = 2  # one more with each change of what a file's pixels become, so that no cache mixes two
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow starts another program for it
+LONGEST = 8  # most that the sides may differ: of a longer picture the middle is kept, so that memory suffices
+DECODER = 2  # the version of this decoder: a change of the pixels raises it, so no cache mixes two versions
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 BLOCK = 4096  # bytes; see `fingerprint`
-PIXELS_AT_ONCE = 1 << 27  # of all pictures that threads decode at one time; a larger one is decoded alone
-MEMORY_BLOCK = 64 << 20  # bytes by which Pillow takes memory; blocks below 32 MiB would stay with their thread
-PNG_WORDS = 16 << 20  # bytes of a packed text or profile in a PNG; Pillow refuses pictures with more than 1 MiB of it
+PIXELS_AT_ONCE = 1 << 27  # of all pictures that threads decode at one time; a larger picture is decoded alone
+MEMORY_BLOCK = 64 << 20  # bytes that Pillow allocates at a time; a thread would never give back blocks below 32 MiB
+PNG_WORDS = 16 << 20  # bytes of a packed text or profile in a PNG; Pillow's own limit is 1 MiB
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PNG_WORDS)
 Image.core.set_block_size(MEMORY_BLOCK)
 
 
 class BadImageError(UserError):
-    """A picture file that cannot be used; the message names it and says why."""
+    """A picture file that cannot be used. The message names the file and the reason."""
 
 
 class Room:
-    """Room for so many pixels, shared by threads: `take` waits until there is enough, or nothing else is held."""
+    """Room for a number of pixels, shared by threads."""
 
     def __init__(self, pixels: int):
         self.pixels, self.taken, self.changed = pixels, 0, Condition()
 
     @contextmanager
     def take(self, pixels: int) -> Iterator[None]:
+        """Hold so many pixels inside the block. Wait until they fit, or until no other thread holds any."""
         with self.changed:
             self.changed.wait_for(lambda: not self.taken or self.taken + pixels <= self.pixels)
             self.taken += pixels
@@ -69,25 +70,25 @@ def load_image(path: str, size: int) -> np.ndarray:
         BadImageError: the file is missing, truncated, of another format or too large to be decoded safely.
     """
     with opened(path) as image:
-        image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction, still twice the size
+        image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction, at least at twice `size`
         with _room.take(image.width * image.height):
             return np.asarray(_scale(_upright_rgb(image), size))
 
 
 def decode(path: str | Path) -> np.ndarray:
-    """A picture in its own size, uint8 [height, width, 3]; BadImageError as `load_image`."""
+    """A picture in its own size, uint8 [height, width, 3]. BadImageError as in `load_image`."""
     with opened(path) as image, _room.take(image.width * image.height):
         return np.asarray(_upright_rgb(image))
 
 
 def check_image(path: str) -> tuple[int, int]:
-    """Read a picture's header and look whether its end is there; decode it only where that leaves doubt.
+    """Check a picture's header and its end. A picture whose format or file has no end mark is decoded whole.
 
     Returns:
         (width, height) in pixels as stored.
 
     Raises:
-        BadImageError: as `load_image`. Damage in the middle of a file is for `load_image` to find.
+        BadImageError: as in `load_image`. Only `load_image` finds damage in the middle of a file.
     """
     with opened(path) as image:
         if not _has_end(path, image.format):
@@ -97,9 +98,12 @@ def check_image(path: str) -> tuple[int, int]:
 
 
 def fingerprint(path: str) -> bytes:
-    """Stands for a file's content and costs three reads: its length, and a block from its beginning, middle and end.
+    """A digest, 32 bytes, of a file's length and of three blocks: from its beginning, its middle and its end.
 
-    The end of a packed picture (PNG's checksum, JPEG's last bits) changes with any of its pixels.
+    The digest costs three reads. The end of a packed picture (PNG's checksum, JPEG's last bits) depends on every pixel.
+
+    Raises:
+        BadImageError: the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -114,23 +118,23 @@ def fingerprint(path: str) -> bytes:
 
 
 def crop(picture: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Cut a square out of uint8 [height, width, 3]: the middle one, or one at a place drawn from `rng`."""
+    """Cut a square out of uint8 [height, width, 3]: from the middle, or from a place drawn from `rng`."""
     room_y, room_x = picture.shape[0] - size, picture.shape[1] - size
     top, left = (room_y // 2, room_x // 2) if rng is None else (rng.integers(room_y + 1), rng.integers(room_x + 1))
     return picture[top : top + size, left : left + size]
 
 
 def to_float(pictures: list[np.ndarray]) -> np.ndarray:
-    """uint8 [height, width, 3] each -> float32 [B, 3, height, width] in [-1, 1]."""
+    """B pictures, uint8 [height, width, 3] each, as float32 [B, 3, height, width] in [-1, 1]."""
     stacked = np.stack(pictures).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(stacked, dtype=np.float32) / 127.5 - 1
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """A picture's file, its header read; whatever goes wrong with it is a BadImageError that names it."""
+    """Open a picture and read its header. Every error inside the block becomes a BadImageError that names the file."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, a device may never end
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait, and a device may never end
             raise ValueError("not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             yield image
@@ -139,13 +143,15 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB, turned by the camera's orientation mark."""
     image.load()
-    with suppress(Exception):  # a damaged camera record says nothing against the pixels
+    with suppress(Exception):  # pixels are usable beside a damaged camera record
         ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """The picture in sRGB of 8 bits, transparency on white."""
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
     if image.mode == "F":
@@ -158,16 +164,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Grey with 16 bits; Pillow's own conversion would clip every value above 255 to white."""
+    """Grey of 16 bits as grey of 8 bits. Pillow's own conversion would clip every value above 255 to white."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("pixels of more than 16 bits, save it with 8 or 16 bits")
     grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
-    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}  # a level of 16 bits
+    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}  # it has 16 bits
     return grey
 
 
 def _scale(image: Image.Image, size: int) -> Image.Image:
+    """Scale the short side to `size`, of a picture longer than LONGEST : 1 its middle alone."""
     width, height = image.size
     short = min(width, height)
     keep_x, keep_y = min(width, LONGEST * short), min(height, LONGEST * short)
@@ -177,7 +184,7 @@ def _scale(image: Image.Image, size: int) -> Image.Image:
 
 
 def _has_end(path: str, image_format: str) -> bool:
-    """Whether the file's last bytes hold its format's end mark. WebP is checked whole when it is opened."""
+    """Whether the file's last bytes hold its format's end mark. Pillow checks a WebP whole when it opens the file."""
     if image_format == "WEBP":
         return True
     if image_format not in END_MARKS:
@@ -188,6 +195,7 @@ def _has_end(path: str, image_format: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
+    """What is wrong with a picture, in one line."""
     if isinstance(error, UnidentifiedImageError):
         return f"not a complete picture of a known format ({', '.join(FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):

@@ -1,4 +1,4 @@
-"""Prompt files: one prompt per line, and negative prompts that go with them."""
+"""Prompt files: one prompt per line, and beside it a file with a negative prompt for each line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from ldm.files import escaped
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a prompt file, blank ones too, without the white space around them; UserError where all are blank.
+    """The lines of a prompt file, blank lines too, without the white space around them.
 
-    Lines end as editors end them, at line feed, carriage return or both. Other separators belong to the prompt.
+    A line ends at line feed, carriage return or both. Other separators belong to the prompt.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, or has blank lines alone.
     """
     text = read_text(path, "prompt file").replace("\r\n", "\n").replace("\r", "\n")
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
@@ -22,22 +25,21 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def paired(lines: list[str], negatives: list[str]) -> list[tuple[str, str]]:
-    """(prompt, negative prompt) of every prompt, from the lines of two files.
+    """(prompt, negative prompt) of every prompt: line n of the negative prompts belongs to line n of the prompts.
 
-    Two files with as many lines go line by line, and a blank line is no prompt, or no negative prompt. Where the
-    numbers differ, or a negative prompt would stand beside no prompt, blank lines do not count, and a single negative
-    prompt is for all.
+    A blank line is no prompt, or no negative prompt. A single empty line alone is the empty prompt.
 
     Raises:
-        UserError: there are neither as many negative prompts as prompts nor one.
+        UserError: the numbers of lines differ, or a negative prompt stands beside a blank line.
     """
-    prompts = [line for line in lines if line] or lines[:1]
-    given = [line for line in negatives if line]
-    by_line = [(prompt, negative) for prompt, negative in zip(lines, negatives) if prompt]
-    if len(lines) == len(negatives) and sum(negative != "" for _, negative in by_line) == len(given):
-        return by_line
-    if len(given) == 1:
-        given *= len(prompts)
-    if len(given) != len(prompts):
-        raise UserError(f"{len(given)} negative prompts for {len(prompts)} prompts: give one for each, or one")
-    return list(zip(prompts, given))
+    if len(lines) != len(negatives):
+        raise UserError(
+            f"{len(negatives)} lines of negative prompts for {len(lines)} lines of prompts, blank lines counted: "
+            "give one line for each, or one negative prompt for all by --negative_prompt"
+        )
+    if lines == [""]:
+        return [("", negatives[0])]
+    for number, (line, negative) in enumerate(zip(lines, negatives), 1):
+        if negative and not line:
+            raise UserError(f"line {number} has a negative prompt but no prompt: write the prompt, or blank both lines")
+    return [(line, negative) for line, negative in zip(lines, negatives) if line]

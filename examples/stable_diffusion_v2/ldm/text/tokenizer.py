@@ -1,24 +1,25 @@
 """CLIP's tokenizer: prompts to token ids (arXiv 2103.00020, section 2.4; byte-pair encoding: arXiv 1508.07909).
 
-A prompt is cleaned, put in lower case and cut into words; the UTF-8 bytes of a word are its first symbols, and
-neighbouring symbols are joined, the most frequent pair of the training text first, until no known pair is left.
-Ids: 0-255 are bytes inside a word, 256-511 the same bytes at a word's end, then one id for each merge in order of
-priority, then the start and the end token. So a smaller vocabulary is this one with its last merges left out.
+The tokenizer cleans a prompt, puts it in lower case and cuts it into words. The UTF-8 bytes of a word are its first
+symbols. Neighbouring symbols are joined, the pair that was most frequent in the training text first, until the word
+holds no known pair.
 
-Cleaning is where the tokenizers of this family disagree, on typographic quotes, ligatures, full-width letters,
-broken encodings, control characters, HTML entities and the final sigma (`it’s`, `&amp;`); elsewhere ids are the same:
+Ids 0-255 are bytes inside a word, and ids 256-511 are the same bytes at a word's end. Then every merge has one id, in
+order of priority. The start token and the end token come last. A smaller vocabulary is therefore the full one without
+its last merges.
 
-* "original", the default: what OpenAI's CLIP does and what the text encoders of Stable Diffusion were trained with,
-  SD 2's by OpenCLIP. Text is repaired by ftfy, HTML entities are resolved twice. The slow tokenizer of transformers
-  before version 5 does the same where ftfy is installed, except that some entities stay (escaped twice, without
-  semicolon, beside a `<`).
-* "transformers": what transformers, and with it diffusers, does from version 5 on: Unicode normal form C only.
+Cleaning is what OpenAI's CLIP does. The text encoders of Stable Diffusion were trained with it, SD 2's by OpenCLIP:
+ftfy repairs the text, and HTML entities are resolved twice. Transformers, and diffusers with it, cleans otherwise from
+version 5 on (Unicode normal form C only). Its ids therefore differ from ours on typographic quotes, ligatures,
+full-width letters, broken encodings, control characters, HTML entities and the final sigma (`it’s`, `&amp;`). Its slow
+tokenizer before version 5 does the same as ours where ftfy is installed, except for some entities: those escaped twice,
+those without a semicolon, and those beside a `<`.
 
-`<|startoftext|>` and `<|endoftext|>` written in a prompt are the start and the end token wherever they stand, as in
-transformers; spelled in capitals or with entities they are so where they come out of cleaning as a word of their own.
+`<|startoftext|>` and `<|endoftext|>` in a prompt are the start token and the end token wherever they stand, as in
+transformers. Spelled in capitals or with entities, they are these tokens if cleaning makes them words of their own.
 
-diffusers declares SD 2's padding token 0 as a special token named `!` and so reads every `!` of a prompt as padding.
-Here, as in both originals, a `!` is a `!`.
+diffusers declares SD 2's padding token 0 as a special token named `!`, so it reads every `!` of a prompt as padding.
+Here a `!` is a `!`, as in OpenAI's CLIP and in OpenCLIP.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from __future__ import annotations
 import functools
 import gzip
 import html
-import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -40,7 +40,11 @@ from ldm.errors import UserError
 VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 START, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
-WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# The text is in lower case already. Ignoring case changes odd characters only, as the original does: a long s is read
+# as an s, and a lone combining iota (U+0345) is dropped.
+WORD = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
 FULL_SIZE = 49408  # 256 bytes twice, 48,894 merges, start and end
 CACHED_WORDS = 1 << 14
 PADDINGS = ("zero", "end")  # the token 0, and the end token
@@ -54,22 +58,9 @@ BYTE_TO_ID = {byte: i for i, byte in enumerate(BYTES)}
 CHARACTER_TO_BYTE = dict(zip(CHARACTERS, BYTES))
 
 
-def clean_original(text: str) -> str:
+def clean(text: str) -> str:
     """Text as OpenAI's CLIP and OpenCLIP read it. They also collapse white space, which never reaches a token."""
     return html.unescape(html.unescape(ftfy.fix_text(text))).lower()
-
-
-def clean_transformers(text: str) -> str:
-    """Text as CLIPTokenizer of transformers 5 reads it: each character is put in lower case without its context."""
-    return "".join(map(str.lower, unicodedata.normalize("NFC", text)))
-
-
-# How to clean a text and how to find its words. The text is in lower case already, so ignoring case matters to odd
-# characters only: the original takes a long s for an s and drops a lone combining iota (U+0345).
-CLEANINGS = {
-    "original": (clean_original, regex.compile(WORD, regex.IGNORECASE)),
-    "transformers": (clean_transformers, regex.compile(WORD)),
-}
 
 
 class Tokenizer:
@@ -79,15 +70,12 @@ class Tokenizer:
         vocab_size: 49408 for Stable Diffusion; less keeps the first `vocab_size - 514` merges only (at least 514).
         context_length: tokens per prompt, start and end token included.
         pad: what fills up a short prompt: "zero" (token 0, SD 2) or "end" (the end token, SD 1).
-        cleaning: "original" or "transformers", see above.
 
     Raises:
         UserError: a size out of range or an unknown name.
     """
 
-    def __init__(
-        self, vocab_size: int = FULL_SIZE, context_length: int = 77, pad: str = "zero", cleaning: str = "original"
-    ) -> None:
+    def __init__(self, vocab_size: int = FULL_SIZE, context_length: int = 77, pad: str = "zero") -> None:
         if not 514 <= vocab_size <= FULL_SIZE:
             raise UserError(f"vocab_size is {vocab_size}; choose one from 514 to {FULL_SIZE}")
         if context_length < 2:
@@ -95,8 +83,10 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.start, self.end = vocab_size - 2, vocab_size - 1
-        self.pad = _choose("pad", pad, {"zero": 0, "end": self.end})
-        self._clean, self._word = _choose("cleaning", cleaning, CLEANINGS)
+        fillers = {"zero": 0, "end": self.end}
+        if pad not in fillers:
+            raise UserError(f"unknown pad {pad!r}; choose one of: {', '.join(fillers)}")
+        self.pad = fillers[pad]
         symbols, pairs = _vocabulary()
         self._symbols = [*symbols[: vocab_size - 2], START, END]
         self._merges = {pair: 512 + rank for rank, pair in enumerate(pairs[: vocab_size - 514])}
@@ -116,8 +106,8 @@ class Tokenizer:
     def tokens(self, text: str) -> list[int]:
         """All token ids of a text, without start, end and padding; more than `context_length - 2` do not fit."""
         pieces = SPECIAL.split(text)  # every second piece is a special token
-        pieces[::2] = map(self._clean, pieces[::2])
-        return [token for piece in pieces for word in self._word.findall(piece) for token in self._word_tokens(word)]
+        pieces[::2] = map(clean, pieces[::2])
+        return [token for piece in pieces for word in WORD.findall(piece) for token in self._word_tokens(word)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The cleaned text of the ids before the first end token, with a space after each word."""
@@ -169,12 +159,6 @@ def _vocabulary() -> tuple[list[str], list[tuple[int, int]]]:
     symbols = [*CHARACTERS, *(c + "</w>" for c in CHARACTERS), *map("".join, merges)]
     ids = {symbol: i for i, symbol in enumerate(symbols)}
     return symbols, [(ids[left], ids[right]) for left, right in merges]
-
-
-def _choose(option: str, name: str, choices: dict):
-    if name not in choices:
-        raise UserError(f"unknown {option} {name!r}; choose one of: {', '.join(choices)}")
-    return choices[name]
 
 
 def padding_of(variant: str, said: str | None = None) -> str:

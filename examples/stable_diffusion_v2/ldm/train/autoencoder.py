@@ -20,7 +20,7 @@ from ldm.model import PARTS, VAE, StableDiffusion
 from ldm.networks.layers import initialize
 from ldm.pictures import grid, psnr, save_png, to_uint8
 from ldm.pipeline import Pipeline, Settings, sampler_of
-from ldm.randomness import generator, spread
+from ldm.randomness import generator, stratified
 from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
 from ldm.train.latent_channels import alive, keep_channels
@@ -228,7 +228,7 @@ class DecoderAlone(AutoencoderTask):
         """Unscaled latents, float32 [B, C, h, w], the clean ones first."""
         latents = self.model.encode_images(batch.images)[0]
         until_now, with_these = (int(i * len(latents) * self.args.clean_share) for i in (step, step + 1))
-        clean, place = with_these - until_now, spread(self.settings.seed, "steps skipped", step)
+        clean, place = with_these - until_now, stratified(self.settings.seed, "steps skipped", step)
         if clean < len(latents):
             skipped = self.fewest_skipped + int(place * (SAMPLING_STEPS - self.fewest_skipped))
             numbers = batch.ordinals[clean:].tolist()

@@ -10,7 +10,7 @@ from ldm.data.batches import Batch
 from ldm.data.dataset import CaptionedImages
 from ldm.diffusion.timestep_bias import timesteps_at
 from ldm.model import StableDiffusion
-from ldm.randomness import generator, spread
+from ldm.randomness import generator, stratified
 from ldm.train.cache import file_key, text_key
 from ldm.train.frozen import FrozenOutputs, require_finite
 
@@ -55,7 +55,7 @@ class Inputs:
             rows = self.frozen.latents.take(file_key(self.data.samples[i].path) for i in batch.indices)
             mean, std = rows[:, 0], rows[:, 1]
         latents = mean + std * self._noise("latent", batch.ordinals)
-        t = timesteps_at(self.density, spread(self.seed, "timestep", batch.ordinals))
+        t = timesteps_at(self.density, stratified(self.seed, "timestep", batch.ordinals))
         eps = self._noise("noise", batch.ordinals)
         return tuple(map(Tensor, (latents, eps, t, self.weight[t], *self._condition(batch.texts))))
 

@@ -1,8 +1,7 @@
 """Token ids against transformers' CLIPTokenizer, and against OpenAI's own code where it is installed.
 
 10,000 strings of thirteen kinds. From version 5 on transformers cleans text otherwise than CLIP did (see
-ldm/text/tokenizer.py), so each cleaning is held against its own reference, and the default one also against
-transformers on text that is clean already.
+ldm/text/tokenizer.py). The tests therefore give transformers text that our cleaning has cleaned already.
 """
 
 # ruff: noqa: SIM905 - word lists are easier to read and to extend as one string
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.text.tokenizer import SPECIAL, Tokenizer, clean_original
+from ldm.text.tokenizer import SPECIAL, Tokenizer, clean
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers' CLIPTokenizer")
 pytestmark = pytest.mark.parity
@@ -103,8 +102,8 @@ def texts(strings):
 
 
 @pytest.fixture(scope="module")
-def default_tokens(texts):
-    """Our tokens with the default cleaning, of any length."""
+def our_tokens(texts):
+    """Our tokens, of any length."""
     return list(map(Tokenizer().tokens, texts))
 
 
@@ -122,50 +121,51 @@ def load(tmp_path_factory):
     return load
 
 
-def clean(text: str) -> str:
+def cleaned(text: str) -> str:
     pieces = SPECIAL.split(text)
-    return "".join([piece if i % 2 else clean_original(piece) for i, piece in enumerate(pieces)])
+    return "".join([piece if i % 2 else clean(piece) for i, piece in enumerate(pieces)])
 
 
 def padded(theirs, texts: list[str]) -> np.ndarray:
     return theirs(texts, padding="max_length", truncation=True, max_length=77, return_tensors="np").input_ids
 
 
-def test_the_strings_are_varied(texts, default_tokens):
-    lengths = list(map(len, default_tokens))
+def test_the_strings_are_varied(texts, our_tokens):
+    lengths = list(map(len, our_tokens))
     assert len(set(texts)) > 9_000 and sum(n > 75 for n in lengths) > 800 and min(lengths) == 0
     assert len({unicodedata.category(c) for text in texts for c in text}) > 22
 
 
 @pytest.mark.parametrize(("vocab_size", "every"), [(49408, 1), (8192, 5)])
-def test_transformers_cleaning_is_transformers(texts, load, vocab_size, every):
+def test_ids_are_those_of_transformers_on_clean_text(texts, load, vocab_size, every):
     texts = texts[::every]
-    ours = Tokenizer(vocab_size, pad="end", cleaning="transformers")
-    same = ours.encode(texts) == padded(load(ours, "<|endoftext|>"), texts)
+    ours = Tokenizer(vocab_size, pad="end")
+    same = ours.encode(texts) == padded(load(ours, "<|endoftext|>"), list(map(cleaned, texts)))
     assert [text for text, row in zip(texts, same) if not row.all()] == []
 
 
-def test_default_cleaning_is_transformers_on_clean_text(texts, default_tokens, load):
-    theirs = load(Tokenizer(), "<|endoftext|>")(list(map(clean, texts)), add_special_tokens=False).input_ids
-    assert [text for text, a, b in zip(texts, default_tokens, theirs) if a != b] == []
+def test_tokens_are_those_of_transformers_on_clean_text(texts, our_tokens, load):
+    theirs = load(Tokenizer(), "<|endoftext|>")(list(map(cleaned, texts)), add_special_tokens=False).input_ids
+    assert [text for text, a, b in zip(texts, our_tokens, theirs) if a != b] == []
 
 
-def test_default_cleaning_differs_only_where_text_needs_repair(strings, texts, default_tokens, load):
+def test_tokens_differ_only_where_text_needs_repair(strings, texts, our_tokens, load):
     theirs = load(Tokenizer(), "<|endoftext|>")(texts, add_special_tokens=False).input_ids
-    kinds = {kind for (kind, _), a, b in zip(strings, default_tokens, theirs) if a != b}
+    kinds = {kind for (kind, _), a, b in zip(strings, our_tokens, theirs) if a != b}
     assert kinds == {"typography", "entities", "garbled", "controls", "scripts", "mixed"}
 
 
 def test_diffusers_reads_the_exclamation_marks_of_sd2_as_padding(texts, load):
-    ours = Tokenizer(pad="zero", cleaning="transformers")
+    ours = Tokenizer(pad="zero")
     theirs = load(ours, "!")
     assert ours.encode(["wow!"])[0, :4].tolist() == [49406, 2781, 256, 49407]
     assert padded(theirs, ["wow!"])[0, :4].tolist() == [49406, 2781, 0, 49407]
-    others = [text for text in texts[::5] if "!" not in text]
-    assert len(others) > 1_000 and (ours.encode(others) == padded(theirs, others)).all()
+    others = [text for text in texts[::5] if "!" not in cleaned(text)]
+    same = ours.encode(others) == padded(theirs, list(map(cleaned, others)))
+    assert len(others) > 1_000 and same.all()
 
 
-def test_default_cleaning_is_the_original(texts, default_tokens):
+def test_tokens_are_those_of_the_original(texts, our_tokens):
     package = importlib.util.find_spec("clip")
     if package is None or not package.submodule_search_locations:
         pytest.skip("compares with OpenAI's CLIP, PyPI package openai-clip, of which one file is enough")
@@ -175,6 +175,6 @@ def test_default_cleaning_is_the_original(texts, default_tokens):
     spec.loader.exec_module(module)
     original, ours = module.SimpleTokenizer(), Tokenizer()
     assert ours.vocab() == original.encoder and ours.merges() == list(original.bpe_ranks)
-    plain = [(text, tokens) for text, tokens in zip(texts, default_tokens) if not SPECIAL.search(text)]
+    plain = [(text, tokens) for text, tokens in zip(texts, our_tokens) if not SPECIAL.search(text)]
     assert len(plain) > 9_000
     assert [text for text, tokens in plain if tokens != original.encode(text)] == []
