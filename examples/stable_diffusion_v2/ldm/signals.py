@@ -66,10 +66,12 @@ class Signals:
         self.asked, self.interrupts, self._closing = 0, False, False
         waiting = threading.Thread(target=self._wait, args=(numbers,), daemon=True)
         waiting.start()
+        hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         try:
             yield
         finally:
             self._closing = True
+            sys.unraisablehook = hook
             signal.pthread_kill(waiting.ident, numbers[0])
             waiting.join()
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -110,6 +112,13 @@ class Signals:
         self.asked, self.interrupts = number, not self._until
         until = self._until or "at once, what is finished is kept"
         log.warning("\n%s: the run ends %s; a second signal ends it as it is", signal.Signals(number).name, until)
+
+    def _unraisable(self, lost) -> None:
+        """An interrupt that came while Python took an object down is lost there: wake the main thread again."""
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            signal.pthread_kill(threading.main_thread().ident, WAKE)
+        else:
+            sys.__unraisablehook__(lost)
 
     def _handle(self, number: int, _) -> None:
         if not self.asked and number != WAKE:  # a thread took it that was there before

@@ -19,6 +19,14 @@ try:
         if way == "at once":
             print("ready", flush=True)
             time.sleep(20)
+        if way == "in a destructor":
+            class Slow:
+                def __del__(self):
+                    print("ready", flush=True)
+                    time.sleep(3)
+            slow = Slow()
+            del slow
+            time.sleep(20)
         with signals.held("when this step is saved"):
             print("ready", flush=True)
             for _ in range(100):
@@ -68,3 +76,11 @@ def test_a_second_signal_ends_what_is_held():
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 143 and time.monotonic() - began < 5
+
+
+def test_a_signal_while_an_object_is_taken_down_is_not_lost():
+    process, began = start("in a destructor"), time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and time.monotonic() - began < 15
+    assert "Traceback" not in err and "SIGTERM: the run ends at once" in err
