@@ -106,6 +106,10 @@ class Signals:
                 sys.stderr.flush()
                 os._exit(exit_code(self.asked))
             self._note(number)
+            self._wake()
+
+    def _wake(self) -> None:
+        if not self._closing:
             signal.pthread_kill(threading.main_thread().ident, WAKE)
 
     def _note(self, number: int) -> None:
@@ -116,7 +120,9 @@ class Signals:
     def _unraisable(self, lost) -> None:
         """An interrupt that came while Python took an object down is lost there: wake the main thread again."""
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            signal.pthread_kill(threading.main_thread().ident, WAKE)
+            again = threading.Timer(0.1, self._wake)  # in here it would be lost too
+            again.daemon = True
+            again.start()
         else:
             sys.__unraisablehook__(lost)
 
