@@ -144,7 +144,7 @@ def _add_output(add: Callable) -> None:
 
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:
-    """Whatever can be known to be wrong before the data is read and the networks are built."""
+    """Find mistakes before the data is read and the networks are built; UserError."""
     if args.use_lora:
         raise UserError("use_lora is not available yet; set it to False")
     require_at_least(1, args, "train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval")
@@ -174,7 +174,7 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
 
 
 def settle(args: argparse.Namespace) -> tuple[Choice, Weights]:
-    """The model that the command means, and its file, open; fills in the options that these decide."""
+    """The model that the command means, and its open file; fills in the options that these decide."""
     if args.version and not args.pretrained_model_path:
         random = args.unet_initialize_random or not args.model_config
         wanted = None if random else load_model_config(args.model_config).prediction_type
@@ -184,7 +184,7 @@ def settle(args: argparse.Namespace) -> tuple[Choice, Weights]:
             "no pretrained_model_path: give a checkpoint or a --version; random networks still need its VAE"
         )
     weights = open_weights(existing(args.pretrained_model_path), raw=True)
-    if args.unet_initialize_random and args.model_config:  # whatever the file's own UNet is
+    if args.unet_initialize_random and args.model_config:  # the file's own UNet does not count
         config = load_model_config(args.model_config)
         choice = Choice(pad_text(config, args.pretrained_model_path, weights), "the config")
     else:
@@ -203,7 +203,7 @@ def main() -> None:
     with ranks.main_first("settings"):
         choice, weights = settle(args)
         check(args, choice.config)
-        config = replace(choice.config, image_size=args.image_size)  # what it is trained for
+        config = replace(choice.config, image_size=args.image_size)  # the size that it is trained for
         run = Run(args, ckpt_folder(args), ranks)
         dtype = runtime.compute_dtype(args.dtype, args.device_target)
         settings = finetune.run_settings(args, config, dtype, ranks)
@@ -212,7 +212,7 @@ def main() -> None:
     ranks.check_shared(run.state_folder)
     runtime.connect_devices(ranks, runtime.start(args.device_target, args.mode, ranks))
     tensors = finetune.start_tensors(args, config, weights)
-    finetune.trained_unet(args, tensors)  # before the caches are filled
+    finetune.trained_unet(args, tensors)  # finds mistakes before the caches are filled
     data = finetune.open_data(args)
     log.info(data.summary())
     if ranks.is_main:
