@@ -1,4 +1,4 @@
-"""The pictures of one run of text_to_image.py: which they are, what decides each of them, and their way to the disk."""
+"""The pictures of one run of text_to_image.py: their list, the facts that decide each, and their way to the disk."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def join(use_parallel: bool) -> Ranks:
 
 
 def silence() -> None:
-    """Log errors alone, in every process but the first of several that do the same."""
+    """Log errors alone: of several processes that do the same, only the first one reports."""
     logging.getLogger().setLevel(logging.ERROR)
 
 

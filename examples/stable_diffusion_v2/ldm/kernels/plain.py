@@ -67,7 +67,7 @@ class GELU(nn.Cell):
 
 
 class QuickGELU(nn.Cell):
-    """x sigmoid(1.702 x) (arXiv 1606.08415, section 2), what OpenAI's CLIP was trained with."""
+    """x sigmoid(1.702 x) (arXiv 1606.08415, section 2), as in OpenAI's CLIP."""
 
     def construct(self, x):
         return x * ops.sigmoid(1.702 * x)

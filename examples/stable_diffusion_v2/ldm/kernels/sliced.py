@@ -73,7 +73,7 @@ class SliceBySlice(nn.Cell):
 def slices(q: tuple[int, ...], k: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(first, number) of the queries of each part, from the shapes of q and k, so that its scores fit SCORE_BYTES.
 
-    The parts are equal if fewer than twice the needed number can be; otherwise the last one is smaller.
+    The parts are equal if this takes fewer than twice the needed number; otherwise the last part is smaller.
     """
     rows, row_bytes = q[2], 4 * q[0] * q[1] * k[2]
     fewest = min(rows, MOST_SLICES, -(-rows * row_bytes // SCORE_BYTES))

@@ -95,7 +95,7 @@ def run_layer(layer, h, emb, context):
 
 
 def join(h, skip):
-    """h with a skip's channels behind its own."""
+    """h's channels, then the skip's."""
     return concat_channels((h, skip))
 
 

@@ -210,7 +210,7 @@ def _end_descendants(child: subprocess.Popen) -> None:
             with contextlib.suppress(OSError):
                 if time.monotonic() > patience:
                     os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, os.WNOHANG)  # it was adopted: nobody else may reap it
+                os.waitpid(pid, os.WNOHANG)  # an adopted process; nobody else reaps it
         time.sleep(0.05)
 
 

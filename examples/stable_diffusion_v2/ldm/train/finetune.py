@@ -67,7 +67,7 @@ def start_tensors(args: argparse.Namespace, config: ModelConfig, weights: Weight
 
 
 def require_finite_weights(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> None:
-    """`checkpoint.require_finite` of what the run starts from."""
+    """`checkpoint.require_finite` of the weights that the run starts from."""
     used = tuple(part for part in PARTS if part not in random_parts(args))
     checkpoint.require_finite(tensors, args.pretrained_model_path, used)
 
@@ -302,7 +302,7 @@ class FineTune(Task):
         return path
 
     def validate(self, step: int) -> None:
-        """Draw one picture per validation prompt, always from the same noise, side by side; Stopped by a signal."""
+        """Draw one picture per validation prompt, always from the same noise, side by side. A signal raises Stopped."""
         args, ema = self.args, self.step.ema if step else None
         path = make_folder(self.folder / "validation") / f"{step:06}.png"
         settings = validation_settings(args, self.config)

@@ -80,7 +80,7 @@ class Optimizer(nn.Cell):
         raise NotImplementedError
 
     def construct(self, scale: Tensor, scalars: tuple, grads: tuple):
-        """Update the parameters with ``scale * grads``; ``scalars`` are those of ``self.scalars`` as float32."""
+        """Update the parameters with ``scale * grads``. ``scalars`` come from ``self.scalars``, as float32."""
         done, last = (), scale
         for start, end in self.parts:
             part = self.map(ops.partial(self.wait, last), grads[start:end])

@@ -120,7 +120,7 @@ class TrainStep:
 
         Raises:
             UserError: the loss or a gradient is not finite. It names ``step`` and the first such tensor. Weights,
-                moving average and optimizer stay as they were, unless a gradient came layer by layer.
+                moving average and optimizer stay as they were, unless the bad gradient came layer by layer.
         """
         assert not (self.ema and self.ema.swapped), "a training step while the moving average is in the network"
         if self.by_layers and len(micro_batches) == 1:
@@ -203,7 +203,7 @@ class TrainStep:
     def _tensors(self, micro_batches, loss, grads) -> Iterator[tuple[str, np.ndarray]]:
         """All tensors of a step with their names, in the order in which they are computed."""
         for batch in micro_batches:
-            names = (*self.batch_names, *self.batch_names[-1:] * len(batch))  # the last one may stand for several
+            names = (*self.batch_names, *self.batch_names[-1:] * len(batch))  # the last name may stand for several
             yield from ((f"the input '{name}'", x.asnumpy()) for name, x in zip(names, batch))
         yield from ((f"the weights {param.name}", param.asnumpy()) for param in self.optimizer.params)
         yield "the loss", loss
