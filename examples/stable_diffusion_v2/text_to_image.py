@@ -122,7 +122,7 @@ def chosen_sampler(args: argparse.Namespace, config: ModelConfig) -> Sampler:
 
 
 class Model(NamedTuple):
-    """What is drawn with: the config, the checkpoint's path, and its tensors as views of the file."""
+    """The model to draw with: the config, the checkpoint's path, and its tensors as views of the file."""
 
     config: ModelConfig
     path: str
@@ -133,7 +133,7 @@ def find_model(args: argparse.Namespace) -> Model:
     """The model that the command means.
 
     Raises:
-        UserError: nothing says which model it is, its file is not there, or it is of another model.
+        UserError: the command names no model, or its file is not there or is of another model.
     """
     path, version = args.ckpt_path, args.version
     if not path:
@@ -147,7 +147,7 @@ def find_model(args: argparse.Namespace) -> Model:
 
 
 def default_version(prediction_type: str | None, download: bool) -> str:
-    """MindONE's, where it can serve; UserError where the command has to say what to draw with."""
+    """MindONE's default, if its type fits and its file can be had; otherwise UserError: the command must name one."""
     own = load_model_config(VERSIONS[DEFAULT_VERSION].config).prediction_type
     there = search(f"models/{VERSIONS[DEFAULT_VERSION].checkpoint}") is not None
     if prediction_type in (None, own) and (there or download):
@@ -159,7 +159,7 @@ def default_version(prediction_type: str | None, download: bool) -> str:
 
 
 class Job(NamedTuple):
-    """What is left to be drawn, with what, and how."""
+    """The pictures that are not drawn yet, the model, and the settings."""
 
     pictures: list[Picture]
     model: Model
@@ -169,7 +169,7 @@ class Job(NamedTuple):
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
-    """All that can be known, and known to be wrong, before a network is built."""
+    """Find the job, and all mistakes in it, before a network is built; UserError."""
     pictures = plan(args)
     if ranks.size > 1 and args.skip_save and not args.skip_grid:
         raise UserError("several processes make the grid from the saved pictures: leave out --skip_save")
@@ -179,7 +179,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
     height, width = args.H or config.image_size, args.W or config.image_size
     check_config(config, height, width)
     sampler, steps = chosen_sampler(args, config), args.sampling_steps or config.sampling.steps
-    sampler.times(build_schedule(config.schedule), steps)  # or the number of steps is refused
+    sampler.times(build_schedule(config.schedule), steps)  # raises for a wrong number of steps
     with ranks.main_first("folder"):
         samples = make_folder(Path(args.output_path) / "samples")
         if ranks.is_main:
@@ -194,7 +194,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
 
 
 def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
-    """The networks, with the prompts encoded where they are few."""
+    """Build the networks, and encode the prompts if they are few."""
     model = StableDiffusion(job.model.config)
     model.load(job.model.tensors, job.model.path)
     runtime.set_compute_dtype(model, job.facts["dtype"])
@@ -226,7 +226,7 @@ def main() -> None:
     pipeline = build(args, job, device)
     output = Output(args, ranks, job.samples, pictures, job.facts, files)
     size = min(args.batch_size or args.n_samples, len(pictures))
-    mine = list(batches(pictures, size))[ranks.rank :: ranks.size]  # the same batches as alone, hence the same bits
+    mine = list(batches(pictures, size))[ranks.rank :: ranks.size]  # the batches of one process, hence the same bits
     with tqdm(total=len(mine) * settings.steps, unit="step") as bar:
         bar.set_description(f"{sum(len(batch) for batch, _ in mine)} pictures")
         for batch, filled in mine:
@@ -238,7 +238,7 @@ def main() -> None:
 
 
 def counted(bar: tqdm) -> Callable[[Iterable], Iterator]:
-    """The times of a sampler, each a step of the bar when it is done."""
+    """The times of a sampler; each moves the bar when its step is done."""
 
     def steps(times: Iterable) -> Iterator:
         for t in times:

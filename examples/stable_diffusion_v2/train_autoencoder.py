@@ -2,14 +2,14 @@
 
     python train_autoencoder.py --train_config configs/train/train_config_tiny_vae.yaml --output_path output/tiny_vae
 
-Latent channels that have learned nothing are cut away from what it exports; one over the spread of the others is the
-`scale_factor` of the config beside the weights.
+The exported weights lack the latent channels that have learned nothing. The config beside them has a `scale_factor` of
+one over the spread of the others.
 
     python train_autoencoder.py --train_config configs/train/train_config_tiny_vae_decoder.yaml
 
-With --decoder_only True it finishes the decoder of a trained model: pictures are encoded, their latents noised and
-denoised by the model's UNet with their captions, and the decoder learns to make the pictures again from what comes out,
-with the errors that the UNet leaves in it. Encoder and UNet stay, and the whole model is exported.
+With --decoder_only True it finishes the decoder of a trained model. Pictures are encoded; their latents are noised, and
+denoised by the model's UNet with their captions. From these latents, with the UNet's errors in them, the decoder learns
+to make the pictures again. Encoder and UNet stay as they are, and the whole model is exported.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _add_training(add: Callable) -> None:
 
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:
-    """Whatever can be known to be wrong before the data is read and the networks are built."""
+    """Find mistakes before the data is read and the networks are built; UserError."""
     check_config(config, args.image_size)
     require_at_least(1, args, "train_batch_size", "steps", "save_interval")
     if args.decoder_only and (args.latent_channels is not None or not args.pretrained_model_path):
@@ -124,7 +124,7 @@ def main() -> None:
     config = changed(load_model_config(args.model_config), args.set)
     args.image_size = args.image_size or config.image_size
     check(args, config)
-    if not args.decoder_only:  # which leaves the UNet as it is
+    if not args.decoder_only:  # decoder_only leaves the UNet as it is
         config = replace(config, image_size=args.image_size)
     if args.latent_channels is not None:
         config = with_latent_channels(config, args.latent_channels)

@@ -145,7 +145,7 @@ def _add_output(add: Callable) -> None:
 
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:
-    """Whatever can be known to be wrong before the data is read and the networks are built."""
+    """Find mistakes before the data is read and the networks are built; UserError."""
     if args.use_lora:
         raise UserError("use_lora is not available yet; set it to False")
     require_at_least(1, args, "train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval")
@@ -175,7 +175,7 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
 
 
 def settle(args: argparse.Namespace) -> tuple[Choice, Weights]:
-    """The model that the command means, and its file, open; fills in the options that these decide."""
+    """The model that the command means, and its open file; fills in the options that these decide."""
     if args.version and not args.pretrained_model_path:
         config = changed(load_model_config(args.model_config or VERSIONS[args.version].config), args.set)
         wanted = None if args.unet_initialize_random else config.prediction_type
@@ -211,7 +211,7 @@ def main() -> None:
     ranks.check_shared(run.state_folder)
     runtime.connect_devices(ranks, runtime.start(args.device_target, args.mode, ranks))
     tensors = finetune.start_tensors(args, config, weights)
-    finetune.trained_unet(args, tensors)  # before the caches are filled
+    finetune.trained_unet(args, tensors)  # finds mistakes before the caches are filled
     data = finetune.open_data(args)
     log.info(data.summary())
     if ranks.is_main:

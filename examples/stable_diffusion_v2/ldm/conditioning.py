@@ -1,6 +1,6 @@
-"""What a network is told beside z and t, and what makes it from texts.
+"""The condition: what a network is given beside z and t, and how it is made from texts.
 
-`Condition` is the one seam for it. Loss, denoiser and caches pass it on; no sampler sees it.
+Loss, denoiser and caches pass a `Condition` on as a whole; no sampler sees it.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from ldm.text.tokenizer import Tokenizer
 
 
 class Condition(NamedTuple):
-    """Arrays of a batch on the host, or tensors for a network. None is what the network does not take.
+    """Arrays of a batch on the host, or tensors for a network. A field that the network does not take is None.
 
     context: [B, L, D], the encoded text.
-    vector: [B, V], what joins the time embedding.
+    vector: [B, V], joined to the time embedding.
     """
 
     context: Any
     vector: Any = None
 
     def given(self) -> tuple:
-        """The arguments of a network behind z and t: what there is, in the order of the fields."""
+        """The arguments of a network after z and t: the fields that are not None, in their order."""
         return tuple(field for field in self if field is not None)
 
     def map(self, function: Callable) -> Condition:
-        """The function's answer for everything that there is."""
+        """The function's results for all fields that are not None."""
         return Condition(*(None if field is None else function(field) for field in self))
 
     @staticmethod
     def join(parts: Sequence[Condition]) -> Condition:
-        """One batch of several, arrays."""
+        """One batch from several; arrays."""
         fields = zip(*parts)
         return Condition(*(None if field[0] is None else np.concatenate(field) for field in fields))
 
@@ -51,5 +51,5 @@ class Conditioner:
         self.tokenizer, self.encoder = tokenizer, encoder
 
     def __call__(self, texts: list[str]) -> Condition:
-        """Float32 arrays."""
+        """The condition of a batch of texts, float32 arrays."""
         return Condition(self.encoder(Tensor(self.tokenizer.encode(texts))).asnumpy().astype(np.float32))

@@ -1,4 +1,4 @@
-"""The pictures of one run of text_to_image.py: which they are, what decides each of them, and their way to the disk."""
+"""The pictures of one run of text_to_image.py: their list, the facts that decide each, and their way to the disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPECIAL_ELSEWHERE = {  # patterns that mean something in the prompts of other pr
     r"<(?:lora|lyco|hypernet):[^<>\n]*>": "prompts load nothing here",
     r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)": "prompts have no weights here",
 }
-IN_GRID = 64  # pictures at most, lest a long prompt file fill the memory
+IN_GRID = 64  # the most pictures: those of a long prompt file would fill the memory
 
 
 class Picture(NamedTuple):
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
 
 
 def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(prompt, negative prompt) of everything that is to be drawn."""
+    """(prompt, negative prompt) of all prompts to be drawn."""
     lines = read_lines(args.data_path) if args.data_path else [args.prompt]
     if args.negative_data_path:
         pairs = paired(lines, read_lines(args.negative_data_path))
@@ -74,14 +74,14 @@ def plan(args: argparse.Namespace) -> list[Picture]:
 
 
 def batches(pictures: list[Picture], size: int) -> Iterator[tuple[list[Picture], list[Picture]]]:
-    """Slices of `size`; the last one is filled up with its last picture, for the graph is compiled for one size."""
+    """(slice, slice filled up to `size` with its last picture): the graph is compiled for one size."""
     for start in range(0, len(pictures), size):
         batch = pictures[start : start + size]
         yield batch, batch + batch[-1:] * (size - len(batch))
 
 
 def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, sampler: Sampler) -> dict:
-    """What decides the pictures beside their prompts and numbers, as their files tell it."""
+    """The facts that decide the pictures, beside prompts and numbers, as written into their files."""
     return {
         "seed": args.seed,
         "sampler": sampler.name,
@@ -100,13 +100,13 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, sa
 
 
 def file_facts(args: argparse.Namespace, checkpoint: str) -> dict[str, str]:
-    """What tells checkpoints of one name apart; reads them whole."""
+    """The sha256 of the checkpoints, which tells files of one name apart; reads them whole."""
     files = {"checkpoint": checkpoint, "pretrained_model": args.pretrained_model_path, "vae": args.vae_path}
     return {f"{name}_sha256": content_key(path) for name, path in files.items() if path}
 
 
 def in_background(function: Callable, *args) -> Future:
-    """What it returns or raises, from a thread that the end of the process does not wait for."""
+    """Run a function in a thread that the end of the process does not wait for; its result or exception."""
     future = Future()
 
     def work():
@@ -120,18 +120,18 @@ def in_background(function: Callable, *args) -> Future:
 
 
 def noise_number(picture: Picture, args: argparse.Namespace) -> int:
-    """What keys a picture's noise: with --fixed_code all batches of --n_samples begin with the same noises."""
+    """The key of a picture's noise: with --fixed_code all batches of --n_samples begin with the same noises."""
     return picture.number % args.n_samples if args.fixed_code else picture.number
 
 
 def picture_facts(picture: Picture, args: argparse.Namespace, run: dict) -> dict:
-    """All that a picture's file tells."""
+    """All facts in a picture's file."""
     number = noise_number(picture, args)
     return {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt, "number": number, **run}
 
 
 def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, run: dict) -> list[Picture]:
-    """Those that have no file yet; UserError where a file was drawn with other settings or from another prompt."""
+    """The pictures without a file; UserError where a file was drawn with other settings or from another prompt."""
     left = []
     for picture in pictures:
         path = samples / f"{picture.number:05}.png"
@@ -139,7 +139,7 @@ def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, ru
             left.append(picture)
             continue
         said, wanted = read_facts(path), picture_facts(picture, args, run)
-        known = [key for key in wanted if key in said or not key.endswith("_sha256")]  # which pictures once lacked
+        known = [key for key in wanted if key in said or not key.endswith("_sha256")]  # old pictures lack it
         other = next((key for key in known if said.get(key) != wanted[key]), None)
         if other:
             raise UserError(
@@ -157,8 +157,8 @@ class Output:
         ranks: all processes of the run.
         samples: the folder of the single pictures.
         pictures: all that are to be drawn, by all ranks.
-        facts: what decides them, as `run_facts` has it.
-        files: what `file_facts` will say; None where `facts` has it already, or no picture is saved.
+        facts: those of `run_facts`.
+        files: the coming result of `file_facts`; None where `facts` has it already, or no picture is saved.
     """
 
     def __init__(
@@ -174,10 +174,10 @@ class Output:
         self.count, self.drawn = len(pictures), {}
         self.shown = [picture.number for picture in pictures[:IN_GRID]]
         first = 0 if args.resume else next_number(samples)
-        self.first = ranks.broadcast("first number", first)  # none draws before all know
+        self.first = ranks.broadcast("first number", first)  # no rank draws before all know it
 
     def save(self, batch: list[Picture], images: np.ndarray) -> None:
-        """Write the pictures of a batch; ends the run where a signal has come meanwhile."""
+        """Write the pictures of a batch; KeyboardInterrupt where a signal has come meanwhile."""
         if not self.args.skip_grid:
             self.drawn.update((p.number, image) for p, image in zip(batch, images) if p.number in self.shown)
         if self.args.skip_save:
@@ -204,14 +204,14 @@ class Output:
         args, shown = self.args, self.shown
         tiles = [self.drawn[k] if k in self.drawn else read_png(self.path(k)) for k in shown]
         name = Path(args.output_path) / f"grid-{self.first + shown[0]:05}.png"
-        while name.exists() and not args.resume:  # of pictures that were not saved, or are no longer there
+        while name.exists() and not args.resume:  # a grid whose pictures were not saved or are gone
             name = name.with_name(f"grid-{int(name.stem[5:]) + 1:05}.png")
         save_png(grid(np.stack(tiles), args.n_rows or max(1, len(tiles) // args.n_samples)), name)
         log.info("%s together: %s", "all" if len(tiles) == self.count else f"the first {len(tiles)}", name)
 
 
 def warn_of_plain_words(pictures: list[Picture], guidance_scale: float) -> None:
-    """Say once what other programs would see in the prompts, and what is not looked at."""
+    """Warn once of words that only other programs understand, and of negative prompts without effect."""
     prompts = "\n".join(dict.fromkeys(text for picture in pictures for text in picture[:2]))
     for pattern, what in SPECIAL_ELSEWHERE.items():
         found = re.search(pattern, prompts)

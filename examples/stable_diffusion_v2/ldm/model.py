@@ -18,14 +18,14 @@ from ldm.networks.unet import UNet
 from ldm.networks.vae import AutoencoderKL, VAEEncode
 from ldm.text.tokenizer import Tokenizer, padding_of
 
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."  # how the files begin their names
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."  # how names in files begin
 PARTS = (VAE, UNET, TEXT)
 
 log = logging.getLogger(__name__)
 
 
 class Networks(NamedTuple):
-    """What is called; a network that is not built is None. MindSpore does not look into this for parameters."""
+    """The networks to be called; one that is not built is None. MindSpore finds no parameters in this tuple."""
 
     unet: UNet | BlockwiseUNet | None
     vae: AutoencoderKL | None
@@ -38,7 +38,7 @@ class StableDiffusion(nn.Cell):
 
     Args:
         config: ModelConfig.
-        parts: which networks to build; one that is left out takes no memory and must not be asked for.
+        parts: which networks to build; one that is left out takes no memory and must not be used.
     """
 
     def __init__(self, config, parts: tuple[str, ...] = PARTS):
@@ -58,7 +58,7 @@ class StableDiffusion(nn.Cell):
         self.networks = Networks(unet, vae, text_encoder, VAEEncode(vae) if vae else None)
         self.scale_factor = config.scale_factor
         self.channels, self.factor = config.vae.embed_dim, config.vae.factor
-        self.views: dict[str, np.ndarray] = {}  # of a checkpoint's file, behind parameters
+        self.views: dict[str, np.ndarray] = {}  # of a checkpoint's file; parameters share their memory
         self.set_train(False)
 
     @property
@@ -75,11 +75,11 @@ class StableDiffusion(nn.Cell):
 
     @property
     def conditioner(self) -> Conditioner:
-        """What makes of texts what the UNet is told of them."""
+        """Makes conditions for the UNet from texts."""
         return Conditioner(self.tokenizer, self.networks.text)
 
     def compile_blockwise(self) -> None:
-        """For drawing alone: compile UNet and text encoder block by block, in a fraction of the time and the memory."""
+        """Compile UNet and text encoder block by block, in a fraction of the time and the memory; for drawing alone."""
         unet, text = self.networks.unet, self.networks.text
         self.networks = self.networks._replace(unet=BlockwiseUNet(unet), text=BlockwiseText(text))
 
@@ -88,14 +88,14 @@ class StableDiffusion(nn.Cell):
         return self.channels, height // self.factor, width // self.factor
 
     def forget_text_encoder(self) -> None:
-        """Let go of the text encoder, which must not be asked for any more: a quarter of the whole model's memory."""
+        """Free the text encoder, a quarter of the whole model's memory. It must not be used any more."""
         self.give_back(TEXT)
         self.views = {name: array for name, array in self.views.items() if not name.startswith(TEXT)}
         del self.cond_stage_model
         self.networks = self.networks._replace(text=None)
 
     def give_back(self, part: str) -> None:
-        """Give back the memory of a network that is not needed for a while, where a file can fill it again."""
+        """Give back the memory of a network that is not needed for a while, if it can be read from its file again."""
         for name, array in self.views.items():
             if name.startswith(part):
                 checkpoint.release(array)
@@ -114,7 +114,7 @@ class StableDiffusion(nn.Cell):
         return self.vae(Tensor(self.unscaled(latents))).asnumpy().astype(np.float32)
 
     def unscaled(self, latents: np.ndarray) -> np.ndarray:
-        """Scaled latents as the autoencoder's own decoder takes them, float32."""
+        """Scaled latents, without their scale, for the autoencoder's own decoder; float32."""
         return (latents / self.scale_factor).astype(np.float32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -126,9 +126,9 @@ class StableDiffusion(nn.Cell):
     ) -> None:
         """Set the parameters under these prefixes, all of them or none; UserError where names or shapes do not fit.
 
-        Without `copy` they are views of the file where they can be, which must then stay as it is: for short runs.
-        Numbers that are NaN or infinite are warned of; in views by a thread, which reads the file ahead while this one
-        goes on, in the order in which the networks are used.
+        Without `copy` they are views of the file where possible, for short runs: the file must not change then. NaN or
+        infinity gives a warning. A thread checks the views while this one goes on. It reads the file ahead, in the
+        order in which the networks are used.
         """
         fitting, bad, views = checkpoint.match(tensors, self.shapes(), path, prefixes), [], {}
         for name, parameter in self.parameters_and_names():

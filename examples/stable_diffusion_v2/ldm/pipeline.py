@@ -1,4 +1,4 @@
-"""What training and sampling have in common: a model from its config and checkpoint, and pictures from prompts."""
+"""Pictures from prompts, for drawing and for validation while training."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ CACHED_PROMPTS = 256  # their features take 80 MB in SD 2.x
 
 
 def check_config(config: ModelConfig, *sides: int) -> None:
-    """What can be known of a config before any network is built.
+    """Check a config, and a picture's sides in pixels, before any network is built.
 
     Raises:
-        UserError: unknown prediction type or schedule, or two that do not go together; a side in pixels that does not
-            divide into latents and their levels in the UNet.
+        UserError: unknown prediction type or schedule, or two that do not go together; a side that is not divisible by
+            the factors of autoencoder and UNet.
     """
     build_schedule(config.schedule).check(get_prediction(config.prediction_type))
     step = config.vae.factor * config.unet.factor
@@ -49,7 +49,7 @@ def sampler_of(
     spacing: str | None = None,
     final_sigma: str | None = None,
 ) -> Sampler:
-    """The sampler that is asked for, or that suits the model; UserError as `get_sampler`."""
+    """The sampler that is asked for, by default the model's; UserError as from `get_sampler`."""
     own = config.sampling
     schedule = build_schedule(config.schedule)
     return get_sampler(name or own.sampler, schedule, eta, spacing or own.spacing, final_sigma or own.final_sigma)
@@ -68,8 +68,8 @@ class Settings:
 
 
 def normal_draws(seed: int, purpose: str, shape: tuple[int, ...], numbers: list[int]) -> Callable[[int], np.ndarray]:
-    """What a sampler draws its noise from: step -> float64 [B, *shape], unit Gaussian, the same for the same number in
-    every batch; step -1 is where the sampler starts."""
+    """A sampler's source of noise: step -> unit Gaussian, float64 [B, *shape]; step -1 is where the sampler starts. One
+    number has the same noise in every batch."""
 
     def noise(step: int) -> np.ndarray:
         return np.stack([generator(seed, purpose, k, step + 1).standard_normal(shape) for k in numbers])
@@ -117,13 +117,13 @@ class Pipeline:
     def redraw(
         self, x0: np.ndarray, prompts: list[str], numbers: list[int], settings: Settings, skipped: int
     ) -> np.ndarray:
-        """Latents as the sampler leaves them when it begins at x0 under noise (SDEdit, arXiv 2108.01073).
+        """Put noise on the latents x0, and denoise them by the sampler's last steps (SDEdit, arXiv 2108.01073).
 
         Args:
             x0: [B, C, h, w], the latents of pictures.
-            prompts, numbers: a caption of each, and what keys its noise, as in `draw`.
+            prompts, numbers: their captions, and the keys of their noise, as in `draw`.
             settings: the sampler, its steps, the guidance scale and the seed.
-            skipped: how many of the sampler's steps are left out at the beginning.
+            skipped: how many of the sampler's first steps are left out.
         """
         times = settings.sampler.times(self.schedule, settings.steps)[skipped:]
         noise = normal_draws(settings.seed, "noise to redraw", x0.shape[1:], numbers)
@@ -132,13 +132,13 @@ class Pipeline:
         return settings.sampler(denoise, z, times, self.schedule, noise)
 
     def denoiser(self, prompts: list[str], negative_prompts: list[str], guidance_scale: float) -> Denoiser:
-        """What a sampler calls for this batch of prompts."""
+        """The denoiser of this batch of prompts, for a sampler."""
         cond = self.condition(prompts)
         uncond = None if guidance_scale == 1 else self.condition(negative_prompts)
         return Denoiser(self.model.unet, self.schedule, self.prediction, cond, uncond, guidance_scale)
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
-        """Encode all prompts of a run, at most CACHED_PROMPTS, and let go of the text encoder."""
+        """Encode all prompts of a run, at most CACHED_PROMPTS, and free the text encoder."""
         for prompt in prompts:
             self.condition([prompt])
         self.model.forget_text_encoder()
@@ -146,7 +146,7 @@ class Pipeline:
         give_back_memory()
 
     def condition(self, prompts: list[str]) -> Condition:
-        """What the UNet is told of a batch of prompts; the last CACHED_PROMPTS are kept."""
+        """The condition of a batch of prompts; those of the last CACHED_PROMPTS prompts are kept."""
         found = []
         for prompt in prompts:
             if prompt not in self.conditions:

@@ -27,7 +27,7 @@ from ldm.signals import Signals, Stopped, blocked, exit_code, quiet
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings on a CPU are harmless and many
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle OpenMP threads would take the cores from MindSpore's own
 if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("MS_NODE_ID", "0")) != "0":
-    os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress
+    os.environ["TQDM_DISABLE"] = "1"  # only rank 0 shows its progress
 
 sys.excepthook = quiet
 gc.disable()
@@ -36,7 +36,7 @@ with blocked():
     from mindspore import communication, nn
 
 gc.enable()
-gc.freeze()  # what is there stays: MindSpore looks for garbage whenever it compiles, which took 0.08 s each time
+gc.freeze()  # leave these objects alone: MindSpore collects garbage at every compilation, which took 0.08 s each time
 DEVICES = ("Ascend", "GPU", "CPU")
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 HERE = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def default_device() -> str:
 def start(device_target: str | None = None, mode: int = 0, ranks: Ranks | None = None) -> str:
     """Set device and mode (0 graph, 1 PyNative) before the first tensor; returns the device in use.
 
-    Several ranks of a host take a device each; a process alone takes that of DEVICE_ID, or the first.
+    Several ranks of a host take a device each. A single process takes the device of DEVICE_ID, or the first one.
 
     Raises:
         UserError: this machine or this build of MindSpore does not have the device.
@@ -76,10 +76,10 @@ def start(device_target: str | None = None, mode: int = 0, ranks: Ranks | None =
 
 
 def compute_dtype(wanted: str | None, device: str | None) -> str:
-    """What networks compute in: float16 on Ascend; float32 on a CPU, where half precision is slower for every operator.
+    """The networks' number type, by default float16 on Ascend, float32 on a CPU, where half precision is slower.
 
     Raises:
-        UserError: the device has no such numbers.
+        UserError: the device does not have the type that is wanted.
     """
     on_cpu = (device or default_device()) == "CPU"
     if on_cpu and wanted == "bfloat16":
@@ -98,7 +98,7 @@ def set_compute_dtype(net: nn.Cell, dtype: str) -> None:
 
 
 def give_back_memory() -> None:
-    """Return to the system what is free: a deleted network's parameters, what compiling a graph has used."""
+    """Return free memory to the system: of deleted networks' parameters, of compiling."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()
@@ -107,10 +107,10 @@ def give_back_memory() -> None:
 
 
 def join(use_parallel: bool) -> Ranks:
-    """Meet the other processes of the run; where there are none, this one alone.
+    """Meet the other processes of the run, if there are any; returns the ranks.
 
     Raises:
-        UserError: `use_parallel` without a launcher, or the other way round; not all have come.
+        UserError: `use_parallel` without a launcher, or the other way round; not all ranks have come.
     """
     global _ranks
     found = place()
@@ -133,19 +133,19 @@ def join(use_parallel: bool) -> Ranks:
 
 
 def silence() -> None:
-    """Of several processes that do the same, one speaks."""
+    """Log errors alone: of several processes that do the same, only the first one reports."""
     logging.getLogger().setLevel(logging.ERROR)
 
 
 def connect_devices(ranks: Ranks, device: str) -> None:
-    """Let the devices of all ranks talk to one another, before the first tensor; what `ops.AllReduce` needs.
+    """Connect the devices of all ranks, before the first tensor; `ops.AllReduce` needs it.
 
-    msrun brings a scheduler, through which MindSpore's processes find one another. mpirun needs none on Ascend; on a
-    CPU MindSpore does not know it, so rank 0 starts a scheduler and every rank tells MindSpore what mpirun told it.
+    MindSpore's processes find one another through a scheduler. msrun brings one, and mpirun needs none on Ascend. On a
+    CPU, MindSpore does not know mpirun: rank 0 starts a scheduler, and every rank tells MindSpore its place.
     """
     if ranks.size == 1:
         return
-    os.environ["MS_NODE_TIMEOUT"] = os.environ.get("LDM_COLLECTIVE_SECONDS", "1800")  # in a collective; see schedule
+    os.environ["MS_NODE_TIMEOUT"] = os.environ.get("LDM_COLLECTIVE_SECONDS", "1800")  # of a collective; see `schedule`
     if device == "CPU" and "MS_ROLE" not in os.environ:
         host, port = scheduler_address()
         told = {"MS_SCHED_HOST": host, "MS_SCHED_PORT": port, "MS_WORKER_NUM": ranks.size, "RANK_SIZE": ranks.size}
@@ -158,21 +158,21 @@ def connect_devices(ranks: Ranks, device: str) -> None:
 
 
 def start_scheduler(env: Mapping[str, str]) -> subprocess.Popen:
-    """A process that is the scheduler of MindSpore's others, as long as this one lives."""
+    """Start a process that is MindSpore's scheduler as long as this one lives."""
     command = [sys.executable, "-c", "from ldm import runtime; runtime.schedule()"]
     return subprocess.Popen(command, env=env, cwd=HERE, stdout=subprocess.DEVNULL)
 
 
 def schedule() -> None:
-    """Be the scheduler; MindSpore does not come back from it while there are ranks."""
+    """Be the scheduler; MindSpore does not return from it while there are ranks."""
     follow_parent()
     os.environ["MS_NODE_TIMEOUT"] = "15"  # here: seconds of silence after which a rank counts as lost
     ms.set_device("CPU")
     communication.init()
 
 
-_ranks = Ranks()  # those of this process, which `run` has to leave
-_until_end = contextlib.ExitStack()  # which `run` has to close
+_ranks = Ranks()  # `run` leaves them
+_until_end = contextlib.ExitStack()  # `run` closes it
 signals = Signals()
 
 
@@ -186,12 +186,12 @@ def run(main: Callable[[], None], communicates: bool = False) -> None:
 
     Args:
         main: the script.
-        communicates: it calls `connect_devices`, so the process that msrun starts for it is needed as the scheduler.
+        communicates: `main` calls `connect_devices`, so the process that msrun starts as the scheduler is needed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         if communicates and os.environ.get("MS_WORKER_NUM") != "1":
-            # In a process of its own: left to itself it takes ranks that have ended for lost, and msrun would fail.
+            # In a child process, to be killed: by itself it takes ranks that have ended for lost, and msrun fails.
             scheduler = start_scheduler(os.environ)
             follow_hub()
             scheduler.kill()
@@ -216,7 +216,7 @@ def _guarded(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _end_by_signal()
     except Exception as error:
-        if signals.interrupts:  # MindSpore makes other errors of an interrupt that comes while it compiles
+        if signals.interrupts:  # MindSpore turns an interrupt into other errors while it compiles
             _end_by_signal()
         if not _ranks.connection:
             raise
@@ -225,12 +225,12 @@ def _guarded(main: Callable[[], None]) -> None:
 
 
 def _leave(code: int) -> None:
-    """The end of one of several processes, where all have come to it."""
+    """End this process together with the other ranks, if there are any."""
     if _ranks.connection:
         _ranks.leave(code)
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(code)  # all is done; MindSpore's network threads sometimes crash while the process is taken down
+        os._exit(code)  # all is done; MindSpore's network threads sometimes crash at the end
 
 
 def _end_by_signal() -> NoReturn:

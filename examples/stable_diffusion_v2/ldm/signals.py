@@ -1,7 +1,7 @@
-"""Ctrl-C, SIGTERM and SIGHUP: one line, what is finished is kept, exit code 130, 143 or 129; a second one ends at once.
+"""Ctrl-C, SIGTERM and SIGHUP: one line, finished work stays, exit code 130, 143 or 129; a second signal ends at once.
 
-A thread waits for them and all others have them blocked. Python's own way does not do here: its handlers run when a
-graph has ended, and while MindSpore compiles or runs one, it has a handler of its own, which turns Ctrl-C into SIGTERM.
+One thread waits for these signals; all other threads block them. Python's own handlers are no use here: they run only
+after a graph has ended. And while MindSpore compiles or runs a graph, its own handler turns Ctrl-C into SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import threading
 from collections.abc import Iterator
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-WAKE = signal.SIGURG  # from the waiting thread to the main one, whatever it waits for; nobody else uses it
+WAKE = signal.SIGURG  # the waiting thread wakes the main thread with it; nobody else uses it
 
 log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):  # noqa: N818 (no error)
-    """The run ends by a signal at a place where everything is saved."""
+    """A signal ends the run, at a place where everything is saved."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -29,13 +29,13 @@ class Stopped(Exception):  # noqa: N818 (no error)
 
 
 def exit_code(number: int) -> int:
-    """By which a shell tells that a signal ended a process."""
+    """The exit code that tells a shell that a signal ended a process."""
     return 128 + number
 
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """For the start of foreign threads, which never take these signals then."""
+    """Foreign threads that are started inside never take these signals."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
@@ -44,11 +44,11 @@ def blocked() -> Iterator[None]:
 
 
 class Signals:
-    """What has been asked of this process.
+    """The signals that this process has got.
 
     Attributes:
         asked: the number of the first signal; 0 where none has come.
-        interrupts: it came where it ends at once what was done, so that errors behind it are its own.
+        interrupts: whether it interrupts the work at once, so that later errors are its consequences.
     """
 
     def __init__(self):
@@ -56,7 +56,7 @@ class Signals:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, a signal raises KeyboardInterrupt in the main thread, where the block must be, or see `held`."""
+        """Inside, a signal raises KeyboardInterrupt, except in `held`. The block must be in the main thread."""
         numbers = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
         if not numbers:
             yield
@@ -80,7 +80,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self, until: str) -> Iterator[None]:
-        """Inside, a signal only sets `asked`; whoever is inside looks at it, and ends `until`, which the line tells."""
+        """Inside, a signal only sets `asked`. The code inside must check it and end the run; `until` says when."""
         self._until = until
         try:
             yield
@@ -88,12 +88,12 @@ class Signals:
             self._until = ""
 
     def raise_if_asked(self) -> None:
-        """KeyboardInterrupt where a signal has come in a block that held it."""
+        """KeyboardInterrupt where a signal has come inside `held`."""
         if self.asked:
             raise KeyboardInterrupt
 
     def tell(self, number: int) -> None:
-        """From another thread: as if the signal had been sent to this process, where none has come yet."""
+        """Send the signal to this process, if none has come yet. From another thread."""
         if not self.asked:
             os.kill(os.getpid(), number)
 
@@ -127,14 +127,14 @@ class Signals:
             sys.__unraisablehook__(lost)
 
     def _handle(self, number: int, _) -> None:
-        if not self.asked and number != WAKE:  # a thread took it that was there before
+        if not self.asked and number != WAKE:  # a thread took it that does not block it
             self._note(number)
         if self.asked and not self._until:
             raise KeyboardInterrupt
 
 
 def quiet(kind: type[BaseException], error: BaseException, trace) -> None:
-    """An excepthook: Ctrl-C before there is anything to end needs no traceback."""
+    """An excepthook: Ctrl-C before the work begins needs no traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:

@@ -1,8 +1,7 @@
 """The operators that decide the speed, and one table of implementations for each device.
 
-`PLAIN` is the documentation and what the tests compare with. `NATIVE` is the CPU's, `ASCEND` the NPU's. Networks take
-what `select()` returns in their `__init__`. The arguments of an entry are constants of the network; what it returns is
-the operator.
+`PLAIN` is the documentation, and the reference in tests. `NATIVE` is the CPU's table, `ASCEND` the NPU's. Networks call
+`select()` in their `__init__`. An entry takes constants of the network and returns the operator.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class FlashAttention(nn.Cell):
         width = q.shape[-1]
         if mask is not None or q.dtype == ms.float32 or width > 512:  # what the operator does not take
             return self.attend(q, k, v, mask)
-        if width % 16 != 0:  # it wants multiples of 16, SD 1.x has 40; zeros change nothing
+        if width % 16 != 0:  # the operator wants multiples of 16, SD 1.x has 40; zeros change nothing
             pad = (0, 16 - width % 16)
             q, k, v = ops.pad(q, pad), ops.pad(k, pad), ops.pad(v, pad)
         return self.flash(q, k, v)[..., :width]

@@ -39,7 +39,7 @@ COMPILE_FLAGS = (
 
 @cache
 def native_library() -> str | None:
-    """The path of the compiled cpu.cc, made now if this machine has none yet; None where it cannot be made."""
+    """The path of the compiled cpu.cc, which is compiled now if need be; None where it cannot be compiled."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None:
         return _no_native("no C++ compiler was found (install g++)")
@@ -53,7 +53,7 @@ def native_library() -> str | None:
             ctypes.CDLL(str(library))
     except UserError as error:
         return _no_native(str(error))
-    except OSError as error:  # no room, a disk from which nothing may be run
+    except OSError as error:  # no room, or a disk that allows no programs
         return _no_native(f"{library.parent}: {error.strerror or error}")
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
@@ -62,12 +62,12 @@ def native_library() -> str | None:
 
 
 def _record(library: Path) -> Path:
-    """The file beside a library that has its size and sha256, of which a damaged or foreign one has others."""
+    """The file beside a library with its size and sha256, by which a damaged or foreign library is recognised."""
     return library.with_suffix(".sha256")
 
 
 def _is_as_recorded(library: Path) -> bool:
-    """Whether the file is what the compiler made: one that was cut off would end the process by SIGBUS when loaded."""
+    """Whether the file is as the compiler made it: loading a truncated one would end the process by SIGBUS."""
     try:
         size, digest = _record(library).read_bytes()[:100].split()
         return library.stat().st_size == int(size) and sha256(library).hex().encode() == digest
@@ -76,7 +76,7 @@ def _is_as_recorded(library: Path) -> bool:
 
 
 def _loads(library: Path) -> bool:
-    """Whether this system can load it: a home folder may be shared with one that has other libraries."""
+    """Whether this system can load it: the home folder may be shared with a system that has other libraries."""
     try:
         return bool(ctypes.CDLL(str(library)))
     except OSError:
@@ -148,7 +148,7 @@ def _half_the_plane(x):
 
 
 class NativeActivation(nn.Cell):
-    """The operator `name` with the gradient `name`_grad, of one input."""
+    """The operator `name` of one input, with the gradient `name`_grad."""
 
     def __init__(self, name: str, out):
         super().__init__()
@@ -173,7 +173,7 @@ class NativeGELU(NativeActivation):
 
 
 class NativeAddBias(nn.Cell):
-    """In float32 by a kernel: MindSpore's broadcast takes twice the time, and memory for several copies of x."""
+    """x + bias, in float32 by a kernel: MindSpore's broadcast takes twice the time and several copies of x."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The plain definition of every operator: the documentation, and what the tests compare with."""
+"""The plain definition of every operator: the documentation, and the reference in tests."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import mindspore as ms
 from mindspore import nn, ops
 
-# Operators as they are: tensor methods and the functions of mindspore.ops are Python, which graph mode parses and
-# infers wherever they are called, and that was a third of the time that compiling a UNet took.
+# Operators, because tensor methods and the functions of mindspore.ops are Python. Graph mode parses and infers them
+# wherever they are called, which took a third of the time to compile a UNet.
 add, cast, concat_channels, multiply, reshape = ops.Add(), ops.Cast(), ops.Concat(1), ops.Mul(), ops.Reshape()
 transpose = ops.Transpose()
 
@@ -67,7 +67,7 @@ class GELU(nn.Cell):
 
 
 class QuickGELU(nn.Cell):
-    """x sigmoid(1.702 x) (arXiv 1606.08415, section 2), what OpenAI's CLIP was trained with."""
+    """x sigmoid(1.702 x) (arXiv 1606.08415, section 2), as in OpenAI's CLIP."""
 
     def construct(self, x):
         return x * ops.sigmoid(1.702 * x)

@@ -1,4 +1,4 @@
-"""Attention in slices of the queries, where nothing on the device is better: less memory, the same numbers."""
+"""Attention in slices of the queries, for devices without a better kernel: less memory, the same numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mindspore.ops import constexpr
 from ldm.kernels.plain import Attention, cast, multiply
 
 SCORE_BYTES = 64 * 2**20  # the most attention scores held at once on a CPU ...
-MOST_SLICES = 32  # ... but for very large pictures: more slices take longer to compile
+MOST_SLICES = 32  # ... except for very large pictures: more slices take longer to compile
 
 
 class SlicedAttention(nn.Cell):
@@ -28,7 +28,7 @@ class SlicedAttention(nn.Cell):
 class SliceBySlice(nn.Cell):
     """Unmasked `Attention`; the backward pass computes the scores of each slice again (arXiv 2205.14135, section 3.1).
 
-    Every slice waits for the one before: MindSpore would run them side by side, and all scores would exist at once.
+    Every slice waits for the one before. Otherwise MindSpore would run them side by side and hold all scores at once.
     """
 
     def __init__(self):
@@ -47,7 +47,7 @@ class SliceBySlice(nn.Cell):
         return self.join(out)
 
     def bprop(self, q, k, v, out, dout):
-        """dS = P (dout vᵀ - D) with D = the row sums of dout out, which goes into the product as one more column."""
+        """dS = P (dout vᵀ - D). D, the row sums of dout * out, goes into the product as one more column."""
         join, q32, k32 = ops.Concat(-1), cast(q, ms.float32), cast(k, ms.float32)
         v32, dout32 = cast(v, ms.float32), cast(dout, ms.float32)
         minus_d = multiply(dout32, cast(out, ms.float32)).sum(-1, keepdims=True) * -1.0
@@ -71,9 +71,9 @@ class SliceBySlice(nn.Cell):
 
 @constexpr
 def slices(q: tuple[int, ...], k: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(first, number) of the queries of each part, by the shapes of q and k, so that its scores fit SCORE_BYTES.
+    """(first, number) of the queries of each part, from the shapes of q and k, so that its scores fit SCORE_BYTES.
 
-    The parts are equal where less than twice as many as are needed can be, or the last one is smaller.
+    The parts are equal if this takes fewer than twice the needed number; otherwise the last part is smaller.
     """
     rows, row_bytes = q[2], 4 * q[0] * q[1] * k[2]
     fewest = min(rows, MOST_SLICES, -(-rows * row_bytes // SCORE_BYTES))

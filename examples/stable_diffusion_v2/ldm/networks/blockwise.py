@@ -1,11 +1,11 @@
-"""Networks compiled block by block: for drawing with large ones, whose compilation takes longer than some steps.
+"""Networks compiled block by block: for drawing with large networks, whose compilation takes longer than some steps.
 
-SD's UNet has 16 transformers and 22 residual blocks, but only 4 and 14 that differ, its text encoder 23 equal blocks.
-As one graph all are compiled, and compiling takes memory that grows along. Here one layer of each kind is compiled, and
-runs with the weights of each of its kind in turn, whose memory is shared, not copied.
+SD's UNet has 16 transformers and 22 residual blocks, but only 4 and 14 different ones. Its text encoder has 23 equal
+blocks. One graph would compile all of them, and the memory for it would grow with them. Here one layer of each kind is
+compiled. It takes the weights of each layer of its kind in turn, whose memory is shared, not copied.
 
-The weights must stay as they are while these are in use, and the networks must not be asked for them. Training has its
-own (ldm/train/gradients.py).
+While these classes are in use, weights must not change, and the networks' parameters must not be read. Training has its
+own subclass (ldm/train/gradients.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mindspore.ops import Primitive
 from ldm.networks.text import encode
 from ldm.networks.unet import join, walk
 
-MANY_WEIGHTS = 50_000_000  # larger networks gain by it; in smaller ones it costs a few percent of a step
+MANY_WEIGHTS = 50_000_000  # larger networks gain by going block by block; smaller ones lose a few percent of a step
 _OF_EVERY_CELL = frozenset(vars(nn.Cell()))
 
 
 def graph_key(layer: nn.Cell) -> tuple:
-    """Everything that makes a layer's graph but the values of its parameters: layers of one key can share a graph."""
+    """Everything that decides a layer's graph, without its parameters' values: layers of one key can share a graph."""
     return tuple(fact for name, cell in layer.cells_and_names() for fact in (name, type(cell), *_facts(cell)))
 
 
@@ -48,7 +48,7 @@ class Kind:
         self.layer, self.parameters, self.values = layer, parameters, None
 
     def take(self, values: list[Tensor]) -> None:
-        """Hold these weights."""
+        """Give the layer these weights."""
         if self.values is not values:
             for parameter, value in zip(self.parameters, values):
                 parameter.set_data(value)
@@ -56,7 +56,7 @@ class Kind:
 
 
 class Blocks:
-    """Runs a network's layers by way of the graphs of their kinds."""
+    """Runs a network's layers by the graphs of their kinds."""
 
     def __init__(self, network: nn.Cell):
         self.network = network
@@ -71,7 +71,7 @@ class Blocks:
         key = self.keys[id(layer)]
         if key not in self.kinds:
             self.kinds[key] = self.new_kind(layer, list(layer.get_parameters()))
-        if id(layer) not in self.weights:  # its own, in tensors that keep them while its parameters hold another's
+        if id(layer) not in self.weights:  # tensors that keep them while its parameters hold another layer's
             self.weights[id(layer)] = [Tensor.from_numpy(each.asnumpy()) for each in layer.get_parameters()]
         kind = self.kinds[key]
         kind.take(self.weights[id(layer)])

@@ -1,4 +1,4 @@
-"""Parameterized layers shared by the networks. `initialize` fills them; a loaded checkpoint replaces that."""
+"""Layers with parameters, shared by the networks. `initialize` sets random weights; a checkpoint replaces them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.config.model import GROUPS
 from ldm.kernels import add, multiply, reshape, transpose
 from ldm.randomness import generator
 
-ALIGNMENT = 16  # bytes; what NumPy gives its own arrays, so that oneDNN and the CPU kernels never see less
+ALIGNMENT = 16  # bytes, as of NumPy's own arrays; oneDNN and the CPU kernels never see less
 
 
 def parameter(*shape: int, value: float = 0.0) -> Parameter:
@@ -24,9 +24,9 @@ def parameter(*shape: int, value: float = 0.0) -> Parameter:
 
 
 def fill(target: Parameter, array: np.ndarray, copy: bool = False) -> bool:
-    """Give a parameter the values of `array`; returns whether they were copied, as was asked for or had to be.
+    """Give a parameter the values of `array`; returns whether they were copied, by request or by necessity.
 
-    Where they were not, it shares the array's memory from then on, and must not be trained: `require_own`.
+    Otherwise the parameter shares the array's memory, and must not be trained: see `require_own`.
     """
     copy = copy or array.dtype != np.float32 or not array.flags.c_contiguous or array.ctypes.data % ALIGNMENT != 0
     target.set_data(Tensor.from_numpy(np.array(array, np.float32, order="C") if copy else array))
@@ -35,7 +35,7 @@ def fill(target: Parameter, array: np.ndarray, copy: bool = False) -> bool:
 
 
 def require_own(parameters: Iterable[Parameter]) -> None:
-    """Whatever changes parameters asks here first: one that is a view of a file cannot be written to."""
+    """Assert that no parameter is a view of a file, which cannot be written to. Call it before changing parameters."""
     views = [each.name for each in parameters if getattr(each, "is_view", False)]
     assert not views, f"{len(views)} parameters are views of a file, first {views[0]}: load them with copy=True"
 
@@ -46,7 +46,7 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Tens
 
 
 class Weighted(nn.Cell):
-    """A layer that multiplies by a weight. Whatever uses the weight asks `effective_weight` for it."""
+    """A layer that multiplies by a weight. Every use of the weight goes through `effective_weight`."""
 
     multiplies = True  # see runtime.set_compute_dtype
 
@@ -56,7 +56,7 @@ class Weighted(nn.Cell):
 
 
 class Linear(Weighted):
-    """y = x Wᵀ + b; x [..., in], weight [out, in]. `zero`: start at zero, so that the branch it ends adds nothing."""
+    """y = x Wᵀ + b; x [..., in], weight [out, in]. `zero`: start at zero, so that its branch adds nothing at first."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, zero: bool = False):
         super().__init__()
@@ -77,7 +77,7 @@ class Linear(Weighted):
 
 
 class MatMul(nn.Cell):
-    """x Wᵀ with a weight [out, in] that is given with x [..., in]."""
+    """x Wᵀ for x [..., in] and a weight [out, in], both given in the call."""
 
     multiplies = True
 
@@ -130,7 +130,7 @@ class GroupNorm(nn.Cell):
 
 
 class LayerNorm(nn.Cell):
-    """Over the last axis, eps 1e-5."""
+    """Layer normalization over the last axis, eps 1e-5."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -175,7 +175,7 @@ class Heads(nn.Cell):
 
 
 def reset_uniform(layer: nn.Cell, fan_in: int, rng: np.random.Generator) -> None:
-    """Weight and bias uniform within ±1/sqrt(fan_in), PyTorch's default; all zero where the layer asks for it."""
+    """Weight and bias uniform within ±1/sqrt(fan_in), PyTorch's default; zero for a layer with `zero`."""
     bound = 0.0 if layer.zero else 1 / math.sqrt(fan_in)
     for parameter in (layer.weight, layer.bias):
         if parameter is not None:

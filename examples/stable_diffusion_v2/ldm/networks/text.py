@@ -1,8 +1,8 @@
 """The text encoders: CLIP ViT-L of SD 1.x and OpenCLIP ViT-H of SD 2.x (arXiv 2103.00020, arXiv 2212.07143).
 
-Both are causal pre-norm transformers. They differ in the activation, in which layer is read (SD 2.x runs one block
-less than the file holds, so that its last output is the penultimate layer's; the final norm is applied to it all the
-same) and in the parameters' names; those of the files decide, hence two classes of blocks.
+Both are causal pre-norm transformers. They differ in the activation, in the layer that is read, and in the parameters'
+names. SD 2.x runs one block less than the file holds: its last output is the penultimate layer's, followed by the final
+norm all the same. The names are those in the files, hence two classes of blocks.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def causal_mask(length: int) -> Tensor:
 
 
 class TextEncoder(nn.Cell):
-    """ids [B, context_length] int32 to features [B, context_length, width]. Subclasses give the parts their names.
+    """ids [B, context_length] int32 to features [B, context_length, width].
 
-    Each has `embed(ids)`, `blocks()` and `last_norm(x)`, and takes the mask that its blocks want from here.
+    A subclass names the parts, and has `embed(ids)`, `blocks()` and `last_norm(x)`. `mask` is for its blocks.
     """
 
     def __init__(self, config):
@@ -47,7 +47,7 @@ def encode(net: TextEncoder, ids, run):
 
 
 class OpenCLIPText(TextEncoder):
-    """With OpenCLIP's names and the exact GELU."""
+    """The text encoder with OpenCLIP's names and the exact GELU."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -123,7 +123,7 @@ class OpenCLIPMLP(nn.Cell):
 
 
 class CLIPText(TextEncoder):
-    """With transformers' names and the quick GELU."""
+    """The text encoder with transformers' names and the quick GELU."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -191,7 +191,7 @@ class CLIPMLP(nn.Cell):
 
 
 class Under(nn.Cell):
-    """A cell that only puts a name before another's."""
+    """A cell that only puts a name before its child's parameter names."""
 
     def __init__(self, **child: nn.Cell):
         super().__init__()
@@ -199,7 +199,7 @@ class Under(nn.Cell):
             setattr(self, name, cell)
 
 
-VARIANTS = {  # name: (the network, how the file's prefix wraps it)
+VARIANTS = {  # name: (the network, a wrapper that adds the file's prefix)
     "openclip": (OpenCLIPText, lambda net: Under(model=net)),
     "clip": (CLIPText, lambda net: Under(transformer=Under(text_model=net))),
 }

@@ -19,7 +19,7 @@ from ldm.networks.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear, Mat
 
 
 class UNet(nn.Cell):
-    """f(z_t, t, context), the raw prediction: eps, x0 or v, whatever it was trained for.
+    """f(z_t, t, context), the raw prediction: eps, x0 or v, as the network was trained.
 
     Shapes: z [B, in_channels, H, W], t [B] (integer or float), context [B, L, context_dim] -> [B, out_channels, H, W].
     H and W must be divisible by `config.factor`.
@@ -75,7 +75,8 @@ class UNet(nn.Cell):
     def recompute_blocks(self) -> None:
         """Keep only the inputs of these parts for the backward pass: less memory for a third more time.
 
-        Not of a whole transformer block: MindSpore 2.8 ties its graph into a loop around the norms' own gradients.
+        A whole transformer block is not among them: MindSpore 2.8 makes a loop in its graph, around the norms' own
+        gradients.
         """
         for _, cell in self.cells_and_names():
             if isinstance(cell, (ResBlock, CrossAttention, FeedForward)):
@@ -94,17 +95,17 @@ def run_layer(layer, h, emb, context):
 
 
 def join(h, skip):
-    """h with a skip's channels behind its own."""
+    """h's channels, then the skip's."""
     return concat_channels((h, skip))
 
 
 def walk(net: UNet, z, emb, context, run, join):
-    """The only walk through the U. One graph holds it whole; drawing block by block and training layer by layer walk on
-    the host, with `run` and `join` of their own.
+    """The only walk through the U. A whole network walks inside its graph. Drawing block by block and training layer by
+    layer walk on the host, with their own `run` and `join`.
 
     Args:
         z: [B, in_channels, H, W].
-        emb: [B, 4 width], what the network is told of the time.
+        emb: [B, 4 width], the time embedding.
         context: [B, L, context_dim].
         run: (layer, h, emb, context) -> the layer's output.
         join: (h, skip) -> both, [B, C of h + C of skip, H, W].
@@ -139,7 +140,7 @@ class Frequencies(nn.Cell):
 
 
 class ConvIn(Conv2d):
-    """A convolution as a stage's layer."""
+    """A convolution that is called like every layer of a stage."""
 
     def construct(self, h, emb, context):
         return self.bias_add(self.conv(h, self.effective_weight()), self.bias)
@@ -251,7 +252,7 @@ class CrossAttention(nn.Cell):
 
 
 class SelfAttention(CrossAttention):
-    """The same with one matrix product for q, k and v: three narrow ones run at half the speed."""
+    """Attention among the tokens, by one matrix product for q, k and v: three narrow ones run at half the speed."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__(channels, heads, channels)

@@ -64,7 +64,7 @@ class Encoder(nn.Cell):
 
 
 class Decoder(nn.Cell):
-    """Its levels are numbered like the encoder's and run backwards."""
+    """The levels are numbered like the encoder's and run from the last to the first."""
 
     def __init__(self, config):
         super().__init__()

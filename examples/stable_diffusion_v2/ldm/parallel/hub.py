@@ -1,15 +1,15 @@
-"""The hub at which the ranks of a run meet: small values, barriers, who was lost, which signal came. Python alone.
+"""The hub, where the ranks of a run meet: small values, barriers, lost ranks, signals. Python alone.
 
 It lives in the launcher (launch.py) or, under a bare mpirun or msrun, in a thread of rank 0. Every rank holds one
-TCP connection to it. The kernel closes the connection of a process that is killed, and its keep-alives notice a network
-that is gone: the hub then knows which rank was lost, says so, and stops the others.
+TCP connection to it. The kernel closes the connection of a killed process, and keep-alives notice a network that is
+gone. So the hub knows which rank was lost; it says so and stops the others.
 
-A message is a line of JSON. The first of a connection is a hello with the run's token: {"token", "rank", "size", "pid",
-"host"} of a rank, {"token", "follow"} of a process that only waits for the end. The hub answers {"welcome"}, or
-{"refused"} with the reason. Whoever does not know the token is a stranger: he gets no answer, a few seconds, a few KiB,
-and nothing that he sends has any effect. A rank then sends {"at", "give"} to a gathering, {"failed"}, {"interrupted"}
-by a signal, {"done"} with its exit code; a follower sends {"signal"}, which is passed on to all ranks. The hub sends
-{"all"} of a gathering, {"signal"}, {"stop"} with an exit code.
+A message is a line of JSON. The first one is a hello with the run's token: {"token", "rank", "size", "pid", "host"} of
+a rank, {"token", "follow"} of a follower, which only waits for the end. The hub answers {"welcome"}, or {"refused"}
+with the reason. A process without the token is a stranger: it gets no answer, a few seconds and a few KiB, and what it
+sends has no effect. A rank then sends {"at", "give"} to a gathering, {"failed"}, {"interrupted"} by a signal, or
+{"done"} with its exit code. A follower sends {"signal"}, which the hub passes on to all ranks. The hub sends {"all"} of
+a gathering, {"signal"}, or {"stop"} with an exit code.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ PATIENCE, JOIN_SECONDS = "LDM_JOIN_SECONDS", 180  # how long the ranks wait for 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8118  # MindSpore's; the hub takes the next port
 SILENCE = 30  # seconds after which a network that answers nothing counts as gone
 FAREWELL = 10  # seconds in which a stopped rank must have ended
-HELLO_SECONDS, HELLO_BYTES = 10, 4096  # a stranger's
-STRANGERS = 64  # connections without a hello at a time, beside one for each rank; then the oldest has to go
+HELLO_SECONDS, HELLO_BYTES = 10, 4096  # the most of a stranger
+STRANGERS = 64  # the most connections without a hello, beside one for each rank; then the oldest is dropped
 MESSAGE_BYTES = 64 << 20
 LONGEST_LINE = 2000  # characters of an error message
 HELLO = {"rank": int, "size": int, "pid": int, "host": str}
@@ -53,7 +53,7 @@ def scheduler_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int
 
 
 def hub_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Host and port of the hub: the launcher's, or rank 0's, behind the scheduler."""
+    """Host and port of the hub: the launcher's, or rank 0's, whose port follows the scheduler's."""
     if HUB in environ:
         host, _, port = environ[HUB].rpartition(":")
         return host, int(port)
@@ -62,17 +62,17 @@ def hub_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this host alone can reach the address."""
+    """Whether only this host can reach the address."""
     with contextlib.suppress(OSError):
         return socket.gethostbyname(host).startswith("127.")
     return False
 
 
 def new_token(environ: Mapping[str, str] = os.environ) -> str:
-    """That of the environment, where the user has set one, or a random one.
+    """The user's token, from the environment, or a random one.
 
     Raises:
-        UserError: the user's can be guessed.
+        UserError: the user's token is so short that it can be guessed.
     """
     token = environ.get(TOKEN) or secrets.token_hex(16)
     if len(token) < SHORTEST_TOKEN:
@@ -81,10 +81,10 @@ def new_token(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def publish_token(token: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Write the token where the user's other processes find it that were not started by this one.
+    """Write the token to a file, for processes of the same user that this one has not started.
 
     Raises:
-        UserError: the user has no folder of his own.
+        UserError: the user has no private folder.
     """
     try:
         with replacing(_token_file(environ)) as file:
@@ -94,7 +94,7 @@ def publish_token(token: str, environ: Mapping[str, str] = os.environ) -> None:
 
 
 def find_token(environ: Mapping[str, str] = os.environ) -> str:
-    """That of the environment or of the file; OSError where there is neither."""
+    """The token of the environment or of the file; OSError where there is neither."""
     return environ.get(TOKEN) or _token_file(environ).read_text(errors="replace")
 
 
@@ -105,15 +105,15 @@ def _token_file(environ: Mapping[str, str]) -> Path:
 
 
 def enter(hello: dict, seconds: float, environ: Mapping[str, str] = os.environ) -> tuple[socket.socket, BinaryIO]:
-    """A connection to the hub that knows this process, and the lines that come from there.
+    """Join the hub; returns the connection, after the hub's welcome, and the lines that come from it.
 
     Args:
-        hello: without the token.
-        seconds: after which it is given up.
+        hello: the first message, without the token.
+        seconds: how long to try.
         environ: has the address and the token.
 
     Raises:
-        UserError: the hub cannot be reached, or does not want this process.
+        UserError: the hub cannot be reached, or refuses this process.
     """
     address, deadline, is_closed = hub_address(environ), time.monotonic() + seconds, False
     while True:
@@ -155,7 +155,7 @@ def _say_hello(hello: dict, address: tuple[str, int], environ: Mapping[str, str]
 
 
 class _Stop(Exception):  # noqa: N818 (it may be a signal)
-    """All ranks are to end now: the line to be printed, if any, and the exit code."""
+    """All ranks must end now. Holds the line to be printed, if any, and the exit code."""
 
     def __init__(self, line: str, code: int = 1):
         super().__init__(line)
@@ -164,7 +164,7 @@ class _Stop(Exception):  # noqa: N818 (it may be a signal)
 
 @dataclass(eq=False)
 class _Peer:
-    """The other end of a connection: a stranger, who becomes a rank or a follower by his hello."""
+    """The other end of a connection: a stranger, which becomes a rank or a follower by its hello."""
 
     connection: socket.socket
     since: float
@@ -180,7 +180,7 @@ class _Peer:
         return f"rank {self.rank} (process {self.pid} on {escaped(self.host)})"
 
     def send(self, **message) -> bool:
-        """Whether it could be sent."""
+        """Send a message; returns whether it could be sent."""
         try:
             self.connection.sendall(packed(message))
         except OSError:
@@ -192,13 +192,13 @@ class Hub:
     """Where the ranks meet.
 
     Args:
-        size: how many ranks are to come.
+        size: the number of ranks.
         host, port: where it listens; "" is every network of this machine.
-        patience: seconds in which all must have come.
-        token: what every hello must have.
+        patience: seconds in which all ranks must have come.
+        token: every hello must have it.
 
     Attributes:
-        stopped: the ranks were told to end, they did not end by themselves.
+        stopped: whether the ranks were told to end and did not end by themselves.
 
     Raises:
         UserError: the port is taken.
@@ -207,7 +207,7 @@ class Hub:
     def __init__(self, size: int, host: str, port: int, patience: float, token: str):
         self.size, self.token, self.deadline = size, token, time.monotonic() + patience
         self.patience, self.peers, self.code, self.stopped = patience, [], 0, False
-        self.farewell = float("inf")  # until when the others end that know of a signal
+        self.farewell = float("inf")  # until when ranks that know of a signal must end
         self._asked = self._told = 0
         self._cancelled: _Stop | None = None
         self.selector = selectors.DefaultSelector()
@@ -219,28 +219,28 @@ class Hub:
         self.selector.register(self.server, selectors.EVENT_READ)
 
     def ask(self, number: int) -> None:
-        """From any thread: pass a signal on to all ranks, which end by themselves."""
+        """Pass a signal on to all ranks, which end by themselves. From any thread."""
         self._asked = self._asked or number
 
     def cancel(self, line: str, code: int = 1) -> None:
-        """From any thread: end all ranks as they are. The line, if any, is printed."""
+        """End all ranks as they are, and print the line, if any. From any thread."""
         self._cancelled = self._cancelled or _Stop(line, code)
 
     def serve(self) -> int:
-        """Until all ranks have ended or have been stopped: the exit code. The reason has been printed."""
+        """Serve until all ranks have ended or have been stopped; prints the reason and returns the exit code."""
         try:
             while sum(peer.done for peer in self.peers) < self.size:
                 for key, _ in self.selector.select(0.5):
                     if key.data is None:
                         self._accept()
-                    elif key.data in self.peers:  # not dropped in this very round
+                    elif key.data in self.peers:  # it may have been dropped in this round
                         self._receive(key.data)
                 self._look_after()
         except _Stop as stop:
             self.code, self.stopped = stop.code, True
             if stop.line:  # a progress bar may have left the line open
                 print(f"\n{'error: ' if stop.code == 1 else ''}{stop.line}", file=sys.stderr, flush=True)
-            for peer in sorted(self._ranks(), key=lambda peer: peer.rank == 0):  # whose process may be this
+            for peer in sorted(self._ranks(), key=lambda peer: peer.rank == 0):  # rank 0 may be this process
                 peer.send(stop=stop.code)
         return self.code
 
@@ -252,7 +252,7 @@ class Hub:
         return [peer for peer in self.peers if peer.rank is not None]
 
     def _look_after(self) -> None:
-        """Strangers who say nothing, a wish of another thread, those who do not come or do not end."""
+        """Drop silent strangers, obey `ask` and `cancel`, and stop the run if ranks do not come or do not end."""
         now, here = time.monotonic(), {peer.rank for peer in self.peers}
         for peer in [peer for peer in self.peers if not peer.is_known and now - peer.since > HELLO_SECONDS]:
             self._drop(peer)
@@ -315,7 +315,7 @@ class Hub:
             self._handle(peer, message if isinstance(message, dict) else {})
 
     def _meet(self, peer: _Peer, hello: object) -> None:
-        """Take in whoever knows the token."""
+        """Take in a peer that knows the token."""
         token = hello.get("token") if isinstance(hello, dict) else None
         if not isinstance(token, str) or not hmac.compare_digest(
             token.encode(errors="replace"), self.token.encode(errors="replace")
@@ -365,7 +365,7 @@ class Hub:
             raise _Stop(f"{peer} sent what is no message: are all ranks of the same version?")
 
     def _answer(self) -> None:
-        """Where all have given, all get all."""
+        """Once all ranks have given a value, send all values to every rank."""
         ranks = sorted((peer for peer in self.peers if peer.given), key=lambda peer: peer.rank)
         places = {peer.given[0]: peer for peer in ranks}
         if len(places) > 1:
@@ -385,7 +385,7 @@ def packed(message: dict) -> bytes:
 
 
 def watch_network(connection: socket.socket) -> None:
-    """Let the kernel find out within `SILENCE` seconds that the other end does not answer any more."""
+    """Let the kernel notice within `SILENCE` seconds that the other end does not answer any more."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {"NODELAY": 1, "KEEPIDLE": SILENCE // 3, "KEEPINTVL": SILENCE // 6, "KEEPCNT": 4}
     for name, value in {**options, "USER_TIMEOUT": SILENCE * 1000}.items():

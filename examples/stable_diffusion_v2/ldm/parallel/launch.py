@@ -1,7 +1,7 @@
 """Start a script on several devices: `python -m ldm.parallel.launch SCRIPT [options] -- [options of the script]`.
 
-It checks what can be checked beforehand, starts mpirun or msrun, and keeps the hub at which the ranks meet
-(ldm/parallel/ranks.py): when one is lost it says which, and sees to it that nothing of the run stays behind.
+It checks what can be checked beforehand, starts mpirun or msrun, and keeps the hub where the ranks meet
+(ldm/parallel/hub.py). When a rank is lost, it says which one and ends all processes of the run.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def this_host(hosts: dict[str, int]) -> int:
 
 
 def check_script(name: str, words: list[str]) -> None:
-    """The script's own options, and whether its data can be read: one line here instead of one per rank."""
+    """Check the script's own options, and that its data can be read: one line here instead of one per rank."""
     if not Path(name).is_file() or Path(name).is_absolute():
         raise UserError(f"there is no {name} here: name a script by its path from {Path.cwd()}")
     script = importlib.import_module(".".join(Path(name).with_suffix("").parts))
@@ -111,7 +111,7 @@ def check_script(name: str, words: list[str]) -> None:
 
 
 def command(args: argparse.Namespace, hosts: dict[str, int], here: int, env: dict[str, str]) -> list[str]:
-    """What starts the ranks of all hosts (mpirun) or of this one (msrun)."""
+    """The command that starts the ranks of all hosts (mpirun) or of this one (msrun)."""
     size, master = sum(hosts.values()), next(iter(hosts))
     if args.launcher == "msrun":
         words = ["msrun", "--worker_num", size, "--local_worker_num", [*hosts.values()][here], "--node_rank", here]
@@ -126,7 +126,7 @@ def command(args: argparse.Namespace, hosts: dict[str, int], here: int, env: dic
 
 
 def launch(words: list[str], hub: Hub | None, env: dict[str, str]) -> int:
-    """Run the command to its end, and the hub beside it; the exit code.
+    """Run the command to its end, and the hub beside it; returns the exit code.
 
     A signal is passed on to all ranks, which end by themselves; a second one ends them at once.
     """
@@ -140,12 +140,12 @@ def launch(words: list[str], hub: Hub | None, env: dict[str, str]) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(0.2)
     if hub:
-        serving.join(1)  # a good end reaches both at about the same time
+        serving.join(1)  # after a good end, both end at about the same time
         hub.cancel(f"{words[0]} ended before its ranks did, with exit code {child.returncode}")
         serving.join(FAREWELL)
         verdict = verdict or [1]
     if any(verdict) or len(asked) > 1:
-        child.terminate()  # before the ranks end: msrun would print how
+        child.terminate()  # before the ranks end, or msrun would print how they ended
     if hub:
         hub.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -157,7 +157,8 @@ def launch(words: list[str], hub: Hub | None, env: dict[str, str]) -> int:
 
 
 def _passed_on(hub: Hub | None, env: dict[str, str]) -> list[int]:
-    """The signals that come from now on; where the hub is here it ends the run at the second, else `launch` does."""
+    """The signals that come from now on, in a list that grows. They are passed on to the hub; a second one makes the
+    hub end the run if it is in this process, otherwise `launch` does."""
     asked = []
 
     def handle(number, _):
@@ -176,21 +177,21 @@ def _passed_on(hub: Hub | None, env: dict[str, str]) -> list[int]:
 
 
 def _ask_hub(number: int, env: dict[str, str]) -> None:
-    """Pass a signal on from one of several hosts to the hub on the first, which tells all ranks."""
+    """Pass a signal on from another host to the hub on the first host, which tells all ranks."""
     with contextlib.suppress(UserError, OSError):
         connection, _ = enter({"follow": True}, FAREWELL, env)
         connection.sendall(packed({"signal": number}))
 
 
 def _adopt_orphans() -> None:
-    """Let Linux give to this process whatever processes its children leave behind."""
+    """Let Linux make this process the parent of processes that its children leave behind."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def descendants() -> set[int]:
-    """The processes that this one has started, with all that those have started."""
+    """The ids of the processes that this one has started, directly or through others."""
     parents, found = {}, {os.getpid()}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -201,7 +202,7 @@ def descendants() -> set[int]:
 
 
 def _end_descendants(child: subprocess.Popen) -> None:
-    """End what is left of the run a second after its command. No number that came over the network is ever believed."""
+    """End the run's last processes a second after its command. No number from the network is ever used for it."""
     patience, deadline = time.monotonic() + 1, time.monotonic() + FAREWELL
     while (left := descendants()) and time.monotonic() < deadline:
         child.poll()
@@ -209,15 +210,15 @@ def _end_descendants(child: subprocess.Popen) -> None:
             with contextlib.suppress(OSError):
                 if time.monotonic() > patience:
                     os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, os.WNOHANG)  # adopted: a container's first process may not care for it
+                os.waitpid(pid, os.WNOHANG)  # an adopted process; nobody else reaps it
         time.sleep(0.05)
 
 
 def settle(args: argparse.Namespace) -> tuple[dict[str, int], int, dict[str, str]]:
-    """({host: ranks}, which of them is this one, the environment of the ranks).
+    """({host: ranks}, the place of this host among them, the environment of the ranks).
 
     Raises:
-        UserError: whatever can be known beforehand to be wrong.
+        UserError: a mistake that can be known beforehand.
     """
     args.device = args.device or ("Ascend" if visible_devices() else "CPU")
     ranks = (visible_devices() or 2) if args.ranks is None else args.ranks
@@ -249,7 +250,7 @@ def settle(args: argparse.Namespace) -> tuple[dict[str, int], int, dict[str, str
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
-    """What the launcher and its ranks are started with.
+    """The environment of the launcher and its ranks.
 
     Raises:
         UserError: the launcher is not there, or msrun would start another Python than this one.
@@ -266,19 +267,19 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
         )
     if os.environ.get(TOKEN):
         env[TOKEN] = new_token()
-    env.pop("RANK_TABLE_FILE", None)  # deprecated since MindSpore 2.4, and a forgotten one wins over the launcher
+    env.pop("RANK_TABLE_FILE", None)  # deprecated since MindSpore 2.4; a forgotten one overrules the launcher
     return env
 
 
 def keep_hub(args: argparse.Namespace, hosts: dict[str, int], env: dict[str, str]) -> Hub:
-    """The hub of the run, whose token goes into the environment of the ranks, or into a file for msrun's other hosts.
+    """The hub of the run. Its token goes into the environment of the ranks, and into a file for msrun's other hosts.
 
     Raises:
         UserError: one of the two ports is taken.
     """
     listen, seconds = DEFAULT_HOST if len(hosts) == 1 else "", float(env.get(PATIENCE, JOIN_SECONDS))
     given, token = TOKEN in env, new_token(env)
-    Hub(0, listen, args.port, seconds, token).close()  # or the port is taken
+    Hub(0, listen, args.port, seconds, token).close()  # raises if the scheduler's port is taken
     hub = Hub(sum(hosts.values()), listen, args.port + 1, seconds, token)
     if args.launcher == "msrun" and len(hosts) > 1 and not given:
         publish_token(token, env)

@@ -44,7 +44,7 @@ LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "MS_ROLE", "MS_NODE", "MS_SCHED", "MS_WO
 
 
 class Place(NamedTuple):
-    """What a launcher says of one process: its name, the rank, how many there are, which of its host's it is."""
+    """What a launcher says of a process: the launcher's name, the rank, the number of ranks, the rank on its host."""
 
     launcher: str
     rank: int
@@ -53,7 +53,7 @@ class Place(NamedTuple):
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Place | None:
-    """The place of this process by the variables that mpirun and msrun set; None where neither started it.
+    """The place of this process, from the variables of mpirun and msrun; None where neither started it.
 
     Raises:
         UserError: msrun has not said which rank this is.
@@ -69,12 +69,12 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
 
 
 def without_launcher(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment for a process that is to run alone."""
+    """The environment for a process that runs alone."""
     return {name: value for name, value in environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
 
 
 def follow_hub() -> None:
-    """Come back when the hub has ended, and with it the run; also where it cannot be reached."""
+    """Return when the hub, and so the run, has ended, or when the hub cannot be reached."""
     with contextlib.suppress(UserError, OSError):
         _, lines = enter({"follow": True}, float(os.environ.get(PATIENCE, JOIN_SECONDS)))
         while lines.read(1):
@@ -82,18 +82,18 @@ def follow_hub() -> None:
 
 
 def follow_parent() -> None:
-    """Let Linux end this process when the one that started it has ended, however that happened."""
+    """Let Linux end this process when its parent has ended, for whatever reason."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Ranks:
-    """This process among those of a run. Alone, which is the default, every method answers at once.
+    """This process among those of a run. By default it is alone, and every method returns at once.
 
     Args:
-        rank, size: which one of how many.
-        local_rank: which one of this host's, hence which device.
+        rank, size: the number of this process, from 0, and the number of all.
+        local_rank: its number on this host, and the number of its device.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0):
@@ -107,10 +107,10 @@ class Ranks:
         return self.rank == 0
 
     def connect(self, tell: Callable[[int], None]) -> None:
-        """Meet the others.
+        """Meet the other ranks at the hub.
 
         Args:
-            tell: is called with the number of a signal that is meant for all ranks, by another thread.
+            tell: another thread calls it with the number of a signal that is meant for all ranks.
 
         Raises:
             UserError: not all came in time.
@@ -127,7 +127,7 @@ class Ranks:
         self.barrier("start")
 
     def _keep_hub(self, host: str, port: int, seconds: float) -> None:
-        """For a run without our launcher: a thread of rank 0 is the hub, and prints what it says."""
+        """Start the hub in a thread of rank 0, for a run without our launcher."""
         token = new_token()
         hub = Hub(self.size, DEFAULT_HOST if is_loopback(host) else "", port, seconds, token)
         if not os.environ.get(TOKEN):
@@ -146,7 +146,7 @@ class Ranks:
         return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
 
     def gather(self, at: str, value: Any = None) -> list:
-        """The values of all ranks, by rank: whatever JSON can hold. `at` names the place, the same on all ranks."""
+        """The values of all ranks, in order; anything JSON can hold. `at` names the place, the same on all ranks."""
         if self.size == 1:
             return [value]
         self._send(at=at, give=value)
@@ -158,7 +158,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def main_first(self, at: str) -> Iterator[None]:
-        """A block that rank 0 has ended before the others begin it."""
+        """A block that the other ranks begin after rank 0 has ended it."""
         if not self.is_main:
             self.barrier(at)
         yield
@@ -166,7 +166,7 @@ class Ranks:
             self.barrier(at)
 
     def barrier(self, at: str) -> None:
-        """Go on when all ranks have come here."""
+        """Wait until all ranks have come here."""
         self.gather(at)
 
     def agree(self, at: str, facts: dict) -> None:
@@ -180,7 +180,7 @@ class Ranks:
             raise UserError(f"rank {self.rank} on {socket.gethostname()} differs from rank 0: {different[0]}")
 
     def agree_on_lists(self, at: str, lists: dict[str, list]) -> None:
-        """The same for lists that are too long to be sent: by a digest of their items' texts."""
+        """`agree` for lists that are too long to be sent, by digests of their items' texts."""
         texts = {key: "\n".join(map(str, items)).encode("utf-8", "surrogatepass") for key, items in lists.items()}
         self.agree(at, {key: hashlib.sha256(text).hexdigest() for key, text in texts.items()})
 
@@ -199,7 +199,7 @@ class Ranks:
                 raise UserError(f"rank {seen.index(False)} does not see {folder} as rank 0 does: use a shared disk")
 
     def leave(self, code: int = 0) -> None:
-        """The end of a run, by itself or by a signal that all know; comes back when all ranks are here."""
+        """End the run, regularly or by a signal that all ranks know; returns when all ranks are here."""
         if self.connection is not None:
             self.barrier("end")
             self.leaving = True
@@ -212,11 +212,11 @@ class Ranks:
         if self.connection is not None:
             with contextlib.suppress(OSError):
                 self._send(failed=line)
-                self.listener.join(FAREWELL)  # it ends this process
+                self.listener.join(FAREWELL)  # the listener ends this process
         _end(line)
 
     def interrupted(self, number: int) -> NoReturn:
-        """End by a signal, of which the hub tells the others."""
+        """End by a signal; the hub tells the other ranks of it."""
         self.leaving = True
         self._send(interrupted=number)
         self.listener.join(FAREWELL)
@@ -248,7 +248,7 @@ class Ranks:
 
 
 def _end(line: str = "", code: int = 1) -> NoReturn:
-    """End this process from any thread, whatever the others do."""
+    """End this process at once, from any thread."""
     if line:
         print(f"\nerror: {line}", file=sys.stderr)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Training an autoencoder: whole, on the latents' Gaussian, or its decoder alone, on latents that a UNet denoised."""
+"""Training of an autoencoder: all of it, or its decoder alone on latents that a UNet has denoised."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from ldm.weights import read_checkpoint, words_of
 log = logging.getLogger(__name__)
 DECODER = (VAE + "decoder.", VAE + "post_quant_conv.")
 SHOWN = 8  # pictures in the sheet of reconstructions
-SAMPLING_STEPS = 15  # of which latents are denoised with the last, for --decoder_only
+SAMPLING_STEPS = 15  # of the sampler that denoises latents for --decoder_only, which skips the first ones
 
 
 class Reconstruction(nn.Cell):
-    """What a picture's error costs: its mean absolute value, its mean square, and the mean absolute error of the
-    differences between neighbouring pixels, which blurred edges and blotches in flat areas are made of."""
+    """The loss of a picture's error: its mean absolute value, its mean square, and the mean absolute error of the
+    differences between neighbouring pixels. The third term is large for blurred edges and blotches in flat areas."""
 
     def __init__(self, squared_weight: float, edge_weight: float):
         super().__init__(auto_prefix=False)
@@ -87,20 +87,20 @@ class DecoderLoss(nn.Cell):
 
 
 def fixed_pictures(data: CaptionedImages, count: int) -> np.ndarray:
-    """float32 [count, 3, S, S] in [-1, 1], the middles of pictures from all over the data."""
+    """The middle squares of pictures spread evenly over the data, float32 [count, 3, S, S] in [-1, 1]."""
     places = np.linspace(0, len(data) - 1, count).astype(int)
     return to_float([crop(data[i][0], data.image_size) for i in places])
 
 
 def encode(model: StableDiffusion, data: CaptionedImages, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the latents of pictures from all over the data."""
+    """Mean and standard deviation [N, C, h, w] of the latents of pictures spread evenly over the data."""
     pictures = fixed_pictures(data, batch_size * min(64, max(1, len(data) // batch_size)))
     parts = [model.encode_images(pictures[i : i + batch_size]) for i in range(0, len(pictures), batch_size)]
     return np.concatenate([mean for mean, _ in parts]), np.concatenate([std for _, std in parts])
 
 
 def read_start(args: argparse.Namespace, config: ModelConfig) -> dict[str, np.ndarray] | None:
-    """The tensors to start from; None where nothing is given. UserError where nothing can be trained from them."""
+    """The tensors to start from; None without `pretrained_model_path`. UserError where they cannot be trained."""
     path = args.pretrained_model_path
     if not path:
         return None
@@ -110,11 +110,11 @@ def read_start(args: argparse.Namespace, config: ModelConfig) -> dict[str, np.nd
 
 
 class AutoencoderTask(Task):
-    """What both kinds have in common.
+    """What `WholeAutoencoder` and `DecoderAlone` share.
 
     Args:
         args: the options of train_autoencoder.py.
-        config: the model's.
+        config: the model's config.
         model: all of its networks.
         data: the pictures.
         start: the tensors to start from; None for random weights.
@@ -122,8 +122,8 @@ class AutoencoderTask(Task):
 
     figures = ("loss", "psnr", "kl")
     shown = ("loss", "psnr")
-    exported: str  # the file's name
-    untrained_bytes = 0  # of what is exported all the same
+    exported: str  # name of the exported file
+    untrained_bytes = 0  # of exported weights that are not trained
 
     def __init__(self, args, config: ModelConfig, model: StableDiffusion, data: CaptionedImages, start: dict | None):
         self.args, self.config, self.model, self.data, self.start = args, config, model, data, start
@@ -135,15 +135,15 @@ class AutoencoderTask(Task):
         self.shown_pictures = fixed_pictures(data, SHOWN)
 
     def load(self) -> tuple[nn.Cell, list[Parameter]]:
-        """Give the networks their weights; the loss, and what it trains."""
+        """Load the networks' weights; returns the loss and the parameters that it trains."""
         raise NotImplementedError
 
     def second_input(self, batch: Batch, step: int) -> np.ndarray:
-        """What the loss takes beside the pictures."""
+        """The second argument of the loss, after the pictures."""
         raise NotImplementedError
 
     def write(self, tensors: dict[str, np.ndarray]) -> Path:
-        """Export with these trained tensors, which the model has at this time; the path."""
+        """Export these trained tensors, which the model holds at this time; returns the path."""
         raise NotImplementedError
 
     def inputs(self, batch: Batch, step: int) -> tuple[Tensor, ...]:
@@ -157,7 +157,7 @@ class AutoencoderTask(Task):
         return 2 * self.untrained_bytes
 
     def export(self, step: int, plan: Plan) -> None:
-        """What is trained, averaged, and a sheet of pictures as they are and as they come out."""
+        """Write the averaged weights, and a sheet of pictures above their reconstructions."""
         with self.step.ema.applied():
             decoded = self.model.decode(self.model.encode_images(self.shown_pictures)[0])
             path = self.write(self.step.ema.tensors())
@@ -168,7 +168,7 @@ class AutoencoderTask(Task):
 
 
 class WholeAutoencoder(AutoencoderTask):
-    """Encoder and decoder, on the latents' Gaussian."""
+    """Encoder and decoder together, on latents drawn from the encoder's Gaussian."""
 
     exported = "vae.safetensors"
 
@@ -188,7 +188,7 @@ class WholeAutoencoder(AutoencoderTask):
         return np.stack(draws)
 
     def write(self, tensors: dict[str, np.ndarray]) -> Path:
-        """Without dead channels, and with a config whose scale gives latents a mean square of 1."""
+        """Cut dead latent channels, and set the config's scale so that scaled latents have a mean square of 1."""
         mean, std = encode(self.model, self.data, self.args.train_batch_size)
         kept = alive(mean, std) or list(range(mean.shape[1]))
         if len(kept) < mean.shape[1]:
@@ -204,8 +204,8 @@ class WholeAutoencoder(AutoencoderTask):
 class DecoderAlone(AutoencoderTask):
     """The decoder of a whole model, on latents that its UNet has denoised.
 
-    A share of each step's pictures stays as it is; the others are noised to one of the sampler's times below
-    `denoise_below`, which the steps take evenly, and denoised from there.
+    The latents of a share of each step's pictures stay clean. The others are noised to one of the sampler's times below
+    `denoise_below` and denoised from there. The steps take these times evenly.
     """
 
     exported = "model.safetensors"
@@ -240,13 +240,13 @@ class DecoderAlone(AutoencoderTask):
         return checkpoint.changed(self.whole.values())
 
     def write(self, tensors: dict[str, np.ndarray]) -> Path:
-        """The whole model."""
+        """Write the whole model."""
         path = self.folder / self.exported
         checkpoint.save(path, {**self.whole, **tensors}, words_of(self.config), "safetensors")
         return path
 
     def facts(self) -> dict[str, str]:
-        """Stands for the weights that the run uses as they are: a resume state does not hold them."""
+        """A key of the untrained weights, which a resume state does not hold, and the spacing of the times."""
         rest = {name: array for name, array in self.whole.items() if not name.startswith(DECODER)}
         return {"frozen": settings_key(rest), "spacing": self.settings.sampler.spacing}
 
@@ -260,7 +260,7 @@ def with_latent_channels(config: ModelConfig, channels: int) -> ModelConfig:
 
 
 def run_settings(args: argparse.Namespace, config: ModelConfig) -> dict:
-    """What of the options must be the same when a run is resumed."""
+    """The options that must stay the same when a run is resumed."""
     names = ("train_batch_size", "image_size", "seed", "optim", "betas", "weight_decay", "ema_decay", "max_grad_norm")
     names += ("random_crop", "flip", "kl_weight", "squared_weight", "edge_weight")
     names += ("decoder_only", "denoise_below", "clean_share", "sampler", "scale")

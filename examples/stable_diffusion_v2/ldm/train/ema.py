@@ -15,7 +15,7 @@ from ldm.errors import UserError
 class Ema(nn.Cell):
     """A shadow of the weights: shadow <- d shadow + (1 - d) weights.
 
-    d rises with the number n of updates, min(decay, (1 + n) / (10 + n)), so that the untrained start is soon forgotten
+    d = min(decay, (1 + n) / (10 + n)) rises with the number n of updates, so that the untrained start is soon forgotten
     (as in CompVis's latent-diffusion).
 
     Args:
@@ -23,7 +23,7 @@ class Ema(nn.Cell):
         decay: d in the long run, in [0, 1).
 
     Attributes:
-        updates: how many were made; whoever calls the cell counts.
+        updates: the number of updates made; the caller counts them.
         state: the shadow's tensors, each named "ema.<parameter's name>".
     """
 
@@ -42,7 +42,7 @@ class Ema(nn.Cell):
 
     @staticmethod
     def check(decay: float) -> None:
-        """UserError where there is no such average."""
+        """UserError for a decay outside [0, 1)."""
         if not 0 <= decay < 1:
             raise UserError(f"ema_decay is {decay}; give a number from 0 to below 1, such as 0.9999")
 
@@ -58,14 +58,14 @@ class Ema(nn.Cell):
         return ops.assign_add(shadow, weight * (param.astype(ms.float32) - shadow))
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The averaged weights under the parameters' own names; copies."""
+        """Copies of the averaged weights, under the parameters' own names."""
         return {param.name: shadow.asnumpy().copy() for param, shadow in zip(self.params, self.shadow)}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the network has the averaged weights; afterwards its own again, bit for bit.
+        """Inside the block the network has the averaged weights; afterwards it has its own again, bit for bit.
 
-        Neither a training step nor the resume state can be taken inside: both refuse.
+        Training steps and resume states are refused inside, by an assertion.
         """
         own = [param.asnumpy().copy() for param in self.params]
         self.swapped = True

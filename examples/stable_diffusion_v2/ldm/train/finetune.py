@@ -48,7 +48,7 @@ from ldm.weights import Choice, Weights, check_words, open_weights, words_of
 log = logging.getLogger(__name__)
 
 OWN_PROCESS_BYTES = 256 << 20  # frozen networks larger than this fill the caches in a process of their own
-SUFFIXES = {"mindspore": ".ckpt", "safetensors": ".safetensors", "diffusers": ""}  # of checkpoints, by their format
+SUFFIXES = {"mindspore": ".ckpt", "safetensors": ".safetensors", "diffusers": ""}  # of checkpoints, by format
 
 
 # ---- what the options mean ----
@@ -74,25 +74,25 @@ def start_tensors(args: argparse.Namespace, config: ModelConfig, weights: Weight
 
 
 def require_finite_weights(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> None:
-    """`checkpoint.require_finite` of what the run starts from."""
+    """`checkpoint.require_finite` of the weights that the run starts from."""
     used = tuple(part for part in PARTS if part not in random_parts(args))
     checkpoint.require_finite(tensors, args.pretrained_model_path, used)
 
 
 def frozen_tensors(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Those of the networks beside the UNet, which go into every checkpoint."""
+    """The tensors of the networks beside the UNet, which go into every exported checkpoint."""
     kept = (VAE,) if args.text_encoder_initialize_random else (VAE, TEXT)
     return {name: array for name, array in tensors.items() if name.startswith(kept)}
 
 
 def trained_unet(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
-    """Of the UNet's parameters' names those that are trained."""
+    """The names of the UNet's trained parameters, out of all parameters' names."""
     unet = [name.removeprefix(UNET) for name in names if name.startswith(UNET)]
     return [UNET + name for name in trainable(unet, args.trainable_modules)]
 
 
 def timestep_weight(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
-    """On the squared error at each timestep, float64 [T]."""
+    """The weight of the squared error at each timestep, float64 [T]."""
     schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
     return loss_weight(args.loss_weighting, schedule, prediction, args.snr_gamma)
 
@@ -104,7 +104,7 @@ def timestep_bias(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
 
 
 def validation_settings(args: argparse.Namespace, config: ModelConfig) -> Settings:
-    """How validation pictures are drawn: as text_to_image.py would, where no option says otherwise."""
+    """How validation pictures are drawn: as by text_to_image.py, unless an option says otherwise."""
     own, size = config.sampling, args.image_size
     steps = own.steps if args.validation_steps is None else args.validation_steps
     scale = config.guidance_scale if args.validation_scale is None else args.validation_scale
@@ -117,14 +117,14 @@ def caches_latents(args: argparse.Namespace) -> bool:
 
 def open_data(args: argparse.Namespace) -> CaptionedImages:
     """The pictures and captions; UserError where there are none, or one cannot be read."""
-    in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # then pictures are read once at most
+    in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # each picture is read once at most
     return CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)
 
 
 def run_settings(args: argparse.Namespace, config: ModelConfig, dtype: str, ranks: Ranks) -> dict:
-    """What of the options must be the same when a run is resumed, lest it silently become another one.
+    """The options that must stay the same when a run is resumed: with others it would be another run.
 
-    How the samples of a step are divided into ranks and micro-batches may change: a step is the same all the same.
+    The division of a step's samples into ranks and micro-batches may change: it does not change the step.
     """
     names = ("image_size", "seed", "optim", "use_ema", "ema_decay")
     names += ("caption_dropout", "random_crop", "flip", "train_text_encoder", "loss_weighting", "snr_gamma")
@@ -168,7 +168,7 @@ def learning_rate(args: argparse.Namespace, total: int) -> LearningRate:
 def build_model(
     args: argparse.Namespace, config: ModelConfig, tensors: dict[str, np.ndarray], parts: tuple[str, ...], dtype: str
 ) -> StableDiffusion:
-    """The networks with the checkpoint's weights, or random ones where that is asked for."""
+    """The networks with the checkpoint's weights; those of `random_parts` have random ones."""
     random, model = random_parts(args), StableDiffusion(config, parts)
     model.load(tensors, args.pretrained_model_path, tuple(part for part in parts if part not in random), copy=True)
     for part, network in ((UNET, model.unet), (TEXT, model.text_encoder)):
@@ -179,26 +179,26 @@ def build_model(
 
 
 def open_caches(args: argparse.Namespace, config: ModelConfig, tensors: dict, dtype: str) -> FrozenOutputs:
-    """The caches of what is frozen and does not change at random."""
+    """The caches of the frozen networks' outputs, for inputs that do not change at random."""
     text = args.cache_text and not (args.train_text_encoder or args.text_encoder_initialize_random)
     folder = Path(args.cache_path or Path(args.output_path) / "cache")
     return FrozenOutputs(folder, config, tensors, args.image_size, dtype, caches_latents(args), text)
 
 
 def fill_in_child(args: argparse.Namespace, config: ModelConfig, dtype: str, ranks: Ranks) -> None:
-    """Fill the caches in a process of its own, with which the memory of the frozen networks goes away."""
+    """Fill the caches in a child process, whose end frees the memory of the frozen networks."""
     env = {**without_launcher(), "PYTHONPATH": os.pathsep.join([str(runtime.HERE), os.environ.get("PYTHONPATH", "")])}
     if ranks.size > 1:
         env["DEVICE_ID"] = str(ranks.local_rank)
     code = "from ldm import runtime; from ldm.train import finetune; runtime.run(finetune.child)"
     job = pickle.dumps((args, config, dtype, (ranks.rank, ranks.size)))
-    # In a session of its own, for Ctrl-C is to come to this process alone.
+    # A session of its own: Ctrl-C reaches this process alone.
     if subprocess.run([sys.executable, "-c", code], env=env, input=job, start_new_session=True).returncode:
         raise UserError("the caches could not be filled; the reason is above")
 
 
 def child() -> None:
-    """The main of the process that fills the caches; what it has to do comes by its standard input."""
+    """The main of the child process that fills the caches; it reads its job from standard input."""
     args, config, dtype, share = pickle.load(sys.stdin.buffer)
     follow_parent()
     runtime.start(args.device_target, args.mode)
@@ -206,7 +206,7 @@ def child() -> None:
 
 
 def fill_caches(args: argparse.Namespace, config: ModelConfig, dtype: str, share: tuple[int, int]) -> None:
-    """Compute a share (rank, ranks) of what the caches lack."""
+    """Compute a share (rank, number of ranks) of the entries that the caches lack."""
     tensors = start_tensors(args, config, open_weights(args.pretrained_model_path, raw=True))
     caches, data = open_caches(args, config, tensors, dtype), open_data(args)
     caches.forget_damaged(data, share)
@@ -218,7 +218,7 @@ def fill_caches(args: argparse.Namespace, config: ModelConfig, dtype: str, share
 def prepare(
     args: argparse.Namespace, config: ModelConfig, tensors: dict, data: CaptionedImages, dtype: str, ranks: Ranks
 ) -> tuple[StableDiffusion, FrozenOutputs]:
-    """The networks that this process needs, and the caches, full."""
+    """Fill the caches; returns the networks that this process needs, and the caches."""
     caches, share = open_caches(args, config, tensors, dtype), (ranks.rank, ranks.size)
     caches.forget_damaged(data, share)
     to_fill = any(caches.missing(data, share))
@@ -240,7 +240,7 @@ def prepare(
 
 
 class TextLoss(nn.Cell):
-    """The diffusion loss behind the text encoder: token ids int32 [B, L] in the place of a condition."""
+    """The text encoder, then the diffusion loss; takes token ids int32 [B, L] instead of a condition."""
 
     def __init__(self, text_encoder: nn.Cell, loss: nn.Cell):
         super().__init__(auto_prefix=False)
@@ -255,10 +255,10 @@ class FineTune(Task):
 
     Args:
         args: the options of train_text_to_image.py.
-        config: the model's.
+        config: the model's config.
         tensors: of the checkpoint to start from.
         data: captioned pictures.
-        dtype: what the networks compute in.
+        dtype: the networks' number type.
         ranks: all processes of the run.
     """
 
@@ -280,7 +280,7 @@ class FineTune(Task):
 
     @property
     def needs_pictures(self) -> bool:
-        """Whether the batches must bring pictures, which no cache holds."""
+        """Whether batches must hold pictures, because no cache holds their latents."""
         return self.caches.latents is None
 
     def inputs(self, batch: Batch, step: int) -> tuple[Tensor, ...]:
@@ -290,7 +290,7 @@ class FineTune(Task):
         return dict(zip(self.figures, (result.loss, *result.extras)))
 
     def facts(self) -> dict:
-        """Stands for the weights that the run uses as they are: a resume state does not hold them."""
+        """A key of the untrained weights, which a resume state does not hold."""
         return {"frozen": self.frozen_key}
 
     def changed_source(self) -> str | None:
@@ -301,7 +301,7 @@ class FineTune(Task):
         return (2 if self.args.ckpt_dtype == "float16" else 4) * int(sum(map(np.prod, shapes.values())))
 
     def export(self, step: int, plan: Plan) -> Path:
-        """The checkpoint sd-{number}, with the moving averages where there are some."""
+        """Write the checkpoint sd-{number}, with the moving averages where there are any; returns its path."""
         args, ema = self.args, self.step.ema
         path = ckpt_folder(args) / f"sd-{plan.number(step)}{SUFFIXES[args.ckpt_format]}"
         tensors = {**self.frozen, **self.model.tensors(), **(ema.tensors() if ema else {})}
@@ -309,7 +309,7 @@ class FineTune(Task):
         return path
 
     def validate(self, step: int) -> None:
-        """One picture per validation prompt, always from the same noise, side by side; none where a signal came."""
+        """Draw one picture per validation prompt, always from the same noise, side by side. A signal raises Stopped."""
         args, ema = self.args, self.step.ema if step else None
         path = make_folder(self.folder / "validation") / f"{step:06}.png"
         settings = validation_settings(args, self.config)
@@ -321,7 +321,7 @@ class FineTune(Task):
 
 
 def until_asked(times: Iterable) -> Iterator:
-    """The times of a sampler, until a signal asks this process to end: then Stopped is raised."""
+    """The times of a sampler. Raises Stopped once a signal asks this process to end."""
     for t in times:
         if runtime.signals.asked:
             raise Stopped(runtime.signals.asked)
@@ -335,7 +335,7 @@ def ckpt_folder(args: argparse.Namespace) -> Path:
 def build_train_step(
     args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, dtype: str, ranks: Ranks
 ) -> TrainStep:
-    """What the optimizer moves, by which loss, and how."""
+    """The training step: trained parameters, loss, optimizer and gradients."""
     unet = {param.name: param for param in model.unet.get_parameters()}
     trained = [unet[name] for name in trained_unet(args, unet)]
     if args.train_text_encoder:
@@ -354,7 +354,7 @@ def build_train_step(
 
 
 def trains_by_layers(args: argparse.Namespace, config: ModelConfig, dtype: str) -> bool:
-    """Whether a large UNet's activations are to be computed again, where MindSpore's own way of it saves nothing."""
+    """Whether a large UNet is trained layer by layer: where MindSpore's own recomputation would save no memory."""
     device = args.device_target or runtime.default_device()
     plain = dtype == "float32" and not args.train_text_encoder
     return device == "CPU" and args.mode == 0 and config.unet.use_checkpoint and plain

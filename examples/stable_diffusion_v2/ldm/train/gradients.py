@@ -1,12 +1,11 @@
-"""The gradients of a loss, in one of two ways: one graph for all of the network, or a graph for each kind of layer.
+"""The gradients of a loss, in one of two ways: one graph for the whole network, or a graph for each kind of layer.
 
 Both are called alike: (loss scale, *batch, onto=None) -> (outputs of the loss, gradients of the scaled loss). The
-gradients are those of the trained parameters, in their order, added to `onto` where that is given: what the last call
-has returned.
+gradients follow the order of the trained parameters. `onto`, the gradients of the last call, is added to them.
 
-One graph for everything holds the activations of all layers at once on a CPU, even where they are to be recomputed.
-Layer by layer, every layer keeps its input alone; on the way back a graph for each kind of layer runs it again,
-forwards and backwards (arXiv 1604.06174, section 4). The graphs are small and few, so they are soon compiled.
+On a CPU, one graph holds the activations of all layers at once, even with recomputation. Layer by layer, only the
+layers' inputs are kept. In the backward pass, a graph for each kind of layer runs the layer again, forwards and
+backwards (arXiv 1604.06174, section 4). The graphs are small and few, so they compile fast.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class WholeGraph:
 
     Args:
         loss: Cell, loss(*batch) -> (scalar to be minimized, further outputs...).
-        params: what is trained.
+        params: the trained parameters.
     """
 
     layer_by_layer = False
@@ -66,7 +65,7 @@ class _ValueAndGradients(nn.Cell):
 
 
 class _Sum(nn.Cell):
-    """Sums of two lists of tensors, given one after the other."""
+    """The sums of two lists of tensors; the arguments are the first list, then the second."""
 
     def __init__(self):
         super().__init__(auto_prefix=False)
@@ -80,13 +79,13 @@ class _Sum(nn.Cell):
 class LayerByLayer(Blocks):
     """The gradients of a `DiffusionLoss` of a UNet, in little more memory than the weights take.
 
-    The gradients are always the same tensors: compiled graphs keep their last inputs, so that those of two steps would
-    be held. `layers` does without them.
+    Every call returns the same tensors: compiled graphs keep their last inputs, so new tensors would take the memory
+    twice. `layers` needs no such tensors.
 
     Args:
         loss: of a UNet.
-        params: the UNet's parameters that are trained. No gradient of another is computed, and the way back ends where
-            nothing before is trained.
+        params: the UNet's trained parameters. Other gradients are not computed, and the backward pass ends at the first
+            layer with a trained parameter.
     """
 
     layer_by_layer = True
@@ -126,21 +125,21 @@ class LayerByLayer(Blocks):
     def layers(
         self, scale: Tensor, latents: Tensor, eps: Tensor, t: Tensor, weight: Tensor, context: Tensor
     ) -> tuple[Outputs, Iterator[OfLayer]]:
-        """(outputs of the loss, the way back): parameters with their gradients, layer by layer from the last on.
+        """(outputs of the loss, the backward pass: (parameters, gradients) of one layer after the other, last first).
 
-        Every trained parameter comes once and may be changed as soon as it has come. The way back must be gone to its
+        Every trained parameter comes once, and the caller may change it at once. The backward pass must be run to its
         end.
         """
-        self.weights.clear()  # the parameters may have got other memory since, as by the moving average's validation
+        self.weights.clear()  # parameters may have other memory now, for example after validation with the average
         emb, tape = self.network.time_embed(t), Tape(self.run)
         h = walk(self.network, self.noisy(latents, eps, t), emb, context, tape.run, tape.join)
         (_, outputs), (dh, of_tail) = self.tail(h, scale, latents, eps, t, weight)
         return outputs, self.way_back(tape.entries, dh, of_tail, t, emb, context)
 
     def way_back(self, entries: list[Ran | Joined], dh: Tensor, of_tail, t, emb, context) -> Iterator[OfLayer]:
-        """Gradients of the trained parameters, by what the tape has and the gradient `dh` of its last output."""
+        """The backward pass over the tape's entries, from the gradient `dh` of the last layer's output."""
         yield self.tail.weights, of_tail
-        demb, of_skips = ops.zeros_like(emb), {}  # the second by the entry that made the skip
+        demb, of_skips = ops.zeros_like(emb), {}  # gradients of skips, by the number of the entry that made the skip
         for number in reversed(range(self.first_needed(entries), len(entries))):
             entry = entries.pop()
             if number in of_skips:
@@ -153,11 +152,11 @@ class LayerByLayer(Blocks):
                 yield self.of_trained(entry.layer), grads
         if self.head.weights:
             yield self.head.weights, self.head(t, demb)
-        for kind in self.kinds.values():  # whose parameters the optimizer moves
+        for kind in self.kinds.values():  # the optimizer updates these layers' parameters: give back their own values
             self.with_weights_of(kind.layer)
 
     def first_needed(self, entries: Sequence[Ran | Joined]) -> int:
-        """Where the way back ends: no layer before has anything that is trained."""
+        """The entry where the backward pass ends: no layer before it has a trained parameter."""
         if self.head.weights:
             return 0
         trained = (n for n, entry in enumerate(entries) if isinstance(entry, Ran) and self.of_trained(entry.layer))
@@ -165,25 +164,25 @@ class LayerByLayer(Blocks):
 
 
 class Ran(NamedTuple):
-    """A layer's run, with the input that it had."""
+    """A layer that has run, and its input."""
 
     layer: nn.Cell
     h: Tensor
 
 
 class Joined(NamedTuple):
-    """h, so many channels wide, and a skip, which the entry of this number made."""
+    """A join of h, `width` channels wide, and the skip that entry number `source` made."""
 
     width: int
     source: int
 
 
 class Tape:
-    """What `walk` does on the way there. It holds the inputs of the layers and nothing else."""
+    """A record of `walk`'s forward pass. It holds the layers' inputs and no other tensors."""
 
     def __init__(self, run: Callable[..., Tensor]):
         self.entries: list[Ran | Joined] = []
-        self.makers: dict[int, int] = {}  # numbers of entries, by the ids of what they made; skips live until the end
+        self.makers: dict[int, int] = {}  # numbers of entries, by the ids of their outputs; skips live until the end
         self.run_layer = run
 
     def run(self, layer: nn.Cell, h: Tensor, emb: Tensor, context: Tensor) -> Tensor:
@@ -198,7 +197,7 @@ class Tape:
 
 
 class _Backward(nn.Cell):
-    """(h, emb, context, gradient of the output) -> gradients of (h, emb, context), of the trained parameters."""
+    """(h, emb, context, gradient of the output) -> (gradients of the first three, of the trained parameters)."""
 
     def __init__(self, layer: nn.Cell, params: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
@@ -212,7 +211,7 @@ class _Backward(nn.Cell):
 
 
 class _Head(nn.Cell):
-    """(t, gradient of the time embedding) -> gradients of its trained parameters, of which there are some."""
+    """(t, gradient of the time embedding) -> gradients of its trained parameters; only where there are any."""
 
     def __init__(self, time_embed: nn.Cell, params: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
@@ -233,7 +232,7 @@ class _Noisy(nn.Cell):
 
 
 class _LossOfOutput(nn.Cell):
-    """From the last layer's output: (scaled loss, outputs of the loss)."""
+    """(scaled loss, outputs of the loss), from the last layer's output."""
 
     def __init__(self, loss: DiffusionLoss):
         super().__init__(auto_prefix=False)

@@ -1,4 +1,4 @@
-"""What a training step is fed: latents, noise, times and conditions of a batch, all keyed by the sample's ordinal."""
+"""The inputs of a training step: latents, noise, times and conditions of a batch, keyed by the samples' ordinals."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Inputs:
     """Batches to the arguments of the loss.
 
     Args:
-        model: for what is not cached.
+        model: encodes what is not cached.
         data: the pictures of the batches.
-        seed: the run's.
+        seed: of the run.
         frozen: the caches, full.
-        token_ids: give token ids int32 [B, L], for a text encoder that is trained, not features float32 [B, L, D].
+        token_ids: give token ids int32 [B, L], for a trained text encoder, instead of features float32 [B, L, D].
         density: how often each timestep comes, float64 [T]; see `timestep_density`.
-        weight: on the squared error at each timestep, [T]; see `loss_weight`.
+        weight: of the squared error at each timestep, [T]; see `loss_weight`.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class Inputs:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """(latents float32 [B, C, h, w] of unit variance, eps like the latents, t int32 [B], weight float32 [B], and
-        what the network is told of the texts).
+        the condition's fields or the token ids).
 
-        Latents are drawn from the autoencoder's Gaussian, as SD was trained, not set to its mean.
+        Latents are drawn from the autoencoder's Gaussian, as in SD's own training; they are not its mean.
         """
         if self.frozen.latents is None:
             mean, std = self.model.encode_images(batch.images)

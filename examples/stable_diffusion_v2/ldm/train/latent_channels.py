@@ -1,8 +1,8 @@
-"""Latent channels that an autoencoder has left unused, and their removal.
+"""Latent channels that an autoencoder does not use, and their removal.
 
-Under a KL weight some channels end as unit Gaussian noise that says nothing of the picture and that the decoder passes
-over. A diffusion model would have to learn that noise like everything else: with 3 of 12 channels dead it made 40 % of
-the tiny model's loss.
+With a KL weight, some channels become unit Gaussian noise. They say nothing of the picture, and the decoder ignores
+them. A diffusion model would have to learn this noise too: with 3 of 12 channels dead, it made 40 % of the tiny model's
+loss.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ ALIVE = 0.05  # share of a channel's variance that must come from the picture; i
 
 
 def alive(mean: np.ndarray, std: np.ndarray) -> list[int]:
-    """The channels that say something, by mean and standard deviation of the latents' Gaussians [N, C, h, w]."""
+    """The numbers of the used channels, from mean and standard deviation of the latents' Gaussians [N, C, h, w]."""
     signal, noise = mean.var((0, 2, 3)), (std**2).mean((0, 2, 3))
     return np.flatnonzero(signal > ALIVE * (signal + noise)).tolist()
 
 
 def keep_channels(tensors: dict[str, np.ndarray], kept: list[int]) -> dict[str, np.ndarray]:
-    """The autoencoder with these latent channels only.
+    """The tensors of the autoencoder with these latent channels only.
 
-    The two 1x1 convolutions at the latents are multiplied into their neighbours, so that z_channels is the same number
-    as embed_dim, as diffusers wants it. Their products are exact; a part of post_quant_conv's bias that no latent can
-    express goes into the next bias and is missed at the padded border alone.
+    The two 1x1 convolutions at the latents are multiplied into their neighbours, so that z_channels equals embed_dim,
+    as diffusers wants it. The products are exact. The part of post_quant_conv's bias that no latent can express goes
+    into the next convolution's bias; only the padded border lacks it.
     """
     array = {name: tensors[VAE + name].astype(np.float64) for name in _NAMES}
     channels = len(array["quant_conv.bias"]) // 2

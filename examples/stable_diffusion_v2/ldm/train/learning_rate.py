@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from ldm.files import escaped
 
 log = logging.getLogger(__name__)
-MULTI_STEP = "multi_step_decay"  # falls at its milestones, where it is constant between them
+MULTI_STEP = "multi_step_decay"  # falls at its milestones and is constant between them
 
 
 def _constant(done: float) -> float:
@@ -34,12 +34,12 @@ def _polynomial(done: float) -> float:
     return (1 - done) ** 0.9
 
 
-# The options that a run may be resumed with other values of, and learns otherwise then.
+# Options that may change when a run is resumed; the rest of the run then learns differently.
 _PLAN = ("scheduler", "start_learning_rate", "end_learning_rate", "warmup_steps", "decay_steps", "milestones")
 _PLAN += ("decay_rate", "epochs", "train_steps", "steps")
 
-# How far the rate still is from its end, by the share of the decay that is done: 1 at 0, and 0 at 1 but for
-# the constant ones.
+# Distance of the rate from its end value, by the share of the decay that is done: 1 at the start, 0 at the end, and
+# always 1 for the constant ones.
 SCHEDULES = {
     "constant": _constant,
     "cosine_decay": _cosine,
@@ -58,14 +58,14 @@ class LearningRate:
 
     Args:
         name: one of SCHEDULES.
-        start: reached at the last step of the warm-up, and the rate of the first step after it.
+        start: the rate of the last step of the warm-up and of the first step after it.
         end: the rate of the last of the ``decay_steps`` and of all steps after them; "constant" and "multi_step_decay"
             ignore it.
-        warmup_steps: the rate rises in equal parts from ``start / warmup_steps`` to ``start``. Below 1 it is a share of
-            the run's steps, of which it becomes at least one.
-        decay_steps: how many steps the decay takes; 0 for all that are left after the warm-up.
+        warmup_steps: the rate rises in equal parts from ``start / warmup_steps`` to ``start``. A number below 1 is a
+            share of the run's steps, at least one step.
+        decay_steps: how many steps the decay takes; 0 for all steps after the warm-up.
         total_steps: of the run.
-        milestones: of "multi_step_decay": after so many steps beyond the warm-up the rate is multiplied by decay_rate.
+        milestones: of "multi_step_decay": steps after the warm-up at which the rate is multiplied by decay_rate.
         decay_rate: of "multi_step_decay".
 
     Raises:
@@ -114,7 +114,7 @@ class LearningRate:
         return self.end + (self.start - self.end) * SCHEDULES[self.name](done)
 
     def warn(self) -> None:
-        """One line where the run ends before the warm-up does, or learns nothing from the start."""
+        """Warn of a run that ends before its warm-up, or whose rate is 0 in every step."""
         highest = max((self(step) for step in range(self.total_steps)), default=0.0)
         if not highest:
             log.warning("the learning rate is 0 in every step, so nothing is learnt: raise start_learning_rate")

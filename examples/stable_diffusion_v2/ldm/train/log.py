@@ -1,4 +1,4 @@
-"""What a run leaves to look at: ``result.log``, a table of tab-separated values, and the loss curve as a picture."""
+"""The log of a run: ``result.log``, a table of tab-separated values, and the loss curve as a picture."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ log = logging.getLogger(__name__)
 
 
 class ResultLog:
-    """A table that grows by one line per step; each line is on its way to the disk when ``write`` returns.
+    """A table that grows by one line per step; ``write`` hands each line to the system at once.
 
     Args:
         path: the file.
         columns: their names; the first is "step".
-        last_step: a run that resumes goes on behind this step: later lines are cut off. 0 begins a new table.
+        last_step: the step after which a resumed run goes on: later lines are cut off. 0 begins a new table.
     """
 
     def __init__(self, path: str | Path, columns: Sequence[str], last_step: int = 0):
@@ -41,8 +41,8 @@ class ResultLog:
         self.failed = False
 
     def write(self, **values: float) -> None:
-        """Add a line: one value for every column. Where the disk refuses, one warning says so and the run goes on:
-        whether there is room again at its next checkpoint is for that to find out."""
+        """Add a line: one value for every column. If the disk refuses, one warning says so and the run goes on: there
+        may be room again before the next checkpoint."""
         row = [values.pop(column) for column in self.columns]
         assert not values, f"no columns for {list(values)}"
         line = _line(row)
@@ -73,7 +73,7 @@ def read_log(path: str | Path) -> dict[str, np.ndarray]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         columns = lines[0].split("\t")
-        rows = [line.split("\t") for line in lines[1:-1]]  # behind the last newline is nothing, or half a line
+        rows = [line.split("\t") for line in lines[1:-1]]  # after the last newline comes nothing, or half a line
         table = np.array([row for row in rows if len(row) == len(columns)], np.float64).reshape(-1, len(columns))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the log {path}: {error}; move it out of the way") from None
@@ -87,18 +87,18 @@ def _line(values: Sequence) -> str:
 # ---- the loss curve ----
 
 _SIZE = (1200, 640)
-_POINTS = 2000  # of a curve at most, more than it has pixels
-_SHARPNESS = 2  # drawn so many times larger, then reduced: smooth lines
+_POINTS = 2000  # at most in a curve; more than it has pixels
+_SHARPNESS = 2  # the picture is drawn so many times larger, then reduced, for smooth lines
 _MARGINS = (92, 72, 96, 62)  # left, top, right, bottom
 _TEXT, _GRID, _FRAME = "#333a44", "#e6e9ee", "#9aa3b0"
 _RAW, _SMOOTH, _RATE = "#bcd6f2", "#1f63b5", "#e08a2e"
 
 
 def loss_curve(path: str | Path, log: dict[str, np.ndarray]) -> None:
-    """Draw the loss over the steps, each step's faint, smoothed strong, and the learning rate behind it.
+    """Draw the loss over the steps, faint for each step and strong when smoothed, and the learning rate behind it.
 
-    Of a long run the smooth line goes through means of neighbouring steps, the faint one through their lowest and
-    highest: the time to draw does not grow with the run.
+    In a long run, neighbouring steps form groups. The strong line goes through their means, the faint line through
+    their lowest and highest losses. So the time to draw does not grow with the run.
 
     Args:
         path: of the PNG; replaced as a whole.
@@ -126,7 +126,7 @@ def loss_curve(path: str | Path, log: dict[str, np.ndarray]) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Gaussian mean over about a fortieth of all steps, of what is there at the ends."""
+    """Gaussian mean over about a fortieth of all steps; at the ends, over the steps that exist."""
     sigma = max(len(values) / 80, 1.5)
     reach = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
     kernel = np.exp(-((reach / sigma) ** 2) / 2)
@@ -153,7 +153,7 @@ class _Plot:
         self.box = np.array([left, top, _SIZE[0] - right, _SIZE[1] - bottom]) * _SHARPNESS
 
     def pixels(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """[N, 2]; what lies outside is put on the frame."""
+        """Positions in pixels [N, 2]; points outside the frame are moved onto it."""
         left, top, right, bottom = self.box
         across = left + (np.asarray(x) - self.first) / (self.last - self.first) * (right - left)
         down = bottom - (np.asarray(y) - self.low) / self.height * (bottom - top)

@@ -1,7 +1,7 @@
-"""Optimizers as cells: one in-place update of all parameters per call, everything that changes with time an argument.
+"""Optimizers as cells: each call updates all parameters in place.
 
-What depends on the number of updates (learning rate, bias correction) is worked out on the host in float64 and given to
-the compiled graph as scalars, so that nothing is compiled twice and a resumed run continues exactly.
+The host computes in float64 what depends on the number of updates (learning rate, bias correction), and passes it to
+the compiled graph as scalars. So nothing is compiled twice, and a resumed run continues exactly.
 
 AdamW is Loshchilov & Hutter's (arXiv 1711.05101, algorithm 2) with the bias corrections of Adam (arXiv 1412.6980,
 algorithm 1), which ``mindspore.nn.AdamWeightDecay`` leaves out. Weight decay is for matrices and convolutions only:
@@ -19,11 +19,11 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.errors import UserError
 
-PART_BYTES = 256 * 2**20  # of the parameters updated at once: of more, the scaled gradients would fill the memory
+PART_BYTES = 256 * 2**20  # of parameters updated at once; the scaled gradients of more would fill the memory
 
 
 def parts(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the longest runs, from the first on, whose sum is not above `most`; a larger one stands alone."""
+    """(start, end) of consecutive parts, each as long as its sum is at most `most`; a larger size stands alone."""
     start, total = 0, 0
     for i, size in enumerate(sizes):
         if i > start and total + size > most:
@@ -35,7 +35,7 @@ def parts(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
 
 
 def check_numbers(betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0) -> None:
-    """UserError where an optimizer cannot work with these."""
+    """UserError for numbers that no optimizer can work with."""
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
         raise UserError(f"betas are {list(betas)} and eps is {eps}; betas must be in [0, 1), eps above 0")
     if not 0 <= weight_decay < math.inf:
@@ -46,13 +46,13 @@ class Optimizer(nn.Cell):
     """What all optimizers share. A subclass names its state tensors and writes one parameter's update.
 
     Args:
-        params: what is updated, in the order in which gradients will be given.
-        betas: how much of the running means stays at each update.
-        eps: what keeps a division from exploding.
+        params: the parameters to update, in the order of the gradients.
+        betas: the share of each running mean that stays at an update.
+        eps: is added to divisors, which may be near 0.
         weight_decay: for parameters of two and more dimensions.
 
     Attributes:
-        updates: how many were made; whoever calls the cell counts.
+        updates: the number of updates made; the caller counts them.
         state: the tensors to save and restore, each named "<prefix>.<parameter's name>".
         separable: whether a parameter's update needs its own gradient alone.
     """
@@ -76,11 +76,11 @@ class Optimizer(nn.Cell):
         self.places = {id(param): place for place, param in enumerate(self.params)}
 
     def scalars(self, lr: float) -> tuple[float, ...]:
-        """What ``construct`` needs to know of the next update, at the learning rate ``lr``."""
+        """The numbers that ``construct`` needs for the next update, at the learning rate ``lr``."""
         raise NotImplementedError
 
     def construct(self, scale: Tensor, scalars: tuple, grads: tuple):
-        """Update the parameters with ``scale * grads``; ``scalars`` are those of ``self.scalars`` as float32."""
+        """Update the parameters with ``scale * grads``. ``scalars`` come from ``self.scalars``, as float32."""
         done, last = (), scale
         for start, end in self.parts:
             part = self.map(ops.partial(self.wait, last), grads[start:end])
@@ -94,7 +94,7 @@ class Optimizer(nn.Cell):
         return ops.depend(grad, before)
 
     def update(self, param: Parameter, scale: Tensor, scalars: Sequence[Tensor], grad: Tensor) -> None:
-        """The same for one parameter alone, at once. Only where it is `separable`."""
+        """Update one parameter alone. Only for a `separable` optimizer."""
         place = self.places[id(param)]
         self.one(scale, scalars, self.decayed[place], param, *(slot[place] for slot in self.slots), grad)
 
@@ -106,7 +106,7 @@ class AdamW(Optimizer):
 
     def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, betas, eps, weight_decay)
-        # As the kernel will see them: 1 - float32(0.999) is 1.3e-5 off, which the bias correction must know.
+        # The values in the kernel: 1 - float32(0.999) is 1.3e-5 off, and the bias correction must fit it.
         self.betas = tuple(float(np.float32(beta)) for beta in betas)
         self.eps = eps
         self.adamw = ops.AdamWeightDecay()  # without bias correction, which goes into its scalars
@@ -141,13 +141,13 @@ class Muon(AdamW):
     """Orthogonalized momentum (Jordan 2024, https://kellerjordan.github.io/posts/muon) for matrices and convolutions,
     which are matrices [outputs, inputs * kernel]; AdamW for embeddings, norms and biases.
 
-    Every update of a matrix [m, n] is 0.2 sqrt(max(m, n)) times a nearly orthogonal matrix, about as long as AdamW's
-    (arXiv 2502.16982, equation 4), so weight decay and the learning rate of the rest carry over. From random weights it
-    takes a fraction of AdamW's steps, each a little dearer, and learning rates some times higher.
+    Every update of a matrix [m, n] is 0.2 sqrt(max(m, n)) times a nearly orthogonal matrix. It is about as long as
+    AdamW's (arXiv 2502.16982, equation 4), so both share a weight decay and a learning rate. From random weights, Muon
+    needs a fraction of AdamW's steps, each slightly slower, and learning rates several times higher.
     """
 
     prefixes = ("momentum",)
-    separable = False  # those of a size are orthogonalized together
+    separable = False  # matrices of one size are orthogonalized together
 
     def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, betas, eps, weight_decay)
@@ -158,12 +158,12 @@ class Muon(AdamW):
         for tensor in squares:
             tensor.requires_grad = False
         self.state += squares
-        left = iter(squares)  # the place of a matrix is filled with what is not read
+        left = iter(squares)  # a matrix has none; its momentum fills the place and is not read there
         self.slots += (ParameterTuple([m if matrix else next(left) for m, matrix in zip(momenta, self.matrix)]),)
         self.groups = self.by_size()
 
     def by_size(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """The places of all matrices: those of one shape [m, n], lying or standing, in a tuple, and those of one m."""
+        """The places of all matrices, grouped by their shorter side, and inside a group by their longer side."""
         groups: dict[int, dict[int, list[int]]] = {}
         for i, (param, matrix) in enumerate(zip(self.params, self.matrix)):
             if matrix:
@@ -191,7 +191,7 @@ class Muon(AdamW):
         return done
 
     def one(self, scale, scalars, decayed, matrix, param, momentum, v, grad):
-        """AdamW's update; of a matrix the decay, and what is to be orthogonalized."""
+        """AdamW's update; for a matrix, decay it and return the momentum to be orthogonalized."""
         if not matrix:
             return super().one(scale, scalars, decayed, param, momentum, v, grad)
         if decayed:
@@ -205,11 +205,11 @@ MUON_MOMENTUM = 0.95
 
 
 def orthogonalize(stacks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Matrices [k, m, n], one m for all and n >= m, with their singular values brought near 1 (to between 0.7 and 1.2).
+    """Bring the singular values of matrices [k, m, n], with one m for all and n >= m, near 1 (between 0.7 and 1.2).
 
     Five steps of Jordan's Newton-Schulz iteration x <- (3.4445 - 4.775 G + 2.0315 G^2) x with G = x xT. The factors are
-    polynomials of the first G, so they commute: they are multiplied up on [m, m], for all matrices at once, and meet x
-    at the end.
+    polynomials of the first G, so they commute. Their product is computed on [m, m], for all matrices at once, and
+    multiplied by x at the end.
     """
     gram = ops.concat([ops.matmul(x, x.swapaxes(1, 2)) for x in stacks])  # [sum of k, m, m]
     identity = ops.eye(gram.shape[1], gram.shape[1], gram.dtype)

@@ -41,13 +41,13 @@ log = logging.getLogger(__name__)
 
 
 class Task:
-    """What a run trains. Every kind of training is one class of these.
+    """What a run trains. Every kind of training is a subclass.
 
     Attributes:
         step: the training step.
-        figures: names of what `measured` returns.
-        shown: those of them that the progress bar shows.
-        keep: so many of the exported files stay; 0 keeps all.
+        figures: names of the figures that `measured` returns.
+        shown: names of the figures in the progress bar.
+        keep: how many of the exported files stay; 0 keeps all.
         replaces: files that `export` replaces.
     """
 
@@ -66,31 +66,31 @@ class Task:
         raise NotImplementedError
 
     def export(self, step: int, plan: Plan) -> Path | None:
-        """Write what the training has made so far; the path where it is one of several that may be deleted later."""
+        """Write the weights trained so far; returns the path if the file may be deleted later, else None."""
         raise NotImplementedError
 
     def export_bytes(self) -> int:
-        """The size of what `export` writes."""
+        """The size of the files that `export` writes."""
         raise NotImplementedError
 
     def facts(self) -> dict:
-        """What a resumed run must have in common with this one, beside its options and its data."""
+        """What must stay the same when the run is resumed, beside its options and its data."""
         return {}
 
     def changed_source(self) -> str | None:
-        """A file that `export` copies from, where somebody has written to it meanwhile."""
+        """A file that `export` copies from and that was written to during the run; None if there is none."""
         return None
 
     def validate(self, step: int) -> None:
-        """Draw what shows how far the training is."""
+        """Draw pictures that show how far the training is."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """How long a run is, and when it saves; all in steps.
 
-    total: of the whole run. epoch: of a pass over the data. micro_batches: of one step. save_every, validate_every:
-    from one to the next; no validation where it is None, at the end alone where it is 0. by_steps: exported files are
+    total: of the whole run. epoch: of a pass over the data. micro_batches: of one step. save_every: from one save to
+    the next. validate_every: likewise; None for no validation, 0 for one at the end alone. by_steps: exported files are
     numbered by steps, not by epochs.
     """
 
@@ -102,7 +102,7 @@ class Plan:
     by_steps: bool = True
 
     def number(self, step: int) -> int:
-        """Of the file that is exported after so many steps."""
+        """The number of the file that is exported after so many steps."""
         return step if self.by_steps else -(-step // self.epoch)
 
     def saves(self, done: int) -> bool:
@@ -118,8 +118,8 @@ class Run:
     """One run. Rank 0 alone writes and draws; the others meet it in the next step.
 
     Args:
-        args: the script's options, of which `output_path` and `resume` are read here.
-        state_folder: where the resume state lies.
+        args: the script's options; `output_path` and `resume` are read here.
+        state_folder: the folder of the resume state.
         ranks: all processes of the run.
     """
 
@@ -130,10 +130,10 @@ class Run:
         self.progress = {"step": 0, "written": []}
 
     def claim(self, settings: dict) -> None:
-        """Keep other runs out of the folder, before there is a network.
+        """Keep other runs out of the folder, before networks are built.
 
         Raises:
-            UserError: there is a run, going on or ended, or the one to be resumed had other settings.
+            UserError: another run uses or has used the folder, or the run to be resumed had other settings.
         """
         if self.ranks.is_main:
             runtime.until_end(claimed(self.args.output_path, "training"))
@@ -142,14 +142,14 @@ class Run:
             check_settings(self.resume_from, settings)
 
     def begin(self, task: Task, settings: dict) -> int:
-        """Put everything back to where the run stood; returns how many steps are made.
+        """Restore the saved state, if the run is resumed; returns how many steps are made.
 
         Args:
             task: what is trained.
-            settings: what a resumed run must have in common with this one.
+            settings: what must stay the same when the run is resumed.
 
         Raises:
-            UserError: the state cannot be read or is another run's, or the disk has no room for what will be written.
+            UserError: the state cannot be read or is another run's, or the disk has no room for the run's files.
         """
         self.task, self.settings = task, settings
         self.ranks.agree("settings and data", settings)
@@ -166,12 +166,12 @@ class Run:
         return self.progress["step"]
 
     def _args_file(self, state_folder: Path) -> Path:
-        """The options of the run whose state lies there."""
+        """The file of options of the run whose state lies in `state_folder`."""
         up = len(self.state_folder.resolve().relative_to(self.folder.resolve()).parts)
         return Path(state_folder, *[".."] * up, "args.yaml")
 
     def train(self, batches: Iterable[Batch], plan: Plan, rate: LearningRate) -> None:
-        """The loop: all steps from the first that is not made yet."""
+        """The loop over all steps that are not made yet."""
         task, ranks, first = self.task, self.ranks, self.progress["step"]
         self.plan, stream = plan, iter(batches)
         self._announce(rate)
@@ -194,19 +194,19 @@ class Run:
         log.info("checkpoints are in %s, the log is %s", self.state_folder, self.folder / "result.log")
 
     def _announce(self, rate: LearningRate) -> None:
-        """Say what is coming, and begin the log behind the last step that was saved."""
+        """Say how many steps are to be made, and begin the log after the last step that was saved."""
         first, plan = self.progress["step"], self.plan
         log.info("%d steps of %d are to be made, %d to an epoch", max(0, plan.total - first), plan.total, plan.epoch)
         if not self.ranks.is_main:
             return
         rate.warn()
-        if plan.validate_every is not None and not first:  # what there is to improve on, and whether drawing works
+        if plan.validate_every is not None and not first:  # shows the start, and whether drawing works
             self.task.validate(0)
         columns = ("step", "epoch", *self.task.figures, "learning_rate", "grad_norm", "seconds")
         self.result = ResultLog(self.folder / "result.log", columns, first)
 
     def _write(self, step: int, result: StepResult, lr: float, seconds: float, bar: tqdm) -> None:
-        """A line of the log, and the progress bar."""
+        """Write a line of the log, and move the progress bar."""
         measured = self.task.measured(result)
         own = {"step": step + 1, "epoch": 1 + step // self.plan.epoch}
         self.result.write(**own, **measured, learning_rate=lr, grad_norm=result.grad_norm, seconds=seconds)
@@ -221,8 +221,8 @@ class Run:
         """Export, then the resume state.
 
         Raises:
-            UserError: they cannot be written, or somebody has written to a file that the export copies from. The state
-                does without that file, so it is saved all the same.
+            UserError: they cannot be written, or the file that the export copies from was written to. The resume state
+                does not need this file, so it is saved even then.
         """
         task, written = self.task, self.progress["written"]
         exported = None if task.changed_source() else task.export(step, self.plan)
@@ -243,7 +243,7 @@ class Run:
         loss_curve(self.folder / "loss_curve.png", self.result.table())
 
     def _stop(self, step: int, asked: int) -> None:
-        """End the run before this step, for a signal."""
+        """Save, and end the run before this step because of a signal."""
         if self.ranks.is_main and step > self.progress["step"]:
             self.save(step)
         told = "--resume True goes on from there" if step else "there is nothing to save"

@@ -1,8 +1,8 @@
 """The resume state: everything that a run needs to go on as if it had never stopped, bit for bit on one device.
 
-One .safetensors file, apart from the exported weights: the raw weights, the moving average, the optimizer's tensors,
-and in its metadata the counters, the caller's progress, and the settings that must be the same when the run goes on. It
-is replaced as a whole or not at all.
+It is one .safetensors file beside the exported weights, with the raw weights, the moving average and the optimizer's
+tensors. Its metadata hold the counters, the caller's progress and the settings that must stay the same. The file is
+replaced as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CHECKPOINT = re.compile(r"sd-\d+(\.ckpt|\.safetensors)?")  # or a diffusers fol
 
 
 def resume_path(resume: str | bool, folder: str | Path) -> Path | None:
-    """The file to resume from: in ``folder``, where this run keeps it, or a file or a folder that the user named.
+    """The file to resume from: this run's own in ``folder``, or a file or folder that the user named.
 
     None where nothing is to be resumed; UserError where the file does not exist.
     """
@@ -50,7 +50,7 @@ def resume_path(resume: str | bool, folder: str | Path) -> Path | None:
 
 
 def refuse_used_folder(folder: Path, resume_from: Path | None) -> None:
-    """UserError where a run would replace the state of another one."""
+    """UserError where this run would replace another run's state."""
     state = folder / RESUME_NAME
     if not state.exists() or (resume_from and resume_from.samefile(state)):
         return
@@ -60,13 +60,12 @@ def refuse_used_folder(folder: Path, resume_from: Path | None) -> None:
 
 
 def state_bytes(train_step: TrainStep) -> int:
-    """The size of what `save_state` writes."""
+    """The size of the file that `save_state` writes."""
     return sum(4 * variable.size for variable in train_step.variables().values())
 
 
 def check_room(folder: str | Path, needed: int, *replaced: str | Path) -> None:
-    """UserError where the disk of `folder` has less than the bytes that a run will need there at least; files that are
-    there and will be replaced count as room."""
+    """UserError where the disk of `folder` has fewer than `needed` bytes left. Files in `replaced` count as room."""
     free = shutil.disk_usage(folder).free
     free += sum(Path(path).stat().st_size for path in replaced if Path(path).exists())
     if free < needed:
@@ -80,13 +79,13 @@ def save_state(path: str | Path, train_step: TrainStep, progress: dict, settings
     """Write the state of a run.
 
     Args:
-        path: the file; what was there stays until the new one is complete and on the disk.
-        train_step: what is trained.
-        progress: where the run stands (step, epoch, position in the data, best numbers, ...); whatever JSON can hold.
+        path: the file; an old one stays until the new one is complete and on the disk.
+        train_step: holds the tensors and the counters.
+        progress: where the run stands (step, epoch, position in the data, best numbers, ...); anything JSON can hold.
         settings: what must not change when the run goes on (prediction type, schedule, architecture, batch size, ...).
 
     Raises:
-        UserError: the disk or the folder refuses.
+        UserError: the file cannot be written.
     """
     record = {"version": _VERSION, "counters": train_step.counters(), "progress": progress, "settings": settings}
     tensors = {name: param.asnumpy() for name, param in train_step.variables().items()}
@@ -94,11 +93,11 @@ def save_state(path: str | Path, train_step: TrainStep, progress: dict, settings
 
 
 def load_state(path: str | Path, train_step: TrainStep, settings: dict) -> dict:
-    """Put a run back to where it was; returns its progress.
+    """Restore the state of a run; returns its progress.
 
     Raises:
-        UserError: no such file, damaged, not of this kind, of another model, or of a run with other settings. Nothing
-            has been changed then.
+        UserError: the file is missing, damaged, of another kind, of another model, or of a run with other settings.
+            Then nothing is changed.
     """
     tensors, record = _read(path)
     _check_settings(path, record["settings"], settings, {*record["settings"], *settings})
@@ -115,12 +114,12 @@ def load_state(path: str | Path, train_step: TrainStep, settings: dict) -> dict:
 
 
 def check_settings(path: str | Path, settings: dict) -> None:
-    """What `load_state` says of the file and of these settings, before there is a network; others may follow."""
+    """The checks of `load_state` that need no network: the file, and these settings; the state may have more."""
     _check_settings(path, _read(path)[1]["settings"], settings, set(settings))
 
 
 def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
-    """The state's tensors and what stands beside them."""
+    """The state's tensors, and the record in its metadata."""
     tensors, strings, _ = formats.read(path)
     if _KEY not in strings:
         raise UserError(f"{path} is not a resume state; give weights as --pretrained_model_path instead")
@@ -128,7 +127,7 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def _record(path: str | Path, text: str) -> dict:
-    """What stands beside the tensors, as `save_state` writes it; UserError where it is anything else."""
+    """The record in a state's metadata; UserError where it is not as `save_state` writes it."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
@@ -150,7 +149,7 @@ def _record(path: str | Path, text: str) -> dict:
 
 
 def _counters(path: str | Path, there: dict, wanted: dict[str, float]) -> dict[str, float]:
-    """The counters of a state, each of the kind that the run's own have; UserError where one is not."""
+    """The counters of a state; UserError where one is not of the same kind as the run's own."""
     for name, now in wanted.items():
         value = there.get(name)
         is_scale = isinstance(now, float) and type(value) in (int, float) and 0 < value < math.inf
@@ -187,15 +186,15 @@ def prune(folder: str | Path, written: Sequence[str], keep: int) -> list[str]:
 
     Args:
         folder: where they are.
-        written: their file names, oldest first; files that are not listed are never touched. A run that resumes gets
-            the list back with its progress.
+        written: their file names, oldest first; other files are never touched. A resumed run gets the list back with
+            its progress.
 
     Returns:
-        the names of those that are left.
+        the names of the checkpoints that stay.
     """
     if not all(_CHECKPOINT.fullmatch(name) for name in written):
         raise ValueError(f"not all of {written} are checkpoints")
-    names = list(dict.fromkeys(reversed(written)))[::-1]  # one written twice is as young as its last writing
+    names = list(dict.fromkeys(reversed(written)))[::-1]  # a name's last place counts
     old = names[:-keep] if keep else []
     for name in old:
         delete(Path(folder) / name)
@@ -203,7 +202,7 @@ def prune(folder: str | Path, written: Sequence[str], keep: int) -> list[str]:
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint, which is never there in part; what a killed process has left of others goes too."""
+    """Remove a checkpoint: rename it first, so that no part of it keeps its name. Leftovers of killed runs go too."""
     doomed = path.with_name(path.name + _DOOMED)
     with suppress(OSError):
         os.replace(path, doomed)

@@ -1,12 +1,13 @@
 """One training step: gradients of one or more micro-batches and ranks, their norm, clipping, optimizer, average.
 
-Two compiled graphs: value and gradients, and the update of all weights in place. Between them stands the host, which
-sees the loss and the norm before anything is written: a step with a NaN or an infinity never reaches the weights.
-With several ranks a third graph adds their gradients up between the two, and whatever the host decides, it decides from
-numbers that all ranks share, so that their weights stay the same bit for bit.
+A step has two compiled graphs: value and gradients, and the update of all weights in place. Between them, the host
+looks at the loss and the norm, so a NaN or an infinity never reaches the weights. With several ranks, a third graph
+between the two adds up their gradients. The host decides from numbers that all ranks share, so their weights stay the
+same bit for bit.
 
-Where gradients come layer by layer and nothing has to know them all (no clipping, no loss scale, one micro-batch, one
-rank), each layer is updated as soon as its own are there, so that there is never more of them (arXiv 2306.09782).
+If gradients come layer by layer and no decision needs all of them (no clipping, no loss scale, one micro-batch, one
+rank), each layer is updated as soon as its gradients are there. Only one layer's gradients exist at a time (arXiv
+2306.09782).
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from ldm.train.optimizer import Optimizer
 
 
 class LossScale:
-    """What the loss is multiplied by, lest gradients vanish in half precision (arXiv 1710.03740, section 3.2).
+    """A factor on the loss that keeps gradients from vanishing in half precision (arXiv 1710.03740, section 3.2).
 
     Args:
         value: the factor; 1 for float32 and bfloat16.
-        window: the factor is doubled after so many good steps in a row and halved after a bad one; 0 leaves it alone.
+        window: the factor is doubled after so many good steps in a row and halved after a bad one; 0 keeps it.
 
     Raises:
         UserError: a factor that is not positive and finite, or a negative window.
@@ -52,7 +53,7 @@ class LossScale:
             self.value, self.good = self.value * 2, 0
 
     def overflowed(self) -> bool:
-        """Halve the factor; False where that would not help."""
+        """Halve the factor; False where it is fixed or at most 1."""
         if not self.window or self.value <= 1:
             return False
         self.value, self.good = self.value / 2, 0
@@ -61,7 +62,7 @@ class LossScale:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells.
+    """The result of a step.
 
     loss: mean over the micro-batches and ranks. extras: means of the other outputs of the loss. grad_norm: global
     2-norm of the mean gradient before clipping. applied: False where an overflow only lowered the loss scale.
@@ -78,12 +79,12 @@ class TrainStep:
 
     Args:
         loss: Cell, loss(*batch) -> (scalar to be minimized, further outputs...).
-        optimizer: its parameters are what is trained.
+        optimizer: its parameters are trained.
         ema: follows the weights after each update.
         max_grad_norm: longer gradients are shortened to it; None leaves them.
         loss_scale: for half precision.
-        ranks: all of which make the same steps, each with micro-batches of its own, of one size.
-        gradients: of that loss and those parameters; by default by one graph.
+        ranks: they make the same steps, each with its own micro-batches, all of one size.
+        gradients: of the loss, for the optimizer's parameters; by default by one graph.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class TrainStep:
 
     @staticmethod
     def check(max_grad_norm: float | None) -> None:
-        """UserError where gradients cannot be shortened to that."""
+        """UserError for a norm that is not above 0."""
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise UserError(f"max_grad_norm is {max_grad_norm}; give a number above 0, or switch clip_grad off")
 
@@ -118,8 +119,8 @@ class TrainStep:
         """Update the weights with the mean gradient of the micro-batches, each the arguments of the loss.
 
         Raises:
-            UserError: the loss or a gradient is not finite. It names ``step`` and the first such tensor; weights,
-                moving average and optimizer are as they were, but for a gradient that came layer by layer.
+            UserError: the loss or a gradient is not finite. It names ``step`` and the first such tensor. Weights,
+                moving average and optimizer stay as they were, unless the bad gradient came layer by layer.
         """
         assert not (self.ema and self.ema.swapped), "a training step while the moving average is in the network"
         if self.by_layers and len(micro_batches) == 1:
@@ -138,7 +139,7 @@ class TrainStep:
         applied = math.isfinite(loss) and math.isfinite(norm)
         if applied:
             self._apply(grads, unscale * min(1.0, self.max_grad_norm / (norm + 1e-6)), lr)
-        elif not (math.isfinite(loss) and self.loss_scale.overflowed()):  # no scale mends the loss itself
+        elif not (math.isfinite(loss) and self.loss_scale.overflowed()):  # a lower scale does not mend the loss itself
             found = self.ranks.gather("NaN", _first_bad(self._tensors(micro_batches, loss, grads)))
             _, bad = min((one for one in found if one), default=(0, "the gradients' norm, of finite gradients"))
             raise _diverged(step, bad, "the weights are those before this step")
@@ -200,9 +201,9 @@ class TrainStep:
             self.ema.updates += 1
 
     def _tensors(self, micro_batches, loss, grads) -> Iterator[tuple[str, np.ndarray]]:
-        """All tensors of a step with their names, in the order in which they come to be."""
+        """All tensors of a step with their names, in the order in which they are computed."""
         for batch in micro_batches:
-            names = (*self.batch_names, *self.batch_names[-1:] * len(batch))  # the last one may stand for several
+            names = (*self.batch_names, *self.batch_names[-1:] * len(batch))  # the last name may stand for several
             yield from ((f"the input '{name}'", x.asnumpy()) for name, x in zip(names, batch))
         yield from ((f"the weights {param.name}", param.asnumpy()) for param in self.optimizer.params)
         yield "the loss", loss
@@ -217,17 +218,17 @@ def _diverged(step: int, bad: str, left: str) -> UserError:
 
 
 def _square_sum(x: np.ndarray) -> float:
-    """Row by row in float32, then in float64."""
+    """The sum of squares: of each row in float32, of all rows in float64."""
     return math.fsum(float(np.vdot(row, row)) for row in (x if x.ndim > 1 else x[None]))
 
 
 def _first_bad(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[int, str] | None:
-    """Place in the order, and name."""
+    """(place in the order, name) of the first tensor with a NaN or an infinity; None without one."""
     return next(((n, name) for n, (name, x) in enumerate(tensors) if not np.isfinite(x).all()), None)
 
 
 class _SumOfRanks(nn.Cell):
-    """Sums of tensors over the ranks. Packed into one, they took twice as long on a CPU, and their memory again."""
+    """Sums of tensors over the ranks. One packed tensor took twice as long on a CPU, and the memory again."""
 
     def __init__(self):
         super().__init__(auto_prefix=False)
@@ -240,8 +241,8 @@ class _SumOfRanks(nn.Cell):
 class GlobalNorm(nn.Cell):
     """Global 2-norm, scalar float32.
 
-    Rows first: a sum over all axes at once is five to ten times slower on a CPU, and ops.L2Loss, which MindSpore has
-    for this, adds one number after the other and loses 2 % of ten million (15 % of fifty).
+    Rows are summed first: a sum over all axes at once is five to ten times slower on a CPU. MindSpore's own ops.L2Loss
+    adds one number after the other and loses 2 % of ten million (15 % of fifty).
     """
 
     def __init__(self):
@@ -257,7 +258,7 @@ class GlobalNorm(nn.Cell):
 
 
 class _Update(nn.Cell):
-    """([factor on the gradients, weight of the moving average, scalars of the optimizer...], *gradients), in place.
+    """Update in place: ([factor on the gradients, weight of the average, scalars of the optimizer...], *gradients).
 
     The scalars come as one tensor, the gradients unpacked: a tuple would be a constant of the compiled graph.
     """

@@ -9,7 +9,7 @@ from ldm.errors import UserError
 
 
 def trainable(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names in which one of the regular expressions is found, in their order; all names where there is none.
+    """The names that contain a match of one of the regular expressions, in their order; all without expressions.
 
     Raises:
         UserError: a pattern is not a regular expression, or is found in no name.
