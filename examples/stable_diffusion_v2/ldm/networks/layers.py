@@ -50,9 +50,20 @@ class Weighted(nn.Cell):
 
     multiplies = True  # see runtime.set_compute_dtype
 
+    def __init__(self):
+        super().__init__()
+        self.adapter = None  # a cell that gives what is added to the weight; see ldm.networks.adapter
+
+    def adapt(self, adapter: nn.Cell) -> None:
+        """Add what the adapter gives to the weight from now on."""
+        del self.adapter  # or MindSpore would not take a cell of that name
+        self.adapter = adapter
+
     def effective_weight(self):
-        """The weight that the layer works with. An adapter changes it here and nowhere else."""
-        return self.weight
+        """The weight that the layer works with."""
+        if self.adapter is None:
+            return self.weight
+        return add(self.weight, self.adapter())
 
 
 class Linear(Weighted):

@@ -106,7 +106,9 @@ class MergedAttention(Weighted):
         return self.out_proj(self.heads(q, k, v, mask))
 
     def effective_weight(self):
-        return self.in_proj_weight
+        if self.adapter is None:
+            return self.in_proj_weight
+        return add(self.in_proj_weight, self.adapter())
 
     def reset(self, rng: np.random.Generator) -> None:
         self.in_proj_weight.set_data(normal(rng, self.in_proj_weight.shape, self.in_proj_weight.shape[1] ** -0.5))
