@@ -28,10 +28,11 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.timestep_bias import STRATEGIES
 from ldm.diffusion.weighting import WEIGHTINGS
 from ldm.errors import UserError
+from ldm.networks.adapter import PRESETS
 from ldm.pipeline import check_config
 from ldm.randomness import settled_seed
 from ldm.text.tokenizer import Tokenizer
-from ldm.train import finetune
+from ldm.train import adapters, finetune
 from ldm.train.ema import Ema
 from ldm.train.finetune import SUFFIXES, FineTune, ckpt_folder
 from ldm.train.learning_rate import SCHEDULES
@@ -41,7 +42,6 @@ from ldm.train.step import LossScale, TrainStep
 from ldm.weights import Choice, Weights, choose_config, open_weights, pad_text
 
 log = logging.getLogger("train_text_to_image")
-LORA_OPTIONS = ("lora_ft_unet", "lora_ft_text_encoder", "lora_rank", "lora_fp16", "lora_scale")
 
 
 def build_parser() -> Parser:
@@ -49,14 +49,14 @@ def build_parser() -> Parser:
     _add_model_and_data(parser.add_argument_group("model and data").add_argument)
     _add_training(parser.add_argument_group("training").add_argument)
     _add_times_and_rate(parser.add_argument_group("times and learning rate").add_argument)
+    _add_adapters(parser.add_argument_group("adapters (LoRA)").add_argument)
     _add_output(parser.add_argument_group("output").add_argument)
     add = parser.add_argument_group("system").add_argument
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
     add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_train_distributed.sh: one of several")
-    add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
-    parser.ignore({**IGNORED_TRAIN_OPTIONS, **dict.fromkeys(LORA_OPTIONS, "it belongs to use_lora")})
+    parser.ignore(IGNORED_TRAIN_OPTIONS)
     parser.refuse(REFUSED_TRAIN_OPTIONS)
     return parser
 
@@ -130,6 +130,18 @@ def _add_times_and_rate(add: Callable) -> None:
     add("--decay_rate", type=float, default=0.9, help="of multi_step_decay: what the rate is multiplied by there")
 
 
+def _add_adapters(add: Callable) -> None:
+    add("--use_lora", type=str2bool, default=False, help="train low-rank adapters instead of the weights")
+    add("--lora_rank", type=int, default=4, help="of the adapters")
+    add("--lora_alpha", type=float, help="the adapters' scale is alpha / rank (default: the rank)")
+    add("--lora_scale", type=float, default=1.0, help="the scale itself, in place of lora_alpha")
+    add("--lora_dropout", type=float, default=0.0, help="share of the input features that a step leaves out")
+    add("--lora_targets", nargs="+", default=["attention"], help=f"{', '.join(PRESETS)}, or regular expressions")
+    add("--lora_ft_unet", type=str2bool, default=True, help="adapters in the UNet")
+    add("--lora_ft_text_encoder", type=str2bool, default=False, help="adapters in the text encoder")
+    add("--lora_format", choices=list(adapters.SUFFIXES), default="mindone", help="of the files")
+
+
 def _add_output(add: Callable) -> None:
     add("--step_mode", type=str2bool, default=False, help="count ckpt_save_interval in steps instead of epochs")
     add("--ckpt_save_interval", type=int, default=1, help="epochs (or steps) from one checkpoint to the next")
@@ -147,7 +159,7 @@ def _add_output(add: Callable) -> None:
 def check(args: argparse.Namespace, config: ModelConfig) -> None:
     """Find mistakes before the data is read and the networks are built; UserError."""
     if args.use_lora:
-        raise UserError("use_lora is not available yet; set it to False")
+        adapters.check(args)
     require_at_least(1, args, "train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval")
     require_at_least(0, args, "train_steps", "ckpt_max_keep", "validation_interval")
     check_config(config, args.image_size)
@@ -222,7 +234,8 @@ def main() -> None:
         finetune.fill_caches(args, config, dtype, (ranks.rank, ranks.size))
         ranks.barrier("caches full")
         return
-    task = FineTune(args, config, tensors, data, dtype, ranks)
+    kind = adapters.TrainAdapters if args.use_lora else FineTune
+    task = kind(args, config, tensors, data, dtype, ranks)
     first = run.begin(task, {**settings, **data.facts(), **task.facts()})
     if ranks.is_main:
         save_model_config(config, run.folder / "model_config.yaml")

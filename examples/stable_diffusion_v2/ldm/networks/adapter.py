@@ -15,13 +15,16 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.errors import UserError
 from ldm.kernels import multiply, reshape
-from ldm.networks.layers import Conv2d, Linear, Weighted, parameter
+from ldm.networks.layers import Conv2d, Weighted, parameter
 from ldm.networks.text import MergedAttention
 from ldm.randomness import generator
 
 PRESETS = {  # what --lora_targets calls by one word: (patterns over the names of layers, with convolutions)
     "attention": ([r"\.(to_q|to_k|to_v|to_out\.0)$", r"\.(q_proj|k_proj|v_proj|out_proj|attn)$"], False),
-    "all-linear": ([r"\.transformer_blocks\.", r"\.proj_(in|out)$", r"\.(self_attn|mlp)\.", r"\.attn(\.out_proj)?$"], False),
+    "all-linear": (
+        [r"\.transformer_blocks\.", r"\.proj_(in|out)$", r"\.(self_attn|mlp)\.", r"\.attn(\.out_proj)?$"],
+        False,
+    ),
     "conv": ([r"\.(in_layers\.2|out_layers\.3|skip_connection|op|conv)$"], True),
 }
 
@@ -81,7 +84,7 @@ class Place(NamedTuple):
 
 
 def attach(net: nn.Cell, names: Iterable[str], rank: int, scale: float) -> list[Place]:
-    """Put an adapter beside the weights of these layers, named by their paths in `net`; frozen are all other weights.
+    """Put an adapter beside the weights of these layers, which are named by their paths in the whole model `net`.
 
     Raises:
         UserError: the rank is more than a weight has.
@@ -105,13 +108,15 @@ def attach(net: nn.Cell, names: Iterable[str], rank: int, scale: float) -> list[
     return places
 
 
-def chosen(net: nn.Cell, targets: Sequence[str]) -> list[str]:
-    """The paths of layers that the targets mean: words of PRESETS, or regular expressions over the paths.
+def chosen(net: nn.Cell, targets: Sequence[str], under: tuple[str, ...] = ("",)) -> list[str]:
+    """The paths under these prefixes of layers that the targets mean: words of PRESETS, or regular expressions.
 
     Raises:
         UserError: a target is no regular expression, or means no layer.
     """
-    layers = {name: cell for name, cell in net.cells_and_names() if isinstance(cell, Weighted)}
+    layers = {
+        name: cell for name, cell in net.cells_and_names() if isinstance(cell, Weighted) and name.startswith(under)
+    }
     found = set()
     for target in targets:
         patterns, with_convolutions = PRESETS.get(target, ([target], True))

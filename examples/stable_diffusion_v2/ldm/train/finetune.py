@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from ldm import checkpoint, runtime
 from ldm.config.model import ModelConfig
@@ -91,6 +91,11 @@ def trained_unet(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
     return [UNET + name for name in trainable(unet, args.trainable_modules)]
 
 
+def trains_text(args: argparse.Namespace) -> bool:
+    """Whether the text encoder is trained, or adapters in it: its features change with every step then."""
+    return args.train_text_encoder or (args.use_lora and args.lora_ft_text_encoder)
+
+
 def timestep_weight(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
     """The weight of the squared error at each timestep, float64 [T]."""
     schedule, prediction = build_schedule(config.schedule), get_prediction(config.prediction_type)
@@ -137,6 +142,8 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, dtype: str, rank
     del facts["unet.use_checkpoint"]  # changes memory and time, not the result
     if args.trainable_modules:
         names += ("trainable_modules",)
+    if args.use_lora:
+        names += tuple(name for name in vars(args) if name.startswith("lora_") and name != "lora_format")
     if args.timestep_bias_strategy != "none":
         names += tuple(name for name in vars(args) if name.startswith("timestep_bias_"))
     return {**facts, **{name: getattr(args, name) for name in names}}
@@ -168,9 +175,14 @@ def learning_rate(args: argparse.Namespace, total: int) -> LearningRate:
 def build_model(
     args: argparse.Namespace, config: ModelConfig, tensors: dict[str, np.ndarray], parts: tuple[str, ...], dtype: str
 ) -> StableDiffusion:
-    """The networks with the checkpoint's weights; those of `random_parts` have random ones."""
+    """The networks with the checkpoint's weights; those of `random_parts` have random ones.
+
+    Weights that adapters leave as they are stay views of the file.
+    """
     random, model = random_parts(args), StableDiffusion(config, parts)
-    model.load(tensors, args.pretrained_model_path, tuple(part for part in parts if part not in random), copy=True)
+    model.load(
+        tensors, args.pretrained_model_path, tuple(part for part in parts if part not in random), not args.use_lora
+    )
     for part, network in ((UNET, model.unet), (TEXT, model.text_encoder)):
         if network and part in random:
             initialize(network, args.seed)
@@ -180,7 +192,7 @@ def build_model(
 
 def open_caches(args: argparse.Namespace, config: ModelConfig, tensors: dict, dtype: str) -> FrozenOutputs:
     """The caches of the frozen networks' outputs, for inputs that do not change at random."""
-    text = args.cache_text and not (args.train_text_encoder or args.text_encoder_initialize_random)
+    text = args.cache_text and not (trains_text(args) or args.text_encoder_initialize_random)
     folder = Path(args.cache_path or Path(args.output_path) / "cache")
     return FrozenOutputs(folder, config, tensors, args.image_size, dtype, caches_latents(args), text)
 
@@ -269,14 +281,24 @@ class FineTune(Task):
         self.folder = Path(args.output_path)
         self.model, self.caches = prepare(args, config, tensors, data, dtype, ranks)
         self.frozen = frozen_tensors(args, tensors)  # for networks that were not built
-        self.step = build_train_step(args, config, self.model, dtype, ranks)
+        self.step = build_train_step(args, config, self.model, self.trained_parameters(dtype), dtype, ranks)
         of_times = timestep_bias(args, config), timestep_weight(args, config)
-        self.inputs_of = Inputs(self.model, data, args.seed, self.caches, args.train_text_encoder, *of_times)
-        used = dict(self.frozen)
-        if args.trainable_modules:
-            used.update({name: array for name, array in tensors.items() if name.startswith(UNET)})
+        self.inputs_of = Inputs(self.model, data, args.seed, self.caches, trains_text(args), *of_times)
         trained = {param.name for param in self.step.optimizer.params}
-        self.frozen_key = settings_key({name: array for name, array in used.items() if name not in trained})
+        used = {name: array for name, array in self.untrained(tensors).items() if name not in trained}
+        self.frozen_key = settings_key(used)
+
+    def trained_parameters(self, dtype: str) -> list[Parameter]:
+        """The parameters that the optimizer moves."""
+        unet = {param.name: param for param in self.model.unet.get_parameters()}
+        trained = [unet[name] for name in trained_unet(self.args, unet)]
+        return trained + (list(self.model.text_encoder.get_parameters()) if self.args.train_text_encoder else [])
+
+    def untrained(self, tensors: dict) -> dict[str, np.ndarray]:
+        """The checkpoint's tensors that the run uses and a resume state may lack."""
+        if not self.args.trainable_modules:
+            return self.frozen
+        return {**self.frozen, **{name: array for name, array in tensors.items() if name.startswith(UNET)}}
 
     @property
     def needs_pictures(self) -> bool:
@@ -333,28 +355,29 @@ def ckpt_folder(args: argparse.Namespace) -> Path:
 
 
 def build_train_step(
-    args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, dtype: str, ranks: Ranks
+    args: argparse.Namespace,
+    config: ModelConfig,
+    model: StableDiffusion,
+    trained: list[Parameter],
+    dtype: str,
+    ranks: Ranks,
 ) -> TrainStep:
-    """The training step: trained parameters, loss, optimizer and gradients."""
-    unet = {param.name: param for param in model.unet.get_parameters()}
-    trained = [unet[name] for name in trained_unet(args, unet)]
-    if args.train_text_encoder:
-        trained += model.text_encoder.get_parameters()
+    """The training step of these parameters: loss, optimizer and gradients."""
     loss = DiffusionLoss(model.unet, build_schedule(config.schedule), get_prediction(config.prediction_type))
-    by_layers = trains_by_layers(args, config, dtype) and sum(param.size for param in unet.values()) > MANY_WEIGHTS
+    many = sum(param.size for param in model.unet.get_parameters()) > MANY_WEIGHTS
     return TrainStep(
-        TextLoss(model.text_encoder, loss) if args.train_text_encoder else loss,
+        TextLoss(model.text_encoder, loss) if trains_text(args) else loss,
         build_optimizer(args.optim, trained, tuple(args.betas), weight_decay=args.weight_decay),
         Ema(trained, args.ema_decay) if args.use_ema else None,
         args.max_grad_norm if args.clip_grad else None,
         LossScale(args.init_loss_scale, args.scale_window) if dtype == "float16" else None,
         ranks,
-        LayerByLayer(loss, trained) if by_layers else None,
+        LayerByLayer(loss, trained) if many and trains_by_layers(args, config, dtype) else None,
     )
 
 
 def trains_by_layers(args: argparse.Namespace, config: ModelConfig, dtype: str) -> bool:
     """Whether a large UNet is trained layer by layer: where MindSpore's own recomputation would save no memory."""
     device = args.device_target or runtime.default_device()
-    plain = dtype == "float32" and not args.train_text_encoder
+    plain = dtype == "float32" and not trains_text(args)
     return device == "CPU" and args.mode == 0 and config.unet.use_checkpoint and plain

@@ -1,0 +1,102 @@
+"""Training low-rank adapters (LoRA, arXiv 2106.09685) beside the frozen weights of a model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from ldm import checkpoint, runtime
+from ldm.checkpoint import lora
+from ldm.data.batches import Batch
+from ldm.errors import UserError
+from ldm.model import TEXT, UNET
+from ldm.networks import adapter
+from ldm.randomness import generator
+from ldm.train.finetune import FineTune, ckpt_folder
+from ldm.train.run import Plan
+from ldm.weights import words_of
+
+SUFFIXES = {"mindone": ".ckpt", "kohya": ".safetensors", "diffusers": ".safetensors", "peft": ""}  # by --lora_format
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError where the options for adapters contradict each other or others."""
+    if args.lora_rank < 1:
+        raise UserError(f"lora_rank is {args.lora_rank}; give a whole number from 1, 4 to 128 are usual")
+    if not 0 <= args.lora_dropout < 1:
+        raise UserError(f"lora_dropout is {args.lora_dropout}; give a number from 0 to below 1")
+    if args.lora_alpha is not None and args.lora_scale != 1:
+        raise UserError("lora_alpha and lora_scale say the same: the scale is alpha / rank; give one of them")
+    if not np.isfinite(scale(args)) or scale(args) == 0:
+        raise UserError(f"the adapters' scale is {scale(args)}: give another lora_alpha or lora_scale")
+    if not (args.lora_ft_unet or args.lora_ft_text_encoder):
+        raise UserError("lora_ft_unet and lora_ft_text_encoder are both False: nothing is left to train")
+    others = ("train_text_encoder", "unet_initialize_random", "text_encoder_initialize_random", "trainable_modules")
+    wrong = [name for name in others if getattr(args, name)]
+    if wrong:
+        raise UserError(f"use_lora trains adapters alone: leave out {' and '.join(wrong)}, or set use_lora to False")
+
+
+def scale(args: argparse.Namespace) -> float:
+    """What the product of an adapter's two matrices is multiplied by."""
+    return args.lora_scale if args.lora_alpha is None else args.lora_alpha / args.lora_rank
+
+
+class TrainAdapters(FineTune):
+    """Adapters in the UNet, and in the text encoder if asked. All weights of the checkpoint stay as they are."""
+
+    def trained_parameters(self, dtype: str) -> list[Parameter]:
+        args, parts = self.args, ((UNET, self.args.lora_ft_unet), (TEXT, self.args.lora_ft_text_encoder))
+        under = tuple(part for part, asked in parts if asked)
+        for param in self.model.get_parameters():
+            param.requires_grad = False
+        names = adapter.chosen(self.model, args.lora_targets, under)
+        self.places = adapter.attach(self.model, names, args.lora_rank, scale(args))
+        adapter.initialize(self.places, args.seed)
+        runtime.set_compute_dtype(self.model, dtype)
+        return list(adapter.parameters(self.places))
+
+    def untrained(self, tensors: dict) -> dict[str, np.ndarray]:
+        return {**self.frozen, **{name: array for name, array in tensors.items() if name.startswith(UNET)}}
+
+    def changed_source(self) -> str | None:
+        return checkpoint.changed(self.model.views.values())
+
+    def inputs(self, batch: Batch, step: int) -> tuple[Tensor, ...]:
+        if self.args.lora_dropout:
+            for n, place in enumerate(self.places):
+                place.adapter.drop(generator(self.args.seed, "lora dropout", step, n), self.args.lora_dropout)
+        return super().inputs(batch, step)
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        for place in self.places:
+            place.adapter.drop(None, 0.0)
+        yield
+
+    def export_bytes(self) -> int:
+        return 4 * sum(param.size for param in adapter.parameters(self.places))
+
+    def export(self, step: int, plan: Plan) -> Path:
+        """Write the adapters sd-{number}, averaged where there are averages; returns the path."""
+        args, ema = self.args, self.step.ema
+        path = ckpt_folder(args) / f"sd-{plan.number(step)}{SUFFIXES[args.lora_format]}"
+        trained = {param.name: param.asnumpy() for param in adapter.parameters(self.places)}
+        trained.update(ema.tensors() if ema else {})
+        alpha, pairs = scale(args) * args.lora_rank, {}
+        for place in self.places:
+            down, up = trained[place.adapter.lora_A.name], trained[place.adapter.lora_B.name]
+            up = up.reshape(*up.shape, *(1 for _ in down.shape[2:]))
+            module = lora.module(place.weight, self.config.text.variant, place.which)
+            pairs[module] = lora.Pair(down, up, alpha)
+        lora.save(path, lora.Adapter(pairs, words_of(self.config), args.lora_format), args.lora_format, args.ckpt_dtype)
+        return path
+
+    def validate(self, step: int) -> None:
+        with self._without_dropout():
+            super().validate(step)
