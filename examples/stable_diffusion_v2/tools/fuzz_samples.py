@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from train_text_to_image import build_parser
 
-from eval.eval_fid import read_statistics
+from eval.sides import read_statistics
 from ldm import checkpoint
 from ldm.checkpoint import diffusers_config, formats
 from ldm.config.model import (
