@@ -119,8 +119,8 @@ def kid_with_error(a: np.ndarray, b: np.ndarray, subsets: int = 100, size: int =
 def inception_score(logits: np.ndarray, splits: int = 10, rng=None) -> tuple[float, float]:
     """exp of the mean KL divergence of p(y|x) from p(y): (mean, standard deviation) over the splits.
 
-    arXiv 1606.03498, section 4, with logits [N, classes], N >= splits. `rng`, a Generator or a RandomState, shuffles the
-    rows before they are split; without it they stay in order.
+    arXiv 1606.03498, section 4, with logits [N, classes], N >= splits. `rng`, a Generator or a RandomState, shuffles
+    the rows before they are split; without it they stay in order.
     """
     order = np.arange(len(logits)) if rng is None else rng.permutation(len(logits))
     scores = []

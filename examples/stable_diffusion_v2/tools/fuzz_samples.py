@@ -1,4 +1,4 @@
-"""Small valid files of every kind that is read here, and their readers: what tools/fuzz_files.py damages."""
+"""The files that tools/fuzz_files.py damages: small valid files of every kind that is read here, and their readers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ MINDONE = """model:
 
 
 class Sample(NamedTuple):
-    """Files in a folder; those in `damaged` are to be damaged, one at a time, and `read` reads them."""
+    """Files in a folder: `damaged` are damaged one at a time, `read` reads them."""
 
     damaged: list[Path]
     read: Callable[[], object]
