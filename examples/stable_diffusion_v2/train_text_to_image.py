@@ -27,7 +27,7 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.timestep_bias import STRATEGIES
 from ldm.diffusion.weighting import WEIGHTINGS
 from ldm.errors import UserError
-from ldm.model import PARTS, VAE
+from ldm.parts import PARTS, VAE
 from ldm.pipeline import check_config
 from ldm.text.tokenizer import Tokenizer
 from ldm.train import finetune

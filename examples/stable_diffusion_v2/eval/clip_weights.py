@@ -87,7 +87,7 @@ def to_openai(tensors: Tensors, path: str | Path = "the checkpoint") -> Tensors:
     tensors = {name: array.T if name in TRANSPOSED else array for name, array in _merged(tensors).items()}
     renamed: Tensors = {}
     for name, array in tensors.items():
-        new = MINDONE.left(TRANSFORMERS.left(name))
+        new = MINDONE.to_left(TRANSFORMERS.to_left(name))
         if new in renamed:
             raise UserError(f"{path} holds {new} twice, under two names")
         renamed[new] = array

@@ -197,7 +197,7 @@ def as_transformers(tensors):
     """The same weights as CLIPModel of transformers has them."""
     named = {"logit_scale": np.float32(4.6), "text_model.embeddings.position_ids": np.arange(77)[None]}
     for name, array in tensors.items():
-        new = clip_weights.TRANSFORMERS.right(name)
+        new = clip_weights.TRANSFORMERS.to_right(name)
         if "in_proj_" in new:
             for x, part in zip("qkv", np.split(array, 3)):
                 named[new.replace("in_proj_", f"{x}_proj.")] = part
@@ -207,7 +207,10 @@ def as_transformers(tensors):
 
 
 def as_mindone(tensors):
-    return {**{clip_weights.MINDONE.right(name): array for name, array in tensors.items()}, "logit_scale": np.zeros(())}
+    return {
+        **{clip_weights.MINDONE.to_right(name): array for name, array in tensors.items()},
+        "logit_scale": np.zeros(()),
+    }
 
 
 def as_trained_by_openclip(tensors):

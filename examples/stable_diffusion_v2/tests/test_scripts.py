@@ -38,9 +38,10 @@ from ldm.config.model import (
 from ldm.config.options import read_options
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
-from ldm.model import VAE, StableDiffusion
+from ldm.model import StableDiffusion
 from ldm.networks.layers import initialize
 from ldm.parallel.ranks import Ranks
+from ldm.parts import VAE
 from ldm.randomness import generator
 from ldm.train import autoencoder, finetune
 from ldm.train.log import read_log

@@ -34,8 +34,9 @@ from ldm.config.model import (
 )
 from ldm.data.images import to_float
 from ldm.errors import UserError
-from ldm.model import UNET, VAE, StableDiffusion
+from ldm.model import StableDiffusion
 from ldm.networks.layers import initialize
+from ldm.parts import UNET, VAE
 
 
 def test_the_demo_trains_beside_what_is_there(tmp_path, monkeypatch):

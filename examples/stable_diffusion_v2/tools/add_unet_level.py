@@ -24,8 +24,9 @@ from ldm import checkpoint, runtime
 from ldm.config.model import UNetConfig, load_model_config
 from ldm.config.options import seed
 from ldm.errors import UserError
-from ldm.model import UNET, StableDiffusion
+from ldm.model import StableDiffusion
 from ldm.networks.layers import initialize
+from ldm.parts import UNET
 from ldm.weights import describe, read_checkpoint
 
 log = logging.getLogger("add_unet_level")

@@ -73,9 +73,9 @@ def our_worker(pipe, weights: Path, batch: int, size: int) -> None:
 
     from ldm import checkpoint, kernels
     from ldm.config.model import load_model_config
-    from ldm.model import UNET
     from ldm.networks.layers import fill
     from ldm.networks.unet import UNet
+    from ldm.parts import UNET
 
     net = UNet(load_model_config(HERE / "configs" / "v2-inference.yaml").unet)
     tensors = checkpoint.load(weights).tensors

@@ -130,7 +130,8 @@ def reconstruct(
 ) -> dict[str, float]:
     """The PSNR of pictures that went through the autoencoder, by the mean of their latents."""
     from ldm import runtime  # MindSpore is wanted here alone
-    from ldm.model import VAE, StableDiffusion
+    from ldm.model import StableDiffusion
+    from ldm.parts import VAE
     from ldm.weights import check_words, choose_config, open_weights
 
     paths = [sample.path for sample in read_captions(real)[:limit]]
