@@ -1,4 +1,4 @@
-"""FID, KID, Inception score, precision and recall of generated pictures beside real ones.
+"""FID, KID, Inception score, precision and recall of generated pictures against real ones.
 
 python eval/eval_fid.py --real_dir datasets/emoji/noto/test --gen_dir output/samples
 """

@@ -17,8 +17,8 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.pictures import captioned_rows
 
 LARGEST, SMALLEST = 256, 128  # pixels of a picture's side on the sheet
-NONE = "—"
-COLUMNS = {  # heading: the figure, its form
+NONE = "—"  # in the place of a figure that could not be computed
+COLUMNS = {  # heading: key of the figure, its format
     "FID": ("fid", "{:.1f}"),
     "KID × 1000": ("kid_x1000", "{:.2f}"),
     "CLIP score": ("clip_score", "{:.1f}"),
@@ -28,11 +28,11 @@ COLUMNS = {  # heading: the figure, its form
     "offline top 5": ("offline_top5", "{:.1%}"),
 }
 NOTES = """
-FID counts only beside FIDs of as many pictures, and is too high for fewer than 2,048; KID, by the same features, has no
-such bias. CLIP scores are 100 · cosine. The offline figures, by a network that came with its package
-(`tools/measure_offline.py`), order models on the same real pictures and say nothing beside published numbers; of the
-retrieval rates, a picture counts whose real picture is the nearest, or among the nearest five, of the data set's. All
-settings are in `table.csv`, pictures in `samples.md`.
+FIDs can be compared only for equal numbers of pictures, and are too high for fewer than 2,048. KID, by the same
+features, has no such bias. CLIP scores are 100 · cosine. The offline figures come from a small network in a Python
+package (`tools/measure_offline.py`). They order models on the same real pictures and cannot be compared with published
+numbers. Top 1 and top 5 are the shares of pictures whose real picture is the nearest, or among the nearest five, of the
+data set. All settings are in `table.csv`, pictures in `samples.md`.
 """
 
 
@@ -45,11 +45,13 @@ def sheet(row: Row, shown: int) -> Image.Image:
         "real": [row.samples[i].path for i in picks],
         "drawn": [row.samples_folder / f"{i * each:05}.png" for i in picks],
     }
-    columns = {
-        heading: np.stack([np.asarray(ImageOps.fit(Image.fromarray(decode(p)), size, Image.LANCZOS)) for p in column])
-        for heading, column in paths.items()
-    }
+    columns = {heading: np.stack([fitted(path, size) for path in column]) for heading, column in paths.items()}
     return captioned_rows(columns, [row.samples[i].text for i in picks], max(1, SMALLEST // max(size)))
+
+
+def fitted(path: Path | str, size: tuple[int, int]) -> np.ndarray:
+    """A picture file cropped and scaled to (width, height), uint8 [height, width, 3]."""
+    return np.asarray(ImageOps.fit(Image.fromarray(decode(path)), size, Image.LANCZOS))
 
 
 def labels(row: dict) -> list[str]:
@@ -77,7 +79,7 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join([*lines, "", *(f"{line}\n" for line in lacks)]) + NOTES
 
 
-def comma_separated(rows: list[dict]) -> str:
+def to_csv(rows: list[dict]) -> str:
     """Every fact of every row, as CSV."""
     keys = list(dict.fromkeys(key for row in rows for key in row if key != "lacks"))
     text = io.StringIO()
@@ -103,6 +105,6 @@ def publish(output: Path) -> str:
     rows.sort(key=lambda row: (labels(row), row["folder"]))
     table = markdown(rows)
     write_text(output / "table.md", table)
-    write_text(output / "table.csv", comma_separated(rows))
+    write_text(output / "table.csv", to_csv(rows))
     write_text(output / "samples.md", gallery(rows))
     return table

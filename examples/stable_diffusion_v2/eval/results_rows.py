@@ -19,7 +19,7 @@ from ldm.files import replacing
 from ldm.pictures import make_folder
 from ldm.pipeline import check_config
 
-MODEL_OPTIONS = ("version", "config", "ckpt_path")  # of text_to_image.py; a list here
+MODEL_OPTIONS = ("version", "config", "ckpt_path")  # options of text_to_image.py that are lists here
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Row:
         return self.folder / "samples"
 
     @property
-    def number(self) -> int:
-        """Of drawn pictures."""
+    def picture_count(self) -> int:
+        """The number of pictures that are drawn."""
         return len(self.samples) * self.facts["n_samples"]
 
 
@@ -65,10 +65,8 @@ def plan_rows(args: argparse.Namespace, words: list[str]) -> list[Row]:
         [word for option, value in zip(MODEL_OPTIONS, values) if value for word in (f"--{option}", value)]
         for values in zip(*columns)
     ]
-    names, datasets = (
-        one_for_each(args.name, number, "name"),
-        one_for_each(args.dataset, len(args.data_path), "dataset"),
-    )
+    names = one_for_each(args.name, number, "name")
+    datasets = one_for_each(args.dataset, len(args.data_path), "dataset")
     output = make_folder(args.output_path)
     return [
         plan_row(args, output, name, [*words, *model], data_path, dataset)

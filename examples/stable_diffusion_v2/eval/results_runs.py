@@ -39,7 +39,7 @@ def run_script(script: str, words: list, stdout: int | None = None) -> str:
 
 def draw(row: Row) -> None:
     """Draw a row's pictures with text_to_image.py, unless all of them are there."""
-    if not all((row.samples_folder / f"{i:05}.png").exists() for i in range(row.number)):
+    if not all((row.samples_folder / f"{i:05}.png").exists() for i in range(row.picture_count)):
         run_script("text_to_image.py", row.words)
 
 
@@ -82,7 +82,7 @@ def _advice(error: UserError, option: str) -> str:
 
 def compute_figures(row: Row, networks: Networks, args: argparse.Namespace) -> dict:
     """All figures of a row, and the settings that they depend on."""
-    figures = {"pictures": row.number}
+    figures = {"pictures": row.picture_count}
     if networks.inception:
         figures.update(inception_figures(row, networks.inception, args.resize))
     if networks.clip:
@@ -110,7 +110,8 @@ def clip_figures(row: Row, weights: Path, activation: str | None) -> dict:
     """The CLIP score by eval_clip_score.py."""
     output = row.folder / "clip.json"
     words = ["--image_path", row.samples_folder, "--load_checkpoint", weights, "--output", output]
-    words += ["--activation", activation] if activation else []
+    if activation:
+        words += ["--activation", activation]
     run_script("eval/eval_clip_score.py", [*words, "--device_target", row.facts["device_target"]])
     result = json.loads(output.read_text(encoding="utf-8"))
     score = result["clip_score"]
@@ -122,6 +123,7 @@ def clip_figures(row: Row, weights: Path, activation: str | None) -> dict:
 def offline_figures(row: Row, limit: int | None) -> dict:
     """KID and retrieval by tools/measure_offline.py."""
     words = ["--real_path", row.data_path, "--gen_path", row.samples_folder, "--n_samples", row.facts["n_samples"]]
-    words += ["--limit", limit] if limit else []
+    if limit:
+        words += ["--limit", limit]
     result = json.loads(run_script("tools/measure_offline.py", words, subprocess.PIPE).splitlines()[-1])
     return {f"offline_{k}": result[k] for k in ("kid_x1000", "subset_std", "top1", "top5") if k in result}

@@ -18,6 +18,17 @@ BLOCK = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 THEIRS = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
+def test_the_prefixes_of_parts_are_written_in_one_file():
+    root = Path(kinds.__file__).parents[2]
+    files = [
+        *root.glob("*.py"),
+        *(path for folder in ("ldm", "eval", "tools") for path in (root / folder).rglob("*.py")),
+    ]
+    spelt = {word for prefix in PARTS for word in (prefix, prefix.replace(".", r"\."))}
+    holding = [path.name for path in files if any(word in path.read_text(encoding="utf-8") for word in spelt)]
+    assert holding == ["parts.py"]
+
+
 def blank(*shape):
     """An array of any size that takes one byte."""
     return np.broadcast_to(np.int8(0), shape)

@@ -128,7 +128,8 @@ def launch_each(args) -> None:
     for count in args.ranks:
         command = [sys.executable, "-m", "ldm.parallel.launch", "tools/benchmark_ranks.py"]
         command += ["--launcher", args.launcher, "--port", str(args.port)]
-        command += ["--device", args.device_target] if args.device_target else []
+        if args.device_target:
+            command += ["--device", args.device_target]
         words = [*command, "--ranks", str(count), "--", *sys.argv[1:]]
         if subprocess.run(words, cwd=HERE).returncode:
             raise UserError(f"the launch with {count} ranks failed; its message is above")

@@ -75,7 +75,7 @@ class OpenNsfw:
 
 def _field(number: int, content: bytes) -> bytes:
     """A length-delimited field of a protocol buffer, short enough for one byte of length."""
-    return bytes([number << 3 | 2, len(content)]) + content
+    return bytes([(number << 3) + 2, len(content)]) + content
 
 
 def retrieval(queries: np.ndarray, targets: np.ndarray, k: int, each: int = 1) -> float:
@@ -173,7 +173,8 @@ def main() -> None:
     if args.reconstruct:
         row.update(checkpoint=args.ckpt_path, **reconstruct(args.real_path, args.ckpt_path, args.config, args.limit))
     else:
-        options += ["--config", args.config] if args.config else []
+        if args.config:
+            options += ["--config", args.config]
         each = args.n_samples, args.limit
         gen = args.gen_path or draw(args.real_path, args.ckpt_path, args.output_path.resolve(), options, *each)
         row.update(generated=str(gen), **compare_folders(gen, Path(args.real_path), *each))

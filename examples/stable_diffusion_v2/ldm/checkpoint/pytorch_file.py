@@ -584,6 +584,11 @@ class _Machine:
             self.spend(state)
             table.update(state)
 
+    def push_unread(self) -> None:
+        """Replace the values since the last mark, which are not read, by an empty object."""
+        self.since_mark()
+        self.push(_object())
+
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
@@ -613,7 +618,7 @@ _BUILDERS: dict[str, Callable[[_Machine], None]] = {
     "SETITEMS": lambda m: m.set_items(m.since_mark()),
     "EMPTY_SET": lambda m: m.push(_object()),
     "ADDITEMS": lambda m: m.since_mark(),
-    "FROZENSET": lambda m: (m.since_mark(), m.push(_object())),
+    "FROZENSET": lambda m: m.push_unread(),
     "STACK_GLOBAL": lambda m: m.push(_Global(*map(_checked_name, m.take(2)))),
     "REDUCE": lambda m: m.call(*m.take(2)),
     "NEWOBJ": lambda m: m.call(*m.take(2)),
