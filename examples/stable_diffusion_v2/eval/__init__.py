@@ -1,3 +1,3 @@
-"""Evaluation: what the scripts of this folder share. Run them from the folder above: `python eval/eval_fid.py`."""
+"""Evaluation: scripts, and the modules that they share. Run them from the folder above: `python eval/eval_fid.py`."""
 
-from ldm import runtime  # noqa: F401  (whatever of this is imported, the runtime comes before MindSpore)
+from ldm import runtime  # noqa: F401  (so the runtime is imported before MindSpore, whichever module comes first)

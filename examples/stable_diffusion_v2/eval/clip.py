@@ -1,8 +1,8 @@
-"""CLIP's two towers: pictures and texts to features whose cosine says how well they fit (arXiv 2103.00020).
+"""CLIP's two towers: pictures and texts to features, whose cosine tells how well they fit (arXiv 2103.00020).
 
-ViT-B/32, B/16 and L/14 as OpenAI published them (quick GELU), and OpenCLIP's ViT-H/14 (GELU, heads 80 wide; arXiv
-2212.07143). A file's shapes tell which it is; they do not tell the activation of OpenCLIP's own B and L models, for
-which `config_of` takes it. Parameters have OpenAI's names; `eval.clip_weights` translates all others to them.
+The models are OpenAI's ViT-B/32, B/16 and L/14 (quick GELU) and OpenCLIP's ViT-H/14 (GELU, heads 80 wide; arXiv
+2212.07143). The shapes in a file tell the model. They do not tell the activation, which differs in OpenCLIP's own B and
+L models: `config_of` takes it as an argument. Parameters have OpenAI's names; `eval.clip_weights` translates others.
 
 A text's feature is the state at its end token after the final layer norm, times `text_projection`; a picture's is the
 state at the class token after the last layer norm, times `visual.proj`. Neither is normalized here.
@@ -26,7 +26,7 @@ from ldm.text.tokenizer import Tokenizer
 
 ACTIVATIONS = {"quick_gelu": "QuickGELU", "gelu": "GELU"}
 MODELS = {(768, 32): "ViT-B/32", (768, 16): "ViT-B/16", (1024, 14): "ViT-L/14", (1280, 14): "ViT-H/14"}
-HEAD_WIDTH, WIDE_HEADS = 64, {1280: 80}  # by the picture tower's width; texts have 64 everywhere
+HEAD_WIDTH, WIDE_HEADS = 64, {1280: 80}  # WIDE_HEADS: by the picture tower's width; the text towers' heads are 64 wide
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of the training pictures, RGB in [0, 1]
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
@@ -47,7 +47,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers; `features`: the width of what they give, `activation`: one of ACTIVATIONS."""
+    """Both towers; `features` is the width of their outputs, `activation` one of ACTIVATIONS."""
 
     image: ImageConfig
     text: TextConfig
@@ -56,16 +56,16 @@ class CLIPConfig:
 
     @property
     def name(self) -> str:
-        """As published, with the size of the pictures where it is not 224 pixels."""
+        """The published name, with the size of the pictures where it is not 224 pixels."""
         width, patch, size = self.image.width, self.image.patch, self.image.size
         name = MODELS.get((width, patch), f"ViT of width {width} with patches of {patch} pixels")
         return name if size == 224 else f"{name} at {size} pixels"
 
 
 def config_of(tensors: Tensors, activation: str | None = None) -> CLIPConfig:
-    """The configuration that a file's shapes tell; names are OpenAI's.
+    """The configuration of a file by its shapes; names are OpenAI's.
 
-    Without `activation` it is OpenCLIP's GELU for ViT-H/14 and OpenAI's quick GELU for the others.
+    The default `activation` is OpenCLIP's GELU for ViT-H/14 and OpenAI's quick GELU for the others.
 
     Raises:
         UserError: it is no CLIP with two transformers.
@@ -87,19 +87,19 @@ def config_of(tensors: Tensors, activation: str | None = None) -> CLIPConfig:
     head_width = WIDE_HEADS.get(width, HEAD_WIDTH)
     if width % head_width or text_width % HEAD_WIDTH or table[0] < 514:
         raise UserError(f"its widths {width} and {text_width} or its {table[0]} tokens are of no CLIP known here")
-    image = ImageConfig(width, _count(tensors, "visual."), width // head_width, first[-1], side * first[-1])
+    image = ImageConfig(width, _count_blocks(tensors, "visual."), width // head_width, first[-1], side * first[-1])
     text = TextConfig(
         vocab_size=table[0],
         context_length=places[0],
         width=text_width,
-        layers=_count(tensors, ""),
+        layers=_count_blocks(tensors, ""),
         heads=text_width // HEAD_WIDTH,
     )
     return CLIPConfig(image, text, projection[1], activation or ("gelu" if width in WIDE_HEADS else "quick_gelu"))
 
 
-def _count(tensors: Tensors, tower: str) -> int:
-    """Blocks of a tower."""
+def _count_blocks(tensors: Tensors, tower: str) -> int:
+    """The number of blocks in a tower, "visual." or ""."""
     begin = f"{tower}transformer.resblocks."
     return len({name[len(begin) :].split(".")[0] for name in tensors if name.startswith(begin)})
 
@@ -120,7 +120,7 @@ class Patches(nn.Cell):
 
 
 class LastBlock(OpenCLIPBlock):
-    """A tower's last block, of whose output only the first token is read: x [B, N, width] to [B, 1, width]."""
+    """A tower's last block, computed for the first token alone: x [B, N, width] to [B, 1, width]."""
 
     def construct(self, x, mask):
         y, width, attn = self.ln_1(x), x.shape[-1], self.attn
@@ -172,7 +172,7 @@ class CLIP:
         return {**image, **dict(self.text.parameters_and_names())}
 
     def load(self, tensors: Tensors, path: str) -> None:
-        """Set all weights, views of the file where they can be; UserError where names or shapes do not fit."""
+        """Set all weights, as views of the file where possible; UserError where names or shapes do not fit."""
         weights = self.parameters()
         shapes = {name: weight.shape for name, weight in weights.items()}
         fitting = checkpoint.match(tensors, {**shapes, "text_projection": self.text_projection.shape}, path)
@@ -181,14 +181,14 @@ class CLIP:
         self.text_projection = fitting["text_projection"].astype(np.float32)
 
     def image_features(self, pixels: np.ndarray) -> np.ndarray:
-        """Float32 [B, features] of pictures as `preprocess` gives them, [B, 3, size, size]."""
+        """Float32 [B, features] for pictures from `preprocess`, [B, 3, size, size]."""
         return self.image(Tensor(pixels)).asnumpy()
 
     def text_features(self, texts: list[str]) -> np.ndarray:
-        """Float32 [B, features]; of a text that is too long the first tokens count, and the end token behind them."""
+        """Float32 [B, features]; a text that is too long is cut, and the end token follows its first tokens."""
         ids = self.tokenizer.encode(texts)  # [B, context_length]
         states = self.text(Tensor(ids)).asnumpy()  # [B, context_length, width]
-        ends = (ids == self.tokenizer.end).argmax(1)  # a prompt may hold the end token itself: the first one counts
+        ends = (ids == self.tokenizer.end).argmax(1)  # a prompt may hold the end token: the first one counts
         return states[np.arange(len(ids)), ends] @ self.text_projection
 
     def is_cut(self, text: str) -> bool:
@@ -197,11 +197,11 @@ class CLIP:
 
 
 def preprocess(picture: np.ndarray, size: int) -> np.ndarray:
-    """A picture, uint8 [height, width, 3], as CLIP wants it: float32 [3, size, size].
+    """A picture, uint8 [height, width, 3], as CLIP's input: float32 [3, size, size].
 
-    As OpenAI's and OpenCLIP's own transform: the short side is scaled to `size` (bicubic, antialiased), the middle
-    square cut out, and CLIP's mean and deviation are taken off. transformers cuts one pixel beside it where the
-    remainder is odd. Of pictures with longer sides than 8 : 1 only the middle is scaled, lest memory run out.
+    It is the transform of OpenAI and OpenCLIP: the short side is scaled to `size` (bicubic, antialiased), the middle
+    square is cut out, and the pixels are normalized by CLIP's mean and deviation. transformers cuts one pixel beside
+    this square where the remainder is odd. Of a picture longer than 8 : 1 only the middle is scaled, to limit memory.
     """
     image = Image.fromarray(picture)
     short, keep = min(image.size), LONGEST * min(image.size)

@@ -1,8 +1,8 @@
-"""CLIP checkpoints: what OpenAI, OpenCLIP, transformers and MindONE call the same parameters, and where files are.
+"""CLIP checkpoints: the names of OpenAI, OpenCLIP, transformers and MindONE for the same parameters, and files.
 
-Inside, the names are OpenAI's, which OpenCLIP shares. transformers (CLIPModel) keeps three projections apart that are
-one here, and its two last matrices are transposed. MindONE's evaluation (tools/_common/clip, files of MindFormers) has
-OpenAI's names but for norms, the merged projection and the token table.
+Inside, the names are OpenAI's, which OpenCLIP shares. transformers (CLIPModel) has three projections where we have one,
+and its two last matrices are transposed. MindONE's evaluation (tools/_common/clip, files of MindFormers) has OpenAI's
+names except for norms, the merged projection and the token table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Tensors = dict[str, np.ndarray]
 
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
 MODELZOO = "https://ascend-repo-modelzoo.obs.cn-east-2.myhuaweicloud.com"
-PUBLISHED = {  # file name: address, best known first; without --load_checkpoint the first that is in models/ is taken
+PUBLISHED = {  # file name: address, best known first; by default the first of these files in models/ is used
     "ViT-L-14.pt": f"{OPENAI}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
     "clip_vit_l_14.ckpt": f"{MODELZOO}/MindFormers/clip/clip_vit_l_14.ckpt",
     "ViT-B-16.pt": f"{OPENAI}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
@@ -37,8 +37,10 @@ EXTRAS = re.compile(
     r"(.+\.)?(logit_scale|logit_bias|position_ids|attn_mask|input_resolution|context_length|vocab_size)"
 )
 
-_TOWERS = (("visual.transformer.resblocks.{i}.", "vision_model.encoder.layers.{i}."),)
-_TOWERS += (("transformer.resblocks.{i}.", "text_model.encoder.layers.{i}."),)
+_TOWERS = (
+    ("visual.transformer.resblocks.{i}.", "vision_model.encoder.layers.{i}."),
+    ("transformer.resblocks.{i}.", "text_model.encoder.layers.{i}."),
+)
 
 TRANSFORMERS = Rules(
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
@@ -72,7 +74,7 @@ _PROJECTION = re.compile(r"(.+\.self_attn\.)q_proj\.(weight|bias)")
 
 
 def read(path: Path) -> Tensors:
-    """The parameters of a CLIP file of any of the four namings by OpenAI's names; extras are left out.
+    """The parameters of a CLIP file by OpenAI's names, from any of the four namings; extras are left out.
 
     Raises:
         UserError: the file cannot be read, or holds a parameter under two names.
@@ -81,13 +83,13 @@ def read(path: Path) -> Tensors:
 
 
 def to_openai(tensors: Tensors, path: str | Path = "the checkpoint") -> Tensors:
-    """OpenAI's names and shapes for any of the four; a name that no rule knows stays."""
+    """The tensors by OpenAI's names and shapes, from any of the four namings; unknown names stay."""
     tensors = {name.removeprefix("module."): array for name, array in tensors.items()}
     tensors = {name: array for name, array in tensors.items() if not EXTRAS.fullmatch(name)}
     tensors = {name: array.T if name in TRANSPOSED else array for name, array in _merged(tensors).items()}
     renamed: Tensors = {}
     for name, array in tensors.items():
-        new = MINDONE.left(TRANSFORMERS.left(name))
+        new = MINDONE.to_left(TRANSFORMERS.to_left(name))
         if new in renamed:
             raise UserError(f"{path} holds {new} twice, under two names")
         renamed[new] = array
@@ -95,7 +97,7 @@ def to_openai(tensors: Tensors, path: str | Path = "the checkpoint") -> Tensors:
 
 
 def _merged(tensors: Tensors) -> Tensors:
-    """transformers' q_proj, k_proj, v_proj as one in_proj."""
+    """The tensors with transformers' q_proj, k_proj and v_proj joined to one in_proj."""
     merged = dict(tensors)
     for name in tensors:
         found = _PROJECTION.fullmatch(name)
@@ -106,10 +108,10 @@ def _merged(tensors: Tensors) -> Tensors:
 
 
 def find(path: str | None) -> Path:
-    """The checkpoint file that is meant: a file, a folder of transformers or OpenCLIP, or a published one in models/.
+    """The checkpoint file at a path (a file, or a folder of transformers or OpenCLIP); for None a known one in models/.
 
     Raises:
-        UserError: it is not there; says which file to get, from where and where to put it.
+        UserError: there is none; the message says which file to get, from where, and where to put it.
     """
     if path is None:
         there = next((file for file in PUBLISHED if search(f"models/{file}")), None)
@@ -133,7 +135,7 @@ def _advice(name: str) -> str:
 
 
 def stated_activation(path: Path) -> str | None:
-    """ "gelu" or "quick_gelu" where a config of transformers or OpenCLIP lies beside the file; None where none does."""
+    """The activation in the config of transformers or OpenCLIP beside the file; None where there is no config."""
     config = _json(path.with_name("config.json"))
     acts = {
         config[part].get("hidden_act")

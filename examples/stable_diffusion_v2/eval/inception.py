@@ -1,12 +1,12 @@
 """The Inception network of 2015 that FID is defined by (arXiv 1512.00567, arXiv 1706.08500), and its weights.
 
-It is TensorFlow's inception-2015-12-05, in the form and with the names that pytorch-fid gave it. It differs from
-later Inception v3 networks: 1,008 classes, averages of 3x3 pixels that do not count the padding, and in the last block
+It is TensorFlow's inception-2015-12-05 in pytorch-fid's form and with pytorch-fid's names. It differs from later
+Inception v3 networks: it has 1,008 classes, its averages of 3x3 pixels do not count the padding, and its last block has
 a maximum in the place of the average.
 
-Batch norms are folded into the convolutions when the weights are read: y = W x + b and g (y - m) / s + c is one
-convolution with g W / s. So every layer here is a convolution, a bias and a ReLU, and the files' names differ from the
-network's by ``.conv`` and ``.bn``.
+Batch norms are folded into the convolutions when the weights are read: y = W x + b followed by g (y - m) / s + c is one
+convolution with g W / s. So every layer here is a convolution, a bias and a ReLU, and the names in files have ``.conv``
+and ``.bn`` where the network's have none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KERNEL, NORM, LAST = "conv.weight", ("bn.weight", "bn.bias", "bn.running_mean", 
 
 
 class Conv(nn.Cell):
-    """Convolution, bias, ReLU; `kernel`: (height, width). The plane keeps its size but for `pad=False` and strides."""
+    """Convolution, bias, ReLU; `kernel` is (height, width). The plane keeps its size with `pad` and stride 1."""
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int] = (1, 1), stride: int = 1, pad: bool = True):
         super().__init__()
@@ -49,12 +49,12 @@ class Conv(nn.Cell):
 
 
 def average() -> ops.AvgPool:
-    """3x3, the plane keeps its size; "same" padding is not counted, at a corner the mean is of four pixels."""
+    """The mean of 3x3 pixels; the plane keeps its size. Padding does not count: a corner has the mean of 4 pixels."""
     return ops.AvgPool(3, 1, "same")
 
 
 def maximum(stride: int) -> ops.MaxPool:
-    """3x3; with stride 1 the plane keeps its size."""
+    """The maximum of 3x3 pixels; with stride 1 the plane keeps its size."""
     return ops.MaxPool(3, stride, "same" if stride == 1 else "valid")
 
 
@@ -91,7 +91,7 @@ class InceptionB(nn.Cell):
 
 
 class InceptionC(nn.Cell):
-    """[B, 768, 17, 17] to the same shape, by way of `width` channels."""
+    """[B, 768, 17, 17] to the same shape; the inner convolutions have `width` channels."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -128,7 +128,7 @@ class InceptionD(nn.Cell):
 
 
 class InceptionE(nn.Cell):
-    """[B, inputs, 8, 8] to [B, 2048, 8, 8]; `pool` is what the last branch begins with."""
+    """[B, inputs, 8, 8] to [B, 2048, 8, 8]; `pool` begins the last branch."""
 
     def __init__(self, inputs: int, pool):
         super().__init__()
@@ -150,8 +150,8 @@ class InceptionE(nn.Cell):
 class Inception(nn.Cell):
     """x [B, 3, 299, 299] in [-1, 1] to (features [B, 2048], logits [B, 1008]).
 
-    The logits are without the last layer's bias: the Inception score was defined so, by the code that came with
-    arXiv 1606.03498, and torch-fidelity keeps to it.
+    The logits lack the last layer's bias, as in the code of arXiv 1606.03498, which defines the Inception score, and in
+    torch-fidelity.
     """
 
     def __init__(self):
@@ -213,7 +213,7 @@ MINDONE_BRANCHES = {  # by the block's number, or its first digit
 
 
 def find_weights() -> Path:
-    """The weights in models/, of whichever publisher; UserError that says which file to get and where to put it."""
+    """The first known file of weights in models/; UserError, with the addresses, where there is none."""
     for name in WEIGHTS:
         found = search(f"models/{name}")
         if found is not None:
@@ -228,9 +228,9 @@ def find_weights() -> Path:
 def load(net: Inception, path: str | Path, logits: bool = False) -> str:
     """Fill the network from pytorch-fid's file or MindONE's.
 
-    The last layer, which only the Inception score needs, may be missing from the file unless `logits` asks for it.
-    Returns eight hexadecimal digits that are the same for the same features, whichever file they come from. Raises
-    UserError where the file does not fit.
+    Without `logits` the file may lack the last layer, which only the Inception score needs. Returns a checksum of the
+    weights before that layer, eight hexadecimal digits that are the same for both files. Raises UserError where the
+    file does not fit.
     """
     tensors = to_published_names(formats.read(path)[0])
     shapes = file_shapes(net)
@@ -249,7 +249,7 @@ def load(net: Inception, path: str | Path, logits: bool = False) -> str:
 
 
 def file_shapes(net: Inception) -> dict[str, tuple[int, ...]]:
-    """The names in pytorch-fid's file and the shapes that this network wants; the last layer's bias is not read."""
+    """Name -> shape of the tensors that are read from pytorch-fid's file, without the last layer's bias."""
     shapes = {LAST: (CLASSES, FEATURES)}
     for name, cell in net.cells_and_names():
         if isinstance(cell, Conv):
@@ -259,14 +259,14 @@ def file_shapes(net: Inception) -> dict[str, tuple[int, ...]]:
 
 
 def fold_norm(tensors: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and bias, float32, of the convolution that is the file's convolution followed by its batch norm."""
+    """Weight and bias, float32, of one convolution for the file's convolution and its batch norm."""
     weight, gain, shift, mean, variance = (tensors[f"{name}.{f}"].astype(np.float64) for f in (KERNEL, *NORM))
     scale = gain / np.sqrt(variance + NORM_EPS)
     return (weight * scale[:, None, None, None]).astype(np.float32), (shift - mean * scale).astype(np.float32)
 
 
 def to_published_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of MindONE's file by pytorch-fid's names; any other file's as they are, without their counters."""
+    """The tensors of MindONE's file by pytorch-fid's names; any other file keeps its names. Counters are left out."""
     if any(name.endswith(".bn.gamma") for name in tensors):
         back = {mindone_name(name): name for name in file_shapes(Inception())}
         tensors = {back.get(name, name): array for name, array in tensors.items()}

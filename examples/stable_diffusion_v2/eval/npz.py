@@ -1,6 +1,6 @@
-"""Statistics from an .npz file, which anybody may have made: an array's header is looked at before its numbers.
+"""Statistics from an .npz file, which anybody may have made. An array's header is checked before its numbers are read.
 
-A file of 1.5 MB can hold 1.5 GB of zeros. No more is ever unpacked than what is wanted.
+A file of 1.5 MB can hold 1.5 GB of zeros, so nothing is unpacked but the wanted arrays.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ import numpy as np
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
 
-LONGEST_WORD = 200  # characters of what a file says in words
+LONGEST_WORD = 200  # characters of a word in a file
 _SUFFIX = ".npy"
-_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # NumPy writes no other, and others are not unpacked bit by bit
+_PACKED = (
+    zipfile.ZIP_STORED,
+    zipfile.ZIP_DEFLATED,
+)  # NumPy writes no other, and zipfile unpacks others only as a whole
 
 
 def read(path: str, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The wanted arrays as float64, and what the file says beside them: single words and whole numbers, as text.
+    """(the wanted arrays as float64, the single words and whole numbers beside them as text).
 
     Args:
         path: the file.
-        shapes: name -> shape of the arrays that are wanted. Other arrays are passed over.
+        shapes: name -> shape of the wanted arrays. Other arrays are ignored.
 
     Raises:
-        UserError: the file cannot be read, or an array is missing, of another shape, or does not hold real numbers.
+        UserError: the file cannot be read, or an array is missing, has another shape, or does not hold real numbers.
     """
     if not os.path.exists(path):
         raise UserError(f"there is no file {path}")
@@ -44,7 +47,7 @@ def read(path: str, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, np.nd
             words = {name: _word(archive, info) for name, info in members.items() if name not in shapes}
     except UserError:
         raise
-    except Exception as error:  # zipfile's, those of what unpacks, NumPy's and the system's
+    except Exception as error:  # errors of zipfile, the decompressors, NumPy and the system
         raise UserError(f"cannot read statistics from {path}: {escaped(error, 200)}") from None
     return arrays, {name: word for name, word in words.items() if word is not None}
 
@@ -54,7 +57,7 @@ def _is_array(info: zipfile.ZipInfo) -> bool:
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, whether columns come first, type) of an array; at most 64 KiB are read for it."""
+    """(shape, whether columns come first, type) of an array; reads at most 64 KiB."""
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise ValueError(f"an array has a header of version {version}, which is for arrays with fields")
@@ -71,14 +74,14 @@ def _numbers(archive: zipfile.ZipFile, info: zipfile.ZipInfo, wanted: tuple[int,
             raise UserError(f"{path}: its {name} holds {quoted(dtype)}, real numbers are wanted")
         size = math.prod(shape) * dtype.itemsize
         data = file.read(size)
-        if len(data) < size or file.read(1):  # at the end zipfile compares its checksum
+        if len(data) < size or file.read(1):  # at the end zipfile compares the checksum
             raise ValueError(f"the size of {name} is not that of its numbers")
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if columns_first else "C")
     return array.astype(np.float64)
 
 
 def _word(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str | None:
-    """A single word or whole number as text; None where the array is something else."""
+    """The single word or whole number in an array as text; None where it holds something else."""
     with archive.open(info) as file:
         shape, _, dtype = _header(file)
         if shape != () or dtype.kind not in "Uiu" or dtype.itemsize > LONGEST_WORD * np.dtype("U1").itemsize:

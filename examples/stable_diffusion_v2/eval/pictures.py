@@ -1,8 +1,8 @@
 """Pictures of a folder for the evaluation networks: found, decoded, resized, in threads ahead of the network.
 
-Pictures are decoded as the training data are (ldm.data.images): upright, on white, 16 bits scaled to 8, of an animation
-the first frame, in sRGB. Of pictures with 8-bit pixels, no transparency, no orientation mark and no colour profile but
-sRGB's, which are nearly all, that is what pytorch-fid and clean-fid see.
+Pictures are decoded like the training data (ldm.data.images): upright, on white, 16 bits scaled to 8, the first frame
+of an animation, in sRGB. pytorch-fid and clean-fid decode the same pixels where a picture has 8-bit pixels, no
+transparency, no orientation mark and no colour profile but sRGB's, as nearly all pictures have.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from ldm.files import escaped
 from ldm.pictures import RECORD, read_facts, read_record
 
 log = logging.getLogger(__name__)
-BESIDE = re.compile(r"grid-\d{5,}\.png|loss_curve\.png")  # what runs leave that is no picture to measure
-SIDE = 299  # pixels; what the Inception network takes
+BESIDE = re.compile(r"grid-\d{5,}\.png|loss_curve\.png")  # pictures beside the drawn ones in a run's folder
+SIDE = 299  # pixels of the Inception network's input
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def find_pictures(folder: str | Path) -> list[Path]:
-    """The picture files of a folder and the folders in it, by their suffix, in order; hidden ones are passed over.
+    """The picture files of a folder and of the folders in it, sorted; hidden files are ignored.
 
-    Where text_to_image.py has left its record in the folder or in its samples/, only what it drew counts, not the grids
-    and curves beside.
+    Where the folder or its samples/ has a record of text_to_image.py, only the drawn pictures count, not the grids and
+    curves beside them.
 
-    Raises UserError where there is no such folder, or no picture in it, or pictures of a run that are none to measure.
+    Raises UserError where there is no such folder, or no picture in it, or a grid or curve of a run among the pictures.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -44,7 +44,7 @@ def find_pictures(folder: str | Path) -> list[Path]:
     record = find_record(folder)
     found = _walk(record.parent if record else folder)
     if record:
-        found = _drawn(found, record)
+        found = _only_drawn(found, record)
     elif beside := [path for path in found if path.parent == folder and BESIDE.fullmatch(path.name)]:
         better = next((folder / name for name in ("samples", "validation") if (folder / name).is_dir()), None)
         advice = f"give {better}" if better else "give a folder without it"
@@ -57,13 +57,13 @@ def find_record(folder: Path) -> Path | None:
     return next((path for path in (folder / RECORD, folder / "samples" / RECORD) if path.is_file()), None)
 
 
-def _drawn(found: list[Path], record: Path) -> list[Path]:
-    """Of the pictures those that the record names, or that say themselves how they were drawn.
+def _only_drawn(found: list[Path], record: Path) -> list[Path]:
+    """The pictures that the record names, or that hold the facts of their drawing.
 
-    All of them where that is none: the file is not a record of ours.
+    Where there is none, the file is no record of ours, and all pictures are returned.
     """
     named = {record.parent / name for name in read_record(record)}
-    drawn = {path for path in found if path in named or _says_how(path)}
+    drawn = {path for path in found if path in named or _has_facts(path)}
     others = [path for path in found if path not in drawn]
     if drawn and others:
         first = escaped(others[0], 200)
@@ -71,14 +71,15 @@ def _drawn(found: list[Path], record: Path) -> list[Path]:
     return sorted(drawn) or found
 
 
-def _says_how(path: Path) -> bool:
+def _has_facts(path: Path) -> bool:
     try:
         return bool(read_facts(path))
     except UserError:
-        return True  # a damaged picture is for the one who decodes it to report
+        return True  # the picture is damaged; an error comes when it is decoded
 
 
 def _walk(folder: Path) -> list[Path]:
+    """The picture files below a folder, sorted; UserError where there is none."""
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -91,8 +92,8 @@ def _walk(folder: Path) -> list[Path]:
 def resize_clean(picture: np.ndarray) -> np.ndarray:
     """uint8 [height, width, 3] to float32 [299, 299, 3] in 0 to 255: bicubic, antialiased (arXiv 2104.11222).
 
-    The channels are scaled one by one in floating point by Pillow, whose bicubic filter grows with the scale. Nothing
-    is rounded to whole numbers; what the filter drives beyond 0 and 255 is clipped.
+    Pillow scales each channel in floating point; its bicubic filter grows with the scale. Nothing is rounded to whole
+    numbers. Values of the filter beyond 0 and 255 are clipped.
     """
     planes = [Image.fromarray(picture[..., i].astype(np.float32)) for i in range(3)]  # mode F
     scaled = [np.asarray(plane.resize((SIDE, SIDE), Image.BICUBIC)) for plane in planes]
@@ -100,10 +101,9 @@ def resize_clean(picture: np.ndarray) -> np.ndarray:
 
 
 def resize_legacy(picture: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3] to float32 [299, 299, 3] in 0 to 1: bilinear, not antialiased, as pytorch-fid does it.
+    """uint8 [height, width, 3] to float32 [299, 299, 3] in 0 to 1: bilinear, not antialiased, as in pytorch-fid.
 
-    It samples between the four nearest pixels, the corners not aligned: x = (i + 1/2) width / 299 - 1/2, within the
-    picture.
+    Each value is interpolated from the four nearest pixels, at x = (i + 1/2) width / 299 - 1/2 within the picture.
     """
     top, bottom, down = _neighbours(picture.shape[0])
     left, right, across = _neighbours(picture.shape[1])
@@ -113,7 +113,7 @@ def resize_legacy(picture: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of 299 places along a side: the pixel before it, the one behind it, and how near it is to the latter."""
+    """For each of 299 places along a side: (pixel before it, pixel behind it, weight of the pixel behind)."""
     place = (np.arange(SIDE, dtype=np.float32) + 0.5) * (np.float32(length) / np.float32(SIDE)) - 0.5
     place = np.maximum(place, 0).astype(np.float32)
     before = np.minimum(place.astype(np.int64), length - 1)
@@ -121,12 +121,12 @@ def _neighbours(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def clean(picture: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3] to the network's input, float32 [3, 299, 299], as clean-fid has it: (x - 128) / 128."""
+    """uint8 [height, width, 3] to the network's input, float32 [3, 299, 299], as in clean-fid: (x - 128) / 128."""
     return np.ascontiguousarray(((resize_clean(picture) - 128) / 128).transpose(2, 0, 1))
 
 
 def legacy(picture: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3] to the network's input, float32 [3, 299, 299], as pytorch-fid has it: 2 x - 1."""
+    """uint8 [height, width, 3] to the network's input, float32 [3, 299, 299], as in pytorch-fid: 2 x - 1."""
     return np.ascontiguousarray((2 * resize_legacy(picture) - 1).transpose(2, 0, 1))
 
 
@@ -134,10 +134,9 @@ RESIZE = {"clean": clean, "legacy": legacy}
 
 
 def ahead(function: Callable, items: Iterable, number: int) -> Iterator[tuple[object, Future]]:
-    """(item, its future) for each item in order, while threads work on the next `number` of them.
+    """(item, its future) for each item in order, while threads work on the next `number` items.
 
-    So much is held at once and no more, whatever the number of items. `result()` of the future gives the function's
-    value or raises what it raised.
+    No more results are in memory at once. The future's `result()` returns the function's value or raises its error.
     """
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     items = iter(items)
@@ -146,7 +145,7 @@ def ahead(function: Callable, items: Iterable, number: int) -> Iterator[tuple[ob
         while waiting:
             yield waiting.popleft()
             waiting.extend((item, pool.submit(function, item)) for item in islice(items, 1))
-    finally:  # also where the one who asked breaks off
+    finally:  # also where the caller stops early
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -157,8 +156,8 @@ def batches(
 
     Yields:
         float32 [size, 3, 299, 299], whose rows beyond the second value repeat the last picture;
-        how many pictures it holds, 0 if none could be read;
-        the messages of the pictures since the last batch that could not be read; they are left out.
+        the number of pictures in it, 0 if none could be read;
+        a message for each picture since the last batch that could not be read and is left out.
     """
     rows, bad = [], []
     for _, future in ahead(lambda path: prepare(decode(path)), paths, 2 * size):

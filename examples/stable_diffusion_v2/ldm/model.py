@@ -16,10 +16,8 @@ from ldm.networks.layers import fill
 from ldm.networks.text import VARIANTS, Under
 from ldm.networks.unet import UNet
 from ldm.networks.vae import AutoencoderKL, VAEEncode
+from ldm.parts import PARTS, TEXT, UNET, VAE
 from ldm.text.tokenizer import Tokenizer, padding_of
-
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."  # how names in files begin
-PARTS = (VAE, UNET, TEXT)
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.samplers import Sampler, get_sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
-from ldm.model import UNET, VAE, StableDiffusion
+from ldm.model import StableDiffusion
+from ldm.parts import UNET, VAE
 from ldm.pictures import to_uint8
 from ldm.randomness import generator
 from ldm.runtime import give_back_memory

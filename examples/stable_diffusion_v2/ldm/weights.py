@@ -18,13 +18,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm import checkpoint
-from ldm.checkpoint import Checkpoint, words
+from ldm.checkpoint import Checkpoint, metadata
 from ldm.config.model import ModelConfig, SamplingConfig, changed, from_yaml, load_model_config, to_yaml
 from ldm.config.versions import VERSIONS, published
 from ldm.diffusion.prediction import get_prediction
 from ldm.errors import UserError
 from ldm.files import quoted
-from ldm.model import PARTS, TEXT, UNET, VAE
+from ldm.parts import PARTS, TEXT, UNET, VAE
 from ldm.text.tokenizer import padding_of
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def check_words(
     Raises:
         UserError: it was trained with another latent scale, prediction type or schedule, or for another architecture.
     """
-    scale = words.scale_factor(path, ckpt.meta)
+    scale = metadata.scale_factor(path, ckpt.meta)
     if scale is not None and abs(scale / config.scale_factor - 1) > 1e-4:
         raise UserError(f"{path} has latents scaled by {scale}, {origin} says scale_factor {config.scale_factor}")
     parts = tuple(part for part in parts if _holds(ckpt, part))
@@ -201,7 +201,7 @@ def _check_type(path: str, ckpt: Checkpoint, config: ModelConfig, origin: str) -
             f"{path} was trained with prediction_type {quoted(said)}, {origin} says '{config.prediction_type}': "
             f"use a config with prediction_type: {quoted(said)}, or another checkpoint"
         )
-    schedule = words.schedule(path, ckpt.meta)
+    schedule = metadata.schedule(path, ckpt.meta)
     for key, value in asdict(config.schedule).items():
         if schedule.get(key, value) != value:
             raise UserError(

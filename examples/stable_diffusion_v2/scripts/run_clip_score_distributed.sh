@@ -1,6 +1,6 @@
 #!/bin/sh
 # eval/eval_clip_score.py on several devices, in parallel:
-#   scripts/run_clip_score_distributed.sh [--launcher msrun|mpirun] [--device Ascend|CPU] [--ranks N] [--hosts FILE] [--port P] \
-#       -- [options of eval_clip_score.py]
-# --help lists the launcher's options; docs/distributed.md has the rest.
+#   scripts/run_clip_score_distributed.sh [--launcher msrun|mpirun] [--device Ascend|CPU] [--ranks N] \
+#       [--hosts FILE] [--port P] -- [options of eval_clip_score.py]
+# --help lists the launcher's options; docs/distributed.md explains the rest.
 cd "$(dirname "$0")/.." && exec "${PYTHON:-python}" -m ldm.parallel.launch eval/eval_clip_score.py "$@"

@@ -27,6 +27,7 @@ from ldm.data.images import LONGEST, BadImageError, Room, check_image, crop, dec
 from ldm.errors import UserError
 from ldm.pictures import ENTRY, read_facts
 from ldm.text.tokenizer import Tokenizer
+from tools import emoji_concepts, prepare_emoji
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = ROOT / "datasets" / "emoji"
@@ -750,12 +751,9 @@ def test_every_set_carries_its_licence():
     assert "MIT License" in (EMOJI / "LICENSE-emojibase").read_text(encoding="utf-8")
 
 
-def test_the_preparing_tool_captions_and_draws_as_the_files_show(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import prepare_emoji as tool
-
+def test_the_preparing_tool_captions_and_draws_as_the_files_show():
     labels = ["red apple", "umbrella with rain drops", "unicorn", "glasses", "octopus", "two hearts", "Aries"]
-    articled = [tool.with_article(label) for label in labels]
+    articled = [emoji_concepts.with_article(label) for label in labels]
     assert articled == [
         "a red apple",
         "an umbrella with rain drops",
@@ -765,11 +763,11 @@ def test_the_preparing_tool_captions_and_draws_as_the_files_show(monkeypatch):
         "two hearts",
         "Aries",
     ]
-    assert tool.caption("red apple", "red", "noto") == "a drawing of a red apple, noto style"
-    assert tool.main_colour(Image.new("RGBA", (64, 64), (250, 10, 10, 255))) == "red"
+    assert emoji_concepts.caption("red apple", "red", "noto") == "a drawing of a red apple, noto style"
+    assert emoji_concepts.main_colour(Image.new("RGBA", (64, 64), (250, 10, 10, 255))) == "red"
     drawing = Image.new("RGBA", (256, 256))
     drawing.paste("blue", (100, 100, 150, 150))
-    picture = np.asarray(Image.open(io.BytesIO(tool.to_png(drawing))).convert("RGB"))
+    picture = np.asarray(Image.open(io.BytesIO(prepare_emoji.to_png(drawing))).convert("RGB"))
     assert picture.shape == (64, 64, 3)
     assert picture[32, 32].tolist() == [0, 0, 255]
     assert (picture[0] > 250).all()
@@ -777,5 +775,5 @@ def test_the_preparing_tool_captions_and_draws_as_the_files_show(monkeypatch):
         held_out = {row["dir"] for row in csv.DictReader(file)}
     concepts = {"1F602": "face with tears of joy", "1F923": "rolling on the floor laughing"}
     for code, label in concepts.items():
-        concept = tool.Concept(code, label)
+        concept = emoji_concepts.Concept(code, label)
         assert concept.is_test == (concept.file_name in held_out)

@@ -15,7 +15,7 @@ from odd_pictures import odd_pictures
 from PIL import Image
 from ranks_in_threads import run_ranks
 
-from eval import clip_weights, eval_clip_score
+from eval import clip_inputs, clip_scores, clip_weights, eval_clip_score
 from eval.clip import CLIP, MEAN, STD, config_of, preprocess
 from ldm.checkpoint import formats
 from ldm.errors import UserError
@@ -197,7 +197,7 @@ def as_transformers(tensors):
     """The same weights as CLIPModel of transformers has them."""
     named = {"logit_scale": np.float32(4.6), "text_model.embeddings.position_ids": np.arange(77)[None]}
     for name, array in tensors.items():
-        new = clip_weights.TRANSFORMERS.right(name)
+        new = clip_weights.TRANSFORMERS.to_right(name)
         if "in_proj_" in new:
             for x, part in zip("qkv", np.split(array, 3)):
                 named[new.replace("in_proj_", f"{x}_proj.")] = part
@@ -207,7 +207,10 @@ def as_transformers(tensors):
 
 
 def as_mindone(tensors):
-    return {**{clip_weights.MINDONE.right(name): array for name, array in tensors.items()}, "logit_scale": np.zeros(())}
+    return {
+        **{clip_weights.MINDONE.to_right(name): array for name, array in tensors.items()},
+        "logit_scale": np.zeros(()),
+    }
 
 
 def as_trained_by_openclip(tensors):
@@ -284,29 +287,29 @@ def test_the_middle_is_kept_and_the_proportions():
 
 
 def test_the_scale_and_the_standard_error():
-    assert eval_clip_score.scaled(np.array([0.3, -0.2, 1.0])) == pytest.approx([30, 0, 100])
-    facts = eval_clip_score.summary(np.array([30.0, 32.0, 34.0, 36.0]), "x")
+    assert clip_scores.scaled(np.array([0.3, -0.2, 1.0])) == pytest.approx([30, 0, 100])
+    facts = clip_scores.summary(np.array([30.0, 32.0, 34.0, 36.0]), "x")
     assert facts["mean"] == 33 and facts["standard_error"] == pytest.approx(math.sqrt(20 / 3 / 4))
-    assert eval_clip_score.summary(np.array([30.0]), "x")["standard_error"] is None
+    assert clip_scores.summary(np.array([30.0]), "x")["standard_error"] is None
 
 
 def test_directional_similarity_is_the_cosine_of_the_changes():
-    rows = eval_clip_score.unit(np.random.default_rng(0).standard_normal((4, 3, 8)))
+    rows = clip_scores.unit(np.random.default_rng(0).standard_normal((4, 3, 8)))
     images, sources, texts, source_texts = rows
-    got = eval_clip_score.directional(images, sources, texts, source_texts)
+    got = clip_scores.directional(images, sources, texts, source_texts)
     for i in range(3):
         a, b = images[i] - sources[i], texts[i] - source_texts[i]
         assert got[i] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-    assert eval_clip_score.directional(images, sources, images, sources) == pytest.approx(1)
-    assert (eval_clip_score.directional(images, images, texts, source_texts) == 0).all()
+    assert clip_scores.directional(images, sources, images, sources) == pytest.approx(1)
+    assert (clip_scores.directional(images, images, texts, source_texts) == 0).all()
 
 
 def test_matching():
-    assert eval_clip_score.matched(["a", "b"], 4, "prompts") == ["a", "a", "b", "b"]
-    assert eval_clip_score.matched(["a"], 2, "prompts") == ["a", "a"]
+    assert clip_inputs.matched(["a", "b"], 4, "prompts") == ["a", "a", "b", "b"]
+    assert clip_inputs.matched(["a"], 2, "prompts") == ["a", "a"]
     for number in (1, 3):
         with pytest.raises(UserError, match=f"^{number} pictures cannot be matched to 2 prompts"):
-            eval_clip_score.matched(["a", "b"], number, "prompts")
+            clip_inputs.matched(["a", "b"], number, "prompts")
 
 
 # ---- the script ----
@@ -373,7 +376,7 @@ def test_a_folder_with_its_record_needs_no_prompts(monkeypatch, tmp_path, place,
     (tmp_path / "run" / "samples").symlink_to(tmp_path)
     vars(whole).update(reference_path=None, batch_size=1, output=None)
     eval_clip_score.check_options(whole)
-    assert eval_clip_score.plan(whole)["prompts"] == [pair["prompt"] for pair in result["pairs"]]
+    assert clip_inputs.list_inputs(whole)["prompts"] == [pair["prompt"] for pair in result["pairs"]]
     (tmp_path / "run" / "samples").unlink()
     assert result["clip_score"]["pictures"] == 3
     record = tmp_path / "prompts.jsonl"
@@ -382,7 +385,7 @@ def test_a_folder_with_its_record_needs_no_prompts(monkeypatch, tmp_path, place,
     assert sorted(read_record(record)) == ["0.png", "1.png", "3.png"] and "1 of 4 lines" in caplog.text
     alone = SimpleNamespace(image_path=str(tmp_path / "1.png"), prompt=str(record), source_prompt=None)
     alone.reference_path = None
-    assert eval_clip_score.plan(alone)["prompts"] == ["a blue square\u2028\nline"]
+    assert clip_inputs.list_inputs(alone)["prompts"] == ["a blue square\u2028\nline"]
     (tmp_path / "more").mkdir()
     shutil.copy(tmp_path / "3.png", tmp_path / "more")
     with pytest.raises(UserError, match="some pictures share theirs"):
@@ -431,8 +434,8 @@ def test_ten_thousand_files(monkeypatch, tmp_path, place):
     for i in range(10_000):
         os.link(place / "samples" / "7.png", folder / f"{i}.png")
     (tmp_path / "prompts.txt").write_text("\n".join(map(str, range(5_000))))
-    monkeypatch.setattr(eval_clip_score, "decode", lambda path: None)
-    monkeypatch.setattr(eval_clip_score, "preprocess", lambda picture, size: np.zeros((3, size, size), np.float32))
+    monkeypatch.setattr(clip_scores, "decode", lambda path: None)
+    monkeypatch.setattr(clip_scores, "preprocess", lambda picture, size: np.zeros((3, size, size), np.float32))
     words = ["--image_path", folder, "--prompt", tmp_path / "prompts.txt", "--batch_size", 100]
     result = run(monkeypatch, place, *words, model=Small())
     assert [pair["prompt"] for pair in result["pairs"]] == [str(i // 2) for i in range(10_000)]

@@ -22,7 +22,7 @@ from ranks_in_threads import run_ranks
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from eval import eval_fid, inception, metrics, pictures
+from eval import eval_fid, inception, metrics, pictures, sides
 from ldm.checkpoint import formats
 from ldm.data.images import BadImageError
 from ldm.errors import UserError
@@ -546,10 +546,10 @@ def test_no_more_is_unpacked_than_what_is_wanted(tmp_path, members, told, monkey
     tracemalloc.start()
     if told:
         with pytest.raises(UserError) as caught:
-            eval_fid.read_statistics(str(tmp_path / "x.npz"))
+            sides.read_statistics(str(tmp_path / "x.npz"))
         assert told in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
     else:
-        assert eval_fid.read_statistics(str(tmp_path / "x.npz")).said == {}
+        assert sides.read_statistics(str(tmp_path / "x.npz")).settings == {}
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 << 20
@@ -561,14 +561,14 @@ def test_what_numpy_does_not_write_is_no_statistics_file(tmp_path):
         archive.writestr("mu.npy", member())
         archive.writestr("sigma.npy", member())
     with pytest.raises(UserError, match="holds no statistics.* it has none"):
-        eval_fid.read_statistics(str(tmp_path / "lzma.npz"))
+        sides.read_statistics(str(tmp_path / "lzma.npz"))
     os.mkfifo(tmp_path / "x.npz")
     with pytest.raises(UserError, match="cannot read statistics from .*x.npz: it is no file"):
-        eval_fid.read_statistics(str(tmp_path / "x.npz"))
+        sides.read_statistics(str(tmp_path / "x.npz"))
 
 
 def test_mistakes_are_told_before_anything_is_measured(command, two, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_fid, "measure", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(eval_fid, "compute_statistics", lambda *_: pytest.fail("too late"))
     real, gen = two
     with pytest.raises(UserError, match="give --gen_dir"):
         command("--real_dir", real)

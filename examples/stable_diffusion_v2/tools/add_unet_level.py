@@ -2,9 +2,9 @@
 
     python tools/add_unet_level.py SOURCE DESTINATION [--config configs/tiny-vpred.yaml]
 
-The config is that of the larger UNet; SOURCE has the same networks, but its UNet lacks the first level. At first the
-larger UNet predicts about what the smaller one predicts of the latents' means of 2x2: what was learnt at the low
-resolution, where it is cheap, is not lost (progressive growing, arXiv 1710.10196, for a UNet).
+The config describes the larger UNet. SOURCE has the same networks, but its UNet lacks the first level. The larger UNet
+begins with about the predictions of the smaller UNet for the means of 2x2 latents. So nothing is lost of what was
+learnt at the low resolution, where training is cheap (progressive growing, arXiv 1710.10196, for a UNet).
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from ldm import checkpoint, runtime
 from ldm.config.model import UNetConfig, add_set, changed, load_model_config
 from ldm.config.options import seed
 from ldm.errors import UserError
-from ldm.model import UNET, StableDiffusion
+from ldm.model import StableDiffusion
 from ldm.networks.layers import initialize
+from ldm.parts import UNET
 from ldm.weights import read_checkpoint, words_of
 
 log = logging.getLogger("add_unet_level")
 
 
 def without_first_level(unet: UNetConfig) -> UNetConfig:
-    """The config of the UNet that the level is added to; UserError where there is none."""
+    """The config of the smaller UNet; UserError where the larger UNet does not allow a smaller one."""
     factors = unet.attention_resolutions
     if unet.channel_mult[:2] != (1, 1) or 1 in factors or 4 * unet.in_channels > unet.model_channels:
         raise UserError(
@@ -45,8 +46,8 @@ def without_first_level(unet: UNetConfig) -> UNetConfig:
 def grow(old: dict[str, np.ndarray], fresh: dict[str, np.ndarray], config: UNetConfig) -> dict[str, np.ndarray]:
     """The larger UNet's parameters.
 
-    Residual blocks begin as identities, so what has to be made is the way of the latents down to the old UNet and up
-    from it: a halving that computes the old first convolution, and a doubling that repeats each value.
+    New residual blocks begin as identities. So only the way down to the old UNet and the way up from it are computed: a
+    halving that applies the old first convolution, and a doubling that repeats each value.
 
     Args:
         old: the smaller UNet's parameters, by names as in Stability's files.
@@ -69,7 +70,7 @@ def grow(old: dict[str, np.ndarray], fresh: dict[str, np.ndarray], config: UNetC
     first = {name: old[f"{UNET}input_blocks.0.0.{name}"] for name in ("weight", "bias")}
     means, halving = _entrance(first["weight"])
     for name in first:
-        del new[f"{UNET}input_blocks.{blocks + 1}.0.{name}"]  # a Downsample is in its place
+        del new[f"{UNET}input_blocks.{blocks + 1}.0.{name}"]  # a Downsample takes this place
     entrance = fresh[f"{UNET}input_blocks.0.0.weight"].copy()
     entrance[: len(means)] = means
     put("input_blocks.0.0", entrance)
@@ -79,24 +80,25 @@ def grow(old: dict[str, np.ndarray], fresh: dict[str, np.ndarray], config: UNetC
     centre[..., 1, 1] = 1
     doubling = 2 if 2 in config.attention_resolutions else 1  # its place in the stage
     put(f"output_blocks.{stage - 1}.{doubling}.conv", np.eye(width)[:, :, None, None] * centre)
-    for block in range(stage, stage + blocks + 1):  # what comes from below passes, what was kept above waits
+    for block in range(stage, stage + blocks + 1):  # passes the lower level, ignores the skip connection
         put(f"output_blocks.{block}.0.skip_connection", np.eye(width, 2 * width)[:, :, None, None])
     return new
 
 
 def _entrance(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A 3x3 convolution [O, C, 3, 3] of means of 2x2, as two: [4C, C, 3, 3] and, at every other place, [O, 4C, 3, 3].
+    """A 3x3 convolution [O, C, 3, 3] of means of 2x2, as two: [4C, C, 3, 3], then [O, 4C, 3, 3] with stride 2.
 
-    The first takes four means of 2x2, which begin a row higher or not and a column to the left or not. For the means'
-    row i the second stands at row 2i: it finds row i - 1 one row up, in the higher means, and row i in place. Row i + 1
-    would begin two rows down, out of its reach; the mean that begins one row down stands for it. Columns likewise.
+    The first convolution takes four means of 2x2: they begin one row higher or not, and one column to the left or not.
+    For row i of the means, the second convolution is centred at row 2i. It finds row i - 1 one row up, among the higher
+    means, and row i at the centre. Row i + 1 begins two rows down, out of reach; the mean that begins one row down
+    replaces it. The same holds for columns.
     """
     outputs, channels = weight.shape[:2]
     means = np.zeros((2, 2, channels, channels, 3, 3))
     halving = np.zeros((outputs, 2, 2, channels, 3, 3))
     for y, x in np.ndindex(2, 2):
         means[y, x, :, :, y : y + 2, x : x + 2] = np.eye(channels)[:, :, None, None] / 4
-    taps = ((0, 0), (1, 1), (1, 2))  # for the rows i - 1, i and i + 1: which mean, and the tap of the second
+    taps = ((0, 0), (1, 1), (1, 2))  # for the rows i - 1, i and i + 1: (which mean, tap of the second convolution)
     for (row, (y, down)), (column, (x, right)) in product(enumerate(taps), repeat=2):
         halving[:, y, x, :, down, right] = weight[:, :, row, column]
     return means.reshape(-1, channels, 3, 3), halving.reshape(outputs, -1, 3, 3)

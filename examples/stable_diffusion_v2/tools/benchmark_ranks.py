@@ -1,11 +1,11 @@
-"""The training step with one rank and with several, and what of it is communication.
+"""The time of a training step with one rank and with several, and the share of communication.
 
     python tools/benchmark_ranks.py --config configs/tiny-vpred.yaml --batch 16 --size 16
     python tools/benchmark_ranks.py --width 192 --batch 2 --size 16
 
-Each number of ranks makes the same steps of the same samples, in a launch of its own: random weights, latents and
+Each number of ranks has a launch of its own and makes the same steps with the same samples: random weights, latents and
 features, UNet alone, AdamW. A step's seconds are divided into the gradients (forward and backward), the wait for the
-other ranks (over the hub, until the last has its gradients), the sum of the gradients over the ranks, and the rest
+other ranks (over the hub, until the last rank has its gradients), the sum of the gradients over the ranks, and the rest
 (norm, clipping, update). On a CPU the ranks share the cores; on Ascend each has a device.
 """
 
@@ -60,13 +60,13 @@ def build_parser() -> Parser:
 
 
 class Stopwatch:
-    """Seconds by part of the step."""
+    """The seconds of each part of a step."""
 
     def __init__(self):
         self.seconds = Counter()
 
     def around(self, part: str, function: Callable) -> Callable:
-        """The function, its time added to the part's."""
+        """The function, whose time is added to the seconds of `part`."""
 
         def timed(*args, **words):
             began = time.perf_counter()
@@ -78,8 +78,8 @@ class Stopwatch:
         return timed
 
 
-def measure(args) -> None:
-    """Be one of the ranks; rank 0 prints."""
+def time_steps(args) -> None:
+    """Make and time the steps of one rank; rank 0 prints."""
     ranks = runtime.join(args.use_parallel)
     runtime.connect_devices(ranks, runtime.start(args.device_target, ranks=ranks))
     if args.batch % ranks.size:
@@ -123,13 +123,14 @@ def report(size: int, weights: int, rows: list[dict[str, float]], loss: float) -
     print(f"  rank 0: {divided}; loss of the last {loss:.6f}", flush=True)
 
 
-def compare(args) -> None:
-    """A launch for each number of ranks."""
+def launch_each(args) -> None:
+    """Launch this script once for each number of ranks."""
     print(f"{os.cpu_count()} cores, {args.batch} samples a step, latents of {args.size} x {args.size}", flush=True)
     for count in args.ranks:
         command = [sys.executable, "-m", "ldm.parallel.launch", "tools/benchmark_ranks.py"]
         command += ["--launcher", args.launcher, "--port", str(args.port)]
-        command += ["--device", args.device_target] if args.device_target else []
+        if args.device_target:
+            command += ["--device", args.device_target]
         words = [*command, "--ranks", str(count), "--", *sys.argv[1:]]
         if subprocess.run(words, cwd=HERE).returncode:
             raise UserError(f"the launch with {count} ranks failed; its message is above")
@@ -139,9 +140,9 @@ def main() -> None:
     args = read_options(build_parser())
     require_at_least(1, args, "width", "size", "batch", "steps")
     if args.use_parallel:
-        measure(args)
+        time_steps(args)
     else:
-        compare(args)
+        launch_each(args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """text_to_image.py beside diffusers' pipeline, float32 on a CPU: time to the first step, peak memory of the whole run.
 
-Both draw one picture from the same diffusers folder of SD 2.x with random weights, each in a process of its own, one
-after the other. Time counts from the start of the process, with imports, loading and compilation.
+Both draw one picture from the same diffusers folder of SD 2.x with random weights, one after the other, each in a
+process of its own. The time begins with the process and includes imports, loading and compilation.
 python tools/benchmark_sampling.py [--sizes 512 768] [--steps 3] [--width 64] [--sides ours diffusers]
 """
 
@@ -27,7 +27,7 @@ FULL_WIDTH = 320  # channels of SD's UNet at its first level
 
 
 def small_config(width: int):
-    """SD 2.x with v-prediction, all of its widths shrunk so that the UNet begins with `width` channels."""
+    """SD 2.x with v-prediction and all widths scaled down, so that the UNet begins with `width` channels."""
     from ldm.config.model import GROUPS, load_model_config
 
     config = load_model_config(HERE / "configs" / "v2-vpred-inference.yaml")
@@ -44,7 +44,7 @@ def small_config(width: int):
     )
 
 
-def make(folder: Path, width: int) -> None:
+def write_model(folder: Path, width: int) -> None:
     """Write the diffusers folder and, beside it, our config of the same model."""
     from ldm import runtime
 
@@ -66,20 +66,22 @@ def draw_with_diffusers(folder: Path, size: int, steps: int) -> None:
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
 
-    logging.disable_progress_bar()  # that of loading, whose "5/5" could be taken for a step
+    logging.disable_progress_bar()  # the "5/5" of the loading bar could be taken for a step
     pipe = StableDiffusionPipeline.from_pretrained(folder / "model")
     pipe(PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE)
 
 
 class Run(NamedTuple):
+    """What a command took."""
+
     first_step: float  # seconds
     per_step: float
     whole: float
     peak: float  # GiB
 
 
-def measure(command: list[str], steps: int) -> Run:
-    """Run a command that shows its steps in a progress bar."""
+def time_command(command: list[str], steps: int) -> Run:
+    """Run a command that shows its steps in a progress bar; exits with its last words where it fails."""
     began, seen, text, peak = time.perf_counter(), {}, "", 0.0
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=HERE)
     ended = False
@@ -97,14 +99,17 @@ def measure(command: list[str], steps: int) -> Run:
 
 
 def peak_memory(pid: int) -> float:
-    """The most resident memory so far in GiB. What wait4 tells counts the parent's too, which the child has for a
-    moment before it becomes another program."""
+    """The most resident memory of a process so far, in GiB.
+
+    wait4 would include the memory of the parent, which a child shares until it becomes another program.
+    """
     status = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)  # gone when the process is
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)  # the line is missing when the process has ended
     return int(found[1]) / 2**20 if found else 0.0
 
 
 def commands(folder: Path, size: int, steps: int) -> dict[str, list[str]]:
+    """Side -> the command line that draws with it."""
     ours = [sys.executable, "text_to_image.py", "--config", str(folder / "model.yaml"), "--ckpt_path"]
     ours += [str(folder / "model"), "--output_path", str(folder / "output"), "--prompt", PROMPT, "--n_iter", "1"]
     ours += ["--n_samples", "1", "--H", str(size), "--W", str(size), "--sampling_steps", str(steps)]
@@ -125,7 +130,7 @@ def main() -> None:
     parser.add_argument("--draw", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:
-        make(Path(args.make), args.width)
+        write_model(Path(args.make), args.width)
     elif args.draw:
         draw_with_diffusers(Path(args.draw), args.sizes[0], args.steps)
     else:
@@ -140,7 +145,7 @@ def compare(args: argparse.Namespace) -> None:
         print(f"SD 2.x at width {args.width}, float32, {os.cpu_count()} cores, one picture, {args.steps} steps")
         for size in args.sizes:
             for side in args.sides:
-                run = measure(commands(folder, size, args.steps)[side], args.steps)
+                run = time_command(commands(folder, size, args.steps)[side], args.steps)
                 steps = f"first step after {run.first_step:.1f} s, {run.per_step:.2f} s per step"
                 whole = f"whole run {run.whole:.1f} s, peak memory {run.peak:.2f} GiB"
                 print(f"  {size}x{size} {side:9}: {steps}, {whole}", flush=True)

@@ -1,7 +1,8 @@
 """The full-size SD 2.x UNet (866 million parameters) beside diffusers': time, memory and agreement, in one run.
 
-Two processes hold the same random weights and take turns, so a machine that slows down slows both; what counts is the
-ratio.  python tools/benchmark_unet.py [--runs 5] [--size 64] [--batch 2]
+Two processes hold the same random weights and take turns, so that a busy machine slows both. Read the ratio.
+
+    python tools/benchmark_unet.py [--runs 5] [--size 64] [--batch 2]
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def our_worker(pipe, weights: Path, batch: int, size: int) -> None:
 
     from ldm import checkpoint, kernels
     from ldm.config.model import load_model_config
-    from ldm.model import UNET
     from ldm.networks.layers import fill
     from ldm.networks.unet import UNet
+    from ldm.parts import UNET
 
     net = UNet(load_model_config(HERE / "configs" / "v2-inference.yaml").unet)
     tensors = checkpoint.load(weights).tensors
@@ -103,7 +104,7 @@ def main() -> None:
                 target=worker, args=(there, Path(folder) / "unet.safetensors", args.batch, args.size), daemon=True
             )
             process.start()
-            there.close()  # so that a worker that dies is noticed
+            there.close()  # otherwise the end of a worker is not noticed
             sides.append((here.recv(), here, []))
         for _ in range(args.runs + 1):
             for _, pipe, answers in sides:

@@ -3,10 +3,10 @@
     pip install -r requirements-dev.txt
     python tools/compare_prediction_types.py [--output_path output/types] [option of train_text_to_image.py ...]
 
-Data are the base styles without the 121 Noto pictures of datasets/emoji/noto/test, which are for judging. For each
-type: the mean squared error of x0 by timestep on those pictures (eps and v converted), and the KID of pictures drawn
-with 4, 8, 15 and 50 steps (tools/measure_offline.py). It leaves OUTPUT/results.json, table.md and plot.png; a run that
-was cut short goes on where it stopped.
+The training data are the base styles without the 121 Noto pictures of datasets/emoji/noto/test, which are the test
+data. For each type there are the mean squared error of x0 by timestep on the test data (eps and v converted), and the
+KID of pictures drawn with 4, 8, 15 and 50 steps (tools/measure_offline.py). The results are OUTPUT/results.json,
+table.md and plot.png. A run that was cut short goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ HERE = Path(__file__).resolve().parents[1]
 
 TYPES = ("eps", "x0", "v")
 STEPS = (4, 8, 15, 50)
-BASE, JUDGED = HERE / "datasets/emoji", HERE / "datasets/emoji/noto/test"
+BASE, TEST = HERE / "datasets/emoji", HERE / "datasets/emoji/noto/test"
 CONFIG, CHECKPOINT = HERE / "configs/tiny-vpred.yaml", HERE / "models/tiny-vpred.safetensors"
 TRAIN_CONFIG = "configs/train/train_config_tiny_base_vpred.yaml"
 
 
 def copy_data(folder: Path) -> None:
-    """The base data without the judged pictures."""
-    judged = {Path("noto/train", row["dir"]) for row in read_rows(JUDGED)}
-    rows = [row for row in read_rows(BASE) if Path(row["dir"]) not in judged]
+    """Copy the base data without the test pictures into a folder."""
+    held_out = {Path("noto/train", row["dir"]) for row in read_rows(TEST)}
+    rows = [row for row in read_rows(BASE) if Path(row["dir"]) not in held_out]
     for row in rows:
         (folder / row["dir"]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(BASE / row["dir"], folder / row["dir"])
@@ -63,11 +63,11 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def train(folder: Path, data: Path, options: list[str]) -> Path:
-    """Train from random weights by the model config in `folder`, or go on; returns the last checkpoint."""
+    """Train from random weights with the model config in `folder`, or resume; returns the last checkpoint."""
     words = ["train_text_to_image.py", "--train_config", TRAIN_CONFIG, "--data_path", str(data)]
     words += ["--model_config", str(folder / "model.yaml"), "--pretrained_model_path", str(CHECKPOINT)]
     words += ["--unet_initialize_random", "True", "--text_encoder_initialize_random", "True"]
-    words += ["--timestep_bias_strategy", "none"]  # all noise levels alike: a bias could suit one type better
+    words += ["--timestep_bias_strategy", "none"]  # a bias towards some noise levels could suit one type better
     words += ["--validation_interval", "0", "--output_path", str(folder), *options]
     words += ["--resume", str((folder / "ckpt/rank_0" / RESUME_NAME).exists())]
     if subprocess.run([sys.executable, *words], cwd=HERE).returncode:
@@ -76,11 +76,11 @@ def train(folder: Path, data: Path, options: list[str]) -> Path:
 
 
 def x0_losses(path: Path, config: ModelConfig, seed: int = 42) -> dict[int, float]:
-    """Timestep -> mean squared error of x0 in latents, over the judged pictures and always the same noise."""
+    """Timestep -> mean squared error of x0 in latents, over the test pictures, always with the same noise."""
     model = StableDiffusion(config)
     model.load(read_checkpoint(str(path), config).tensors, str(path))
     pipeline = Pipeline(config, model)
-    data = CaptionedImages(JUDGED, config.image_size)
+    data = CaptionedImages(TEST, config.image_size)
     pictures, texts = zip(*(data[i] for i in range(len(data))))
     x0 = model.encode_images(to_float(pictures))[0]
     denoise = pipeline.denoiser(list(texts), [""] * len(texts), 1.0)
@@ -92,19 +92,19 @@ def x0_losses(path: Path, config: ModelConfig, seed: int = 42) -> dict[int, floa
     return losses
 
 
-def judge(path: Path, config_path: Path, folder: Path) -> dict[str, float]:
-    """Sampling steps -> KID x 1000 of the judged captions."""
+def kid_by_steps(path: Path, config_path: Path, folder: Path) -> dict[str, float]:
+    """Sampling steps -> KID x 1000 of pictures drawn for the test captions."""
     scores = {}
     for steps in STEPS:
         options = ["--config", str(config_path), "--sampling_steps", str(steps), "--skip_grid"]
-        options += ["--sampler", "dpm_solver_pp", "--scale", "2.5"]  # which adds no noise of its own
-        drawn = measure_offline.draw(str(JUDGED), str(path), folder / f"steps-{steps:02}", options)
-        scores[str(steps)] = measure_offline.measure(drawn, JUDGED)["kid_x1000"]
+        options += ["--sampler", "dpm_solver_pp", "--scale", "2.5"]  # this sampler adds no noise
+        drawn = measure_offline.draw(str(TEST), str(path), folder / f"steps-{steps:02}", options)
+        scores[str(steps)] = measure_offline.compare_folders(drawn, TEST)["kid_x1000"]
     return scores
 
 
 def table(results: dict) -> str:
-    """Markdown: a row per type."""
+    """The results as a Markdown table, a row per type."""
     times = [t for t in next(iter(results.values()))["x0_loss"] if int(t) in (0, 250, 500, 749, 999)]
     lines = [
         "| type | " + " | ".join([f"x0 error, t = {t}" for t in times] + [f"KID, {s} steps" for s in STEPS]) + " |"
@@ -157,7 +157,7 @@ def main() -> None:
         save_model_config(config, folder / "model.yaml")
         path = train(folder, output / "data", train_options)
         losses = {str(t): loss for t, loss in x0_losses(path, config).items()}
-        results[name] = {"x0_loss": losses, "kid": judge(path, folder / "model.yaml", folder)}
+        results[name] = {"x0_loss": losses, "kid": kid_by_steps(path, folder / "model.yaml", folder)}
         results_path.write_text(json.dumps(results, indent=1))
     (output / "table.md").write_text(table(results))
     plot(results, output / "plot.png")

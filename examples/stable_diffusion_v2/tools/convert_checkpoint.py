@@ -2,10 +2,11 @@
 
     python tools/convert_checkpoint.py SOURCE DESTINATION [--dtype float16] [--version 2.1-v] [--set KEY=VALUE ...]
 
-SOURCE is MindSpore's .ckpt, PyTorch's .ckpt or .pt, .safetensors, or a diffusers folder. DESTINATION says the format:
-NAME.ckpt is MindSpore's with MindONE's names, NAME.safetensors has Stability's, any other name (but .pt, .pth, .bin)
-becomes a diffusers folder. What the source says of itself (prediction type, schedule, resolution) goes along; where it
-says nothing, --version or --config says it. Tensors are converted one by one: memory stays at about the source's size.
+SOURCE is MindSpore's .ckpt, PyTorch's .ckpt or .pt, .safetensors, or a diffusers folder. DESTINATION tells the format:
+NAME.ckpt is MindSpore's with MindONE's names, NAME.safetensors has Stability's names, any other name (but .pt, .pth,
+.bin) becomes a diffusers folder. The description in the source (prediction type, schedule, resolution) is kept; where
+there is none, --version or --config gives it. Tensors are converted one by one: memory stays at about the source's
+size.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from ldm.config.model import add_set, to_dict
 from ldm.config.versions import VERSIONS, published
 from ldm.errors import UserError
 from ldm.files import escaped
-from ldm.weights import check_words, choose_config, open_weights, sidecar, words_of
+from ldm.weights import Weights, check_words, choose_config, open_weights, sidecar, words_of
 
 log = logging.getLogger("convert_checkpoint")
 SUFFIXES = {".ckpt": "mindspore", ".safetensors": "safetensors", "": "diffusers"}
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source")
     parser.add_argument("destination", type=Path)
@@ -37,42 +38,51 @@ def main() -> None:
     parser.add_argument("--config", help="the model's YAML file, where the source does not describe itself")
     parser.add_argument("--version", choices=list(VERSIONS), help="the published model whose config it is")
     add_set(parser.add_argument)
-    args = parser.parse_args()
-    kind = SUFFIXES.get(args.destination.suffix, "diffusers")
-    if args.destination.suffix in (".pt", ".pth", ".bin"):
-        raise UserError(f"{args.destination}: PyTorch's own files are read, not written; .safetensors serves its users")
-    if args.destination.exists():
-        raise UserError(f"{args.destination} exists; remove it or give another name")
-    weights = open_weights(args.source, widen=False)
+    return parser
+
+
+def destination_format(path: Path) -> str:
+    """The format of checkpoint.FORMATS that a path's suffix means; UserError where nothing can be written there."""
+    if path.suffix in (".pt", ".pth", ".bin"):
+        raise UserError(f"{path}: PyTorch's own files are read, not written; .safetensors serves its users")
+    if path.exists():
+        raise UserError(f"{path} exists; remove it or give another name")
+    return SUFFIXES.get(path.suffix, "diffusers")
+
+
+def described(weights: Weights, args: argparse.Namespace) -> dict[str, str]:
+    """The source's ``meta``, completed by its config where one is known; UserError where the two disagree."""
     ckpt, meta = weights.checkpoint, weights.checkpoint.meta
-    if args.config or args.version or "model_config" in meta or published(args.source) or sidecar(args.source):
-        config, origin = choose_config(weights, args.config, args.version, args.set)
-        check_words(args.source, ckpt, config, origin)
-        described, wrong = words_of(config), kinds.contradiction(ckpt.tensors, to_dict(config)["model"])
-        if wrong:
-            raise UserError(f"{args.source} is of another model than the config: {wrong}; choose another config")
-        meta = {**described, **meta, "model_config": described["model_config"]}
-    checkpoint.check_names(ckpt, args.source)
-    bad = checkpoint.not_finite(ckpt.tensors)
+    if not (args.config or args.version or "model_config" in meta or published(args.source) or sidecar(args.source)):
+        return meta
+    config, origin = choose_config(weights, args.config, args.version, args.set)
+    check_words(args.source, ckpt, config, origin)
+    by_config, wrong = words_of(config), kinds.contradiction(ckpt.tensors, to_dict(config)["model"])
+    if wrong:
+        raise UserError(f"{args.source} is of another model than the config: {wrong}; choose another config")
+    return {**by_config, **meta, "model_config": by_config["model_config"]}
+
+
+def warn_of_nonfinite(path: str, ckpt: checkpoint.Checkpoint) -> None:
+    bad, number = checkpoint.not_finite(ckpt.tensors), len(ckpt.tensors)
     if bad:
-        log.warning(
-            "%s holds NaN or infinity in %d of its %d tensors, the first is %s; they are converted as they are",
-            args.source,
-            len(bad),
-            len(ckpt.tensors),
-            escaped(bad[0]),
-        )
-    checkpoint.save(args.destination, ckpt.tensors, meta, kind, args.dtype)
+        message = "%s holds NaN or infinity in %d of its %d tensors, the first is %s; they are converted as they are"
+        log.warning(message, path, len(bad), number, escaped(bad[0]))
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    form = destination_format(args.destination)
+    weights = open_weights(args.source, widen=False)
+    ckpt, meta = weights.checkpoint, described(weights, args)
+    checkpoint.check_names(ckpt, args.source)
+    warn_of_nonfinite(args.source, ckpt)
+    checkpoint.save(args.destination, ckpt.tensors, meta, form, args.dtype)
     said = meta.get("prediction_type")
-    log.info(
-        "%s (%s) is now %s (%s), %d tensors, %s",
-        args.source,
-        ckpt.format,
-        args.destination,
-        kind,
-        len(ckpt.tensors),
-        f"prediction type {said}" if said else "which does not say its prediction type: give --version or --config",
-    )
+    lacking = "which does not say its prediction type: give --version or --config"
+    message = "%s (%s) is now %s (%s), %d tensors, %s"
+    told = f"prediction type {said}" if said else lacking
+    log.info(message, args.source, ckpt.format, args.destination, form, len(ckpt.tensors), told)
 
 
 if __name__ == "__main__":

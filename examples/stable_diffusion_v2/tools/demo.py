@@ -1,9 +1,9 @@
-"""The main job in small: fine-tune the embedded model to a style it has never seen, and draw before and after.
+"""The main job in small: fine-tune the embedded model to a new style, and draw before and after.
 
     python tools/demo.py [--output_path output/demo] [option of train_text_to_image.py ...]
 
-It runs the project's own commands and prints them. What it leaves: OUTPUT/before_after.png, with the real picture, the
-picture before and after the fine-tuning, and the caption, of concepts that were held out.
+It runs the project's own commands and prints them. The result is OUTPUT/before_after.png. For each of some held-out
+concepts it shows the real picture, the picture before and after the fine-tuning, and the caption.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SHOWN = ("banana", "tomato", "cactus", "mouse-face", "house", "broken-heart", "t
 
 
 def run(*words: str) -> None:
+    """Print and run a command; exit where it fails."""
     print(f"\n$ python {shlex.join(words)}", flush=True)
     if subprocess.run([sys.executable, *words], cwd=HERE).returncode:
         sys.exit(f"error: {words[0]} failed; its message is above")
@@ -49,7 +50,7 @@ def draw(checkpoint: str, prompts: Path, output: Path) -> np.ndarray:
 
 
 def unused(folder: Path) -> Path:
-    """The folder, or the first with a number behind its name that is not there: what is there stays."""
+    """The folder, or where it exists the first folder with a number behind its name that does not."""
     names = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in count(1))
     return next(path for path in names if not path.exists())
 

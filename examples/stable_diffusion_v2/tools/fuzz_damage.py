@@ -1,4 +1,4 @@
-"""Changes to a file's bytes, and to the tables of JSON and YAML in it: how tools/fuzz_files.py damages."""
+"""How tools/fuzz_files.py damages files: changes to a file's bytes, and to the JSON and YAML in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools import fuzz_samples
 
 _WORDS = b'{ } [ ] " : , - & * ! NaN 1e999 null --- %TAG !!bool !!python/name:os.system \xff \xe2\x80\xa8 \x1b[31m PK'
 TOKENS = [*_WORDS.split(b" "), b"\0", b"\n", b"\r\n", b" ", b"&a [*a, *a]"]
-EDGES = [value.to_bytes(n, "little") for n in (1, 2, 4, 8) for value in (0, 1, (1 << 8 * n - 1) - 1, (1 << 8 * n) - 1)]
+EDGES = [value.to_bytes(n, "little") for n in (1, 2, 4, 8) for value in (0, 1, 2 ** (8 * n - 1) - 1, 2 ** (8 * n) - 1)]
 NUMBERS = [0, -1, 1, 2**31, 2**63, 10**400, 1000001, 0.5, -1e308, float("nan"), float("inf")]
 WORDS = ["", "x\ny", "\0", "\ud800", "nan", "v", "x" * 5000, "../../x", "1e999", "&a *a"]
 ODD = [None, True, *NUMBERS, *WORDS, [], {}, [[]], [None], {"a": {}}, {"": ""}, [1, 2, 3]]
@@ -34,11 +34,21 @@ def damage(rng: random.Random, name: str, data: bytes) -> tuple[str, bytes]:
 
 def _number(rng: random.Random, data: bytes, at: int) -> bytes:
     found = re.compile(rb"\d+").search(data, at)
-    return data if not found else data[: found.start()] + rng.choice(DIGITS) + data[found.end() :]
+    if not found:
+        return data
+    return data[: found.start()] + rng.choice(DIGITS) + data[found.end() :]
 
 
 def _flip(rng: random.Random, data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :] if at < len(data) else data
+    if at >= len(data):
+        return data
+    bit = 1 << rng.randrange(8)
+    return data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
+
+
+def _edge(rng: random.Random, data: bytes, at: int) -> bytes:
+    edge = rng.choice(EDGES)
+    return data[:at] + edge + data[at + len(edge) :]
 
 
 DIGITS = [b"0", b"-1", b"1", b"999999999", b"9223372036854775808", b"1e999", b"1" * 5000, b"0.5", b"nan"]
@@ -47,7 +57,7 @@ CHANGES: dict[str, Callable[[random.Random, bytes, int], bytes]] = {
     "number": _number,
     "cut": lambda rng, data, at: data[:at],
     "token": lambda rng, data, at: data[:at] + rng.choice(TOKENS) + data[at:],
-    "edge": lambda rng, data, at: data[:at] + (edge := rng.choice(EDGES)) + data[at + len(edge) :],
+    "edge": _edge,
     "repeat": lambda rng, data, at: data[: at + rng.randrange(200)] + data[at:],
     "many": lambda rng, data, at: data[:at] + data[at : at + rng.randrange(1, 9)] * rng.choice([2, 1000]) + data[at:],
     "delete": lambda rng, data, at: data[:at] + data[at + rng.randrange(1, 50) :],
@@ -56,7 +66,7 @@ CHANGES: dict[str, Callable[[random.Random, bytes, int], bytes]] = {
 
 
 def changed(rng: random.Random, value: object) -> object:
-    """JSON's or YAML's values with something else in one place; texts that hold such values are looked into."""
+    """A value of JSON or YAML, changed in one place. A string that holds JSON or YAML is changed inside."""
     if isinstance(value, str) and value[:1] in "{[m" and rng.random() < 0.8:
         return changed_text(rng, value)
     if isinstance(value, (dict, list)) and value and rng.random() < 0.9:

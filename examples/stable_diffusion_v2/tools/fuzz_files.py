@@ -1,10 +1,10 @@
-"""Damage small files of every kind that is read here, by the thousand, and see what their readers say.
+"""Damage thousands of small files of every kind that is read here, and check how their readers answer.
 
     python tools/fuzz_files.py --cases 100000 --seed 0 [--first 0] [--kind png]
 
-A reader may succeed, or raise a UserError of one short line. All else is a failure, and so are more than 2 s of a
-processor or 500 MB. The number of a failed case is printed: --seed S --first N --cases 1 runs it again. The exit code
-is 1 where one failed.
+A reader may succeed, or raise a UserError of one short line. Anything else is a failure, also more than 2 s of
+processor time or 500 MB of memory. The number of a failed case is printed: --seed S --first N --cases 1 runs it again.
+The exit code is 1 where a case failed.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from ldm.errors import UserError
 from tools.fuzz_damage import damage
 from tools.fuzz_samples import Sample, make_samples
 
-SECONDS, MEGABYTES, LONGEST = 2, 500, 600  # of a processor; of memory; of a message: characters
-WAIT = 60  # seconds on the clock, after which a reader hangs
+SECONDS, MEGABYTES, LONGEST = 2, 500, 600  # processor time; memory; characters of a message
+WAIT = 60  # seconds of wall time; a reader that takes longer counts as hanging
 
 
 class Slow(BaseException):
-    """A reader that takes too long; no reader can catch it by mistake."""
+    """A reader takes too long. It is no Exception, so that no reader catches it by mistake."""
 
 
 def fault(read: Callable[[], object]) -> str | None:
-    """What is wrong with how a reader ends; None where nothing is."""
+    """What is wrong with a reader's outcome; None where nothing is."""
     began, outcome = time.process_time(), None
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.setitimer(signal.ITIMER_REAL, WAIT)
@@ -62,7 +62,7 @@ def stop(*_) -> None:
 
 
 def run(samples: dict[str, Sample], seed: int, numbers: range) -> tuple[Counter, Counter]:
-    """How many cases of each kind were tried, and how many of them failed; prints these."""
+    """(cases tried, cases failed) by kind; prints the failed cases."""
     tried, failed = Counter(), Counter()
     for number in numbers:
         rng = random.Random(f"{seed}:{number}")

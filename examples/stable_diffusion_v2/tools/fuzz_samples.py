@@ -1,4 +1,4 @@
-"""Small valid files of every kind that is read here, and their readers: what tools/fuzz_files.py damages."""
+"""The files that tools/fuzz_files.py damages: small valid files of every kind that is read here, and their readers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from train_text_to_image import build_parser
 
-from eval.eval_fid import read_statistics
+from eval.sides import read_statistics
 from ldm import checkpoint
 from ldm.checkpoint import diffusers_config, formats
 from ldm.config.model import (
@@ -33,6 +33,7 @@ from ldm.config.options import read_options
 from ldm.data.captions import read_captions
 from ldm.data.images import check_image, load_image
 from ldm.data.prompts import read_lines
+from ldm.parts import TEXT, UNET, VAE
 from ldm.pictures import ENTRY, RECORD, read_facts, read_record
 from ldm.train.state import load_state, save_state
 from ldm.weights import choose_config, open_weights, tensors_of, words_of
@@ -62,7 +63,7 @@ MINDONE = """model:
 
 
 class Sample(NamedTuple):
-    """Files in a folder; those in `damaged` are to be damaged, one at a time, and `read` reads them."""
+    """Files in a folder: `damaged` are damaged one at a time, `read` reads them."""
 
     damaged: list[Path]
     read: Callable[[], object]
@@ -85,8 +86,8 @@ def _read_model(path: Path) -> None:
 
 
 def _tensors() -> dict[str, np.ndarray]:
-    shapes = {"model.diffusion_model.out.2.weight": (4, 8, 3, 3), "first_stage_model.quant_conv.bias": (8,)}
-    shapes["cond_stage_model.model.ln_final.weight"] = (8,)
+    shapes = {UNET + "out.2.weight": (4, 8, 3, 3), VAE + "quant_conv.bias": (8,)}
+    shapes[TEXT + "model.ln_final.weight"] = (8,)
     return {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
 
 
@@ -100,7 +101,7 @@ def _checkpoints(folder: Path) -> dict:
     checkpoint.save(files["safetensors"], _tensors(), meta, "safetensors")
     checkpoint.save(files["ckpt"], _tensors(), meta, "mindspore")
     state = {f"{slot}{name}": array for name, array in _tensors().items() for slot in ("", "swap.", "adam_m.", "ema.")}
-    layer = "model.diffusion_model.input_blocks.1.1.to_q"
+    layer = UNET + "input_blocks.1.1.to_q"
     shapes = {"linear.weight": (8, 8), "lora_up.weight": (8, 2), "lora_down.weight": (2, 8)}
     state.update({f"{layer}.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()})
     formats.write(files["resume.ckpt"], {**state, "global_step": np.array([5], np.int32)}, {}, "mindspore")

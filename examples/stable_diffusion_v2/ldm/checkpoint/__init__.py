@@ -1,20 +1,20 @@
-"""Checkpoints in and out: the one place that knows files, foreign names, and what files say about themselves.
+"""Reading and writing checkpoints: files, foreign names, and the descriptions in files.
 
-``load`` gives Stability's names whatever the file is, ``match`` checks them against a network's parameters, ``save``
-writes one of FORMATS. A checkpoint's ``meta`` is a table of strings; these keys have a meaning here:
+``load`` reads a file of any format and returns Stability's names, ``match`` checks them against a network's parameters,
+``save`` writes one of FORMATS. A checkpoint's ``meta`` is a table of strings. These keys have a meaning here:
 
-* ``prediction_type``: the name that ldm.diffusion.prediction gives it. load() returns it under this key whatever a file
-  wrote; where a file says nothing the key is absent.
+* ``prediction_type``: a name of ldm.diffusion.prediction. ``load`` translates the file's word for it; the key is absent
+  where the file says nothing.
 * ``schedule``: the noise schedule's fields as JSON, of which only ``zero_terminal_snr`` is read here.
 * ``resolution``: "WIDTHxHEIGHT" in pixels.
 
-Everything else (model config, step, ...) is carried along.
+All other keys (model config, step, ...) are kept as they are.
 
-.safetensors files also say it in the ways that others have: Stability's ModelSpec 1.0.0
-(https://github.com/Stability-AI/ModelSpec), and the empty tensors ``v_pred`` and ``ztsnr``. ComfyUI heeds these for
-SDXL alone: it takes an SD 2.x file for v where a norm's biases are spread as in Stability's own, an SD 1.x file never.
-In MindSpore's files the table is strings among the parameters, as ``mindspore.save_checkpoint(append_dict=...)`` writes
-them; MindONE's loader passes over them.
+.safetensors files also describe themselves in the ways of other programs: Stability's ModelSpec 1.0.0
+(https://github.com/Stability-AI/ModelSpec), and the empty tensors ``v_pred`` and ``ztsnr``. ComfyUI reads these tensors
+for SDXL alone. It takes an SD 2.x file for v where a norm's biases are spread as in Stability's v model, and never an
+SD 1.x file. In MindSpore's files the table is strings among the parameters, as
+``mindspore.save_checkpoint(append_dict=...)`` writes them; MindONE's loader ignores them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.checkpoint import diffusers_folder, formats, kinds, names, words
+from ldm.checkpoint import diffusers_folder, formats, kinds, metadata, names
 from ldm.checkpoint.arrays import changed, release, widened
 from ldm.diffusion.prediction import DIFFUSERS_NAMES, MODELSPEC_NAMES, own_name
 from ldm.errors import UserError
 from ldm.files import escaped, sha256
+from ldm.parts import PARTS, UNET, VAE
 
 __all__ = [
     "FORMATS",
@@ -52,7 +53,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-FORMATS = (*formats.FORMATS, "diffusers")  # that are written
+FORMATS = (*formats.FORMATS, "diffusers")  # the formats that are written
 
 Tensors = dict[str, np.ndarray]
 Strings = dict[str, str]
@@ -70,14 +71,14 @@ _DERIVED = (
     "predict_key",
     "hash_sha256",
 )
-_VARIANT = "checkpoint.text_encoder"  # in MindSpore's files, where the names of the two text encoders are the same
+_VARIANT = "checkpoint.text_encoder"  # in MindSpore's files, whose names are the same for both text encoders
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``tensors`` by Stability's names, what the file says of itself, and the format it came in (one of FORMATS).
+    """``tensors`` by Stability's names, ``meta`` as the file describes itself, and the file's format.
 
-    `by_mindone`: the file's text encoder is SD 2.x's, and MindONE has written it.
+    `by_mindone`: MindONE has written the file, and its text encoder is that of SD 2.x.
     """
 
     tensors: Tensors
@@ -89,12 +90,11 @@ class Checkpoint:
 def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
     """Read a checkpoint of any format, recognised by its content.
 
-    The arrays are views of the file wherever they can be: float16 stays float16, bfloat16 becomes float32 (without
-    `widen` only when it is saved, which is all that can be done with it then). Names that nobody knows are kept;
-    ``match`` and ``check_names`` report them.
+    The arrays are views of the file where possible: float16 stays float16, bfloat16 becomes float32. Without `widen`
+    bfloat16 stays as it is and can only be saved. Unknown names are kept; ``match`` and ``check_names`` report them.
 
-    Where another program keeps weights and their moving average in one place, `raw` takes the weights, to train on;
-    otherwise the average is taken, to draw with. A line says which.
+    Some programs keep the weights and their moving average in one place. `raw` chooses the weights, to train on;
+    otherwise the average is taken, to draw with. A line in the log says which.
 
     Raises:
         UserError: the file cannot be read whole, or is of a kind (``kinds``) that is no part of a model here.
@@ -109,7 +109,7 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
             tensors, meta = _named(path, tensors, strings, raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} contradicts itself: {escaped(error, 300)}") from None
-    words.check(path, meta)
+    metadata.check(path, meta)
     kind = kinds.recognise(tensors, meta)
     if kind and not kind.serves:
         raise UserError(f"{path} is {kind.name}: {kind.advice}")
@@ -118,7 +118,7 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
 
 
 def _named(path: str | Path, tensors: Tensors, strings: Strings, raw: bool) -> tuple[Tensors, Strings]:
-    """Stability's names, and the table ``meta``, for what is in a file."""
+    """(the tensors of a file by Stability's names, its table ``meta``)."""
     variant = strings.pop(_VARIANT, None)
     meta = _stated(tensors, strings)
     tensors = {name: array for name, array in tensors.items() if name not in (_V_MARK, _ZERO_SNR_MARK)}
@@ -129,35 +129,38 @@ def _named(path: str | Path, tensors: Tensors, strings: Strings, raw: bool) -> t
 
 
 def load_vae(path: str | Path, scale_factor: float) -> Tensors:
-    """The tensors of an autoencoder, by Stability's names: from its own file or folder, or from a whole model's.
+    """The tensors of an autoencoder by Stability's names, from a file or folder of its own or of a whole model.
 
     Raises:
-        UserError: it cannot be read, holds no autoencoder, or says that its latents' scale is not `scale_factor`, the
-            one of the model that it is to serve.
+        UserError: the file cannot be read, holds no autoencoder, or says another scale of the latents than
+            `scale_factor`, the scale of the model that gets the autoencoder.
     """
     ckpt = load(path)
-    tensors = {name: array for name, array in ckpt.tensors.items() if name.startswith(kinds.VAE)}
+    tensors = {name: array for name, array in ckpt.tensors.items() if name.startswith(VAE)}
     if not tensors:
         kind = kinds.recognise(ckpt.tensors, ckpt.meta)
         raise UserError(f"{path} is {kind.name if kind else 'a file'} without an autoencoder, which is wanted here")
-    said = words.scale_factor(path, ckpt.meta)
+    said = metadata.scale_factor(path, ckpt.meta)
     if said is not None and abs(said / scale_factor - 1) > 1e-4:
         raise UserError(f"{path} scales its latents by {said}, the model by {scale_factor}: choose another")
     return tensors
 
 
 def with_vae(tensors: Tensors, path: str | Path, scale_factor: float) -> Tensors:
-    """A model's tensors with the autoencoder of another file (``load_vae``) in the place of their own.
+    """A model's tensors, with the autoencoder replaced by that of another file (see ``load_vae``).
 
-    UserError where it is of another shape than their own.
+    UserError where its shapes differ from those of the model's own autoencoder.
     """
-    vae, others = load_vae(path, scale_factor), {n: a for n, a in tensors.items() if not n.startswith(kinds.VAE)}
+    vae = load_vae(path, scale_factor)
+    others = {n: array for n, array in tensors.items() if not n.startswith(VAE)}
     own = {n: array.shape for n, array in tensors.items() if n not in others and names.is_parameter(n)}
-    return {**others, **(match(vae, own, path, (kinds.VAE,)) if own else vae)}
+    if own:
+        vae = match(vae, own, path, (VAE,))
+    return {**others, **vae}
 
 
 def check_names(ckpt: Checkpoint, path: str | Path) -> None:
-    """UserError where a checkpoint holds what no network here has, or nothing of one."""
+    """UserError where a checkpoint has names of no network here, or no parameters of one."""
     known = [name for name in ckpt.tensors if names.is_parameter(name)]
     strange = [name for name in ckpt.tensors if not names.is_parameter(name) and not names.is_extra(name)]
     if strange or not known:
@@ -169,7 +172,7 @@ def check_names(ckpt: Checkpoint, path: str | Path) -> None:
 
 
 def not_finite(tensors: Tensors) -> list[str]:
-    """The names of tensors with NaN or infinity in them; reads them all, one at a time."""
+    """The names of the tensors that hold NaN or infinity; reads all tensors, one at a time."""
     bad = []
     for name, array in tensors.items():
         numbers = widened(array)
@@ -180,10 +183,7 @@ def not_finite(tensors: Tensors) -> list[str]:
 
 
 def require_finite(tensors: Tensors, path: str | Path, prefixes: tuple[str, ...]) -> None:
-    """UserError where weights to start a training from, those whose names begin so, are NaN or infinite.
-
-    Nothing good comes of those, at any learning rate.
-    """
+    """UserError where weights under these prefixes are NaN or infinite: no training can start from them."""
     bad = not_finite({name: array for name, array in tensors.items() if name.startswith(prefixes)})
     if bad:
         raise UserError(
@@ -195,10 +195,10 @@ def require_finite(tensors: Tensors, path: str | Path, prefixes: tuple[str, ...]
 def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: str | None = None) -> None:
     """Write ``tensors`` (Stability's names) and ``meta`` to ``path``, whole or not at all.
 
-    ``dtype`` is NumPy's name of the type that floating-point numbers are written in, without it each in its own.
-    ``format`` is "mindspore" (MindONE's names, ``.ckpt``), "safetensors" (Stability's names) or "diffusers" (a folder
-    that must not be there yet; ``meta`` must have the ``model_config``). No value of ``meta`` may be empty. Raises
-    UserError where it cannot be written; what was there before is then still there.
+    ``dtype`` is NumPy's name of the type that floating-point numbers are written in; without it each tensor keeps its
+    own type. ``format`` is "mindspore" (MindONE's names, ``.ckpt``), "safetensors" (Stability's names) or "diffusers"
+    (a folder; ``meta`` must have the ``model_config``). No value of ``meta`` may be empty. Raises UserError where it
+    cannot be written; a file that was there before is then unchanged.
     """
     if format == "diffusers":
         diffusers_folder.write(path, tensors, meta, dtype)
@@ -212,9 +212,9 @@ def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: 
 
 
 def content_key(path: str | Path) -> str:
-    """The sha256 of a checkpoint's file, or of those of all files in its folder, in hexadecimal digits.
+    """The sha256 of a checkpoint's file, or of names and digests of all files in its folder, in hexadecimal digits.
 
-    UserError where they cannot be read.
+    UserError where a file cannot be read.
     """
     try:
         if not os.path.isdir(path):
@@ -229,16 +229,16 @@ def content_key(path: str | Path) -> str:
 def match(
     tensors: Tensors, expected: dict[str, tuple[int, ...]], path: str | Path, prefixes: tuple[str, ...] = ("",)
 ) -> Tensors:
-    """The arrays for a network's parameters, or a UserError that says in one line what does not fit.
+    """The arrays for a network's parameters; UserError, in one line, where names or shapes do not fit.
 
     Args:
-        tensors: what ``load`` gave.
+        tensors: as ``load`` returns them.
         expected: name -> shape of every parameter of the network.
-        path: the file's, for the message.
-        prefixes: only parameters that begin with one of these are taken and checked, on both sides; with
-            ``("model.diffusion_model.",)`` a file of a UNet alone will do.
+        path: of the file, for the message.
+        prefixes: only parameters that begin with one of these are taken and checked, on both sides. With
+            ``(parts.UNET,)`` a file of a UNet alone is enough.
 
-    Entries that files are known to carry beside the parameters (``names.EXTRAS``) are passed over.
+    The known entries beside the parameters (``names.EXTRAS``) are ignored.
     """
     wanted = {name: tuple(shape) for name, shape in expected.items() if name.startswith(prefixes)}
     missing = [name for name in wanted if name not in tensors]
@@ -263,28 +263,31 @@ def _listed(words: list[str], separator: str) -> str:
 
 
 def _kind_of_misfit(tensors: Tensors, missing: list[str], wrong: list[str]) -> kinds.Kind | None:
-    """What to call a file that does not fit, where that is the reason.
+    """The kind of a file that does not fit, where the kind is the reason; else None.
 
-    It is one for a part of a model where other parts are missing, for a whole model where shapes are wrong.
+    For a part of a model the reason is that other parts are missing; for a whole model, that shapes are wrong.
     """
     kind = kinds.recognise(tensors)
     if not kind or not kind.serves:
         return kind
-    there = tuple(prefix for prefix in kinds.PARTS if any(name.startswith(prefix) for name in tensors))
-    if len(there) == len(kinds.PARTS):
+    there = tuple(prefix for prefix in PARTS if any(name.startswith(prefix) for name in tensors))
+    if len(there) == len(PARTS):
         return kind if wrong else None
     return None if all(name.startswith(there) for name in missing) else kind
 
 
 def _stated(tensors: Tensors, strings: Strings) -> Strings:
-    """The table ``meta`` from the strings in a file and the marks among its tensors."""
+    """The table ``meta`` from the strings in a file and the empty tensors that are marks."""
     derived = [_MODELSPEC + key for key in _DERIVED]
     meta = {key: text for key, text in strings.items() if text and key not in derived and key != "format"}
 
     types = [strings.get("prediction_type"), strings.get(_MODELSPEC + "prediction_type")]
-    if strings.get(_MODELSPEC + "predict_key") == _MARKED_TYPE:  # ComfyUI's; its "epsilon" is what it says in doubt
+    if (
+        strings.get(_MODELSPEC + "predict_key") == _MARKED_TYPE
+    ):  # ComfyUI's key; it says "epsilon" also where it does not know
         types.append(_MARKED_TYPE)
-    types += [_MARKED_TYPE] if _V_MARK in tensors else []
+    if _V_MARK in tensors:
+        types.append(_MARKED_TYPE)
     said = {own_name(word) for word in types if word}
     if len(said) > 1:
         places = f"prediction_type, modelspec.prediction_type and .predict_key in its metadata, its tensor {_V_MARK}"
@@ -300,17 +303,17 @@ def _stated(tensors: Tensors, strings: Strings) -> Strings:
 
 
 def _marks(path: str | Path, meta: Strings) -> Tensors:
-    """The empty tensors that stand for a v model and a zero-terminal-SNR schedule."""
+    """The empty tensors that mark a v model and a zero-terminal-SNR schedule."""
     if meta.get("prediction_type") != _MARKED_TYPE:
         return {}
     marks = [_V_MARK]
-    if words.schedule(path, meta).get("zero_terminal_snr"):
+    if metadata.schedule(path, meta).get("zero_terminal_snr"):
         marks.append(_ZERO_SNR_MARK)
     return {mark: np.zeros(0, np.float32) for mark in marks}
 
 
 def _modelspec(tensors: Tensors, meta: Strings, path: str | Path) -> Strings:
-    """The ModelSpec entries of a .safetensors file; "format" is what transformers and diffusers insist on."""
+    """The ModelSpec entries of a .safetensors file, and the entry "format" that transformers and diffusers require."""
     spec = {
         "sai_model_spec": "1.0.0",
         "architecture": _architecture(tensors, meta.get("prediction_type")),
@@ -325,8 +328,8 @@ def _modelspec(tensors: Tensors, meta: Strings, path: str | Path) -> Strings:
 
 
 def _architecture(tensors: Tensors, prediction_type: str | None) -> str:
-    """ModelSpec's name of a Stable Diffusion, told by the shapes of its UNet."""
-    block = "model.diffusion_model.input_blocks."
+    """ModelSpec's name of the architecture, by the shapes of the UNet."""
+    block = UNET + "input_blocks."
     first, keys = (
         tensors[block + name].shape if block + name in tensors else ()
         for name in ("0.0.weight", "1.1.transformer_blocks.0.attn2.to_k.weight")

@@ -1,4 +1,4 @@
-"""What all checkpoint formats share: what is wrong with a file, and numbers in it as arrays."""
+"""What all checkpoint formats share: the error for a bad file, and the numbers in a file as arrays."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ import numpy as np
 Tensors = dict[str, np.ndarray]
 Strings = dict[str, str]
 
-BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # NumPy has no such type: these numbers are opaque until they are `widened`
+BFLOAT16 = np.dtype(
+    [("bfloat16", "<u2")]
+)  # NumPy has no such type: these numbers cannot be used before they are `widened`
 
 
 class FileError(Exception):
-    """What is wrong with a file, to be put behind its name."""
+    """What is wrong with a file, as the end of a sentence that begins with its name."""
 
 
 class Mapping(mmap.mmap):
-    """A file's content as memory, which cannot be written to.
+    """A file's content as read-only memory.
 
-    The content is that of the file which was opened, also where another file takes its name later. Whoever writes into
-    this one, or cuts it, changes the arrays that are views of it: see `changed`.
+    The content stays that of the opened file, also where another file takes its name later. Writing into the opened
+    file, or cutting it, changes the arrays that are views of it: see `changed`.
     """
 
     def __new__(cls, path: Path):
@@ -37,7 +39,7 @@ class Mapping(mmap.mmap):
         return mapping
 
     def present_state(self) -> tuple[int, int]:
-        """What differs after somebody has written to the file."""
+        """Size and time of the last change, which differ after somebody has written to the file."""
         found = os.fstat(self.descriptor)
         return found.st_size, found.st_mtime_ns
 
@@ -51,7 +53,7 @@ def truncation(needed: int, there: int) -> FileError:
 
 
 def array_at(data: mmap.mmap | bytes, dtype: np.dtype, shape: list[int], start: int) -> np.ndarray:
-    """The numbers at ``start`` as an array, which is a view."""
+    """The numbers at byte ``start`` as an array, a view of the data."""
     try:
         return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
     except ValueError as error:  # for instance 0 x 10**18
@@ -59,7 +61,7 @@ def array_at(data: mmap.mmap | bytes, dtype: np.dtype, shape: list[int], start: 
 
 
 def widened(array: np.ndarray) -> np.ndarray:
-    """bfloat16 as float32, of which it is the upper half; anything else as it is."""
+    """bfloat16 as float32, whose upper half it is; any other array as it is."""
     if array.dtype != BFLOAT16:
         return array
     wide = np.array(array["bfloat16"], "<u4")
@@ -74,10 +76,10 @@ def nbytes(dtype: np.dtype, shape: list[int]) -> int:
 
 
 def stored_type(array: np.ndarray, dtype: np.dtype | str | None) -> np.dtype:
-    """The type an array is written in: `dtype` for floating-point numbers, where it is given; else its own.
+    """The type that an array is written in: `dtype` for floating-point numbers, where it is given; else its own.
 
-    A number that is too large for `dtype` would become infinite: its array is float32, or its own type where that is
-    too small as well.
+    A number that is too large for `dtype` would become infinite. An array with such a number is written as float32, or
+    in its own type where float32 is too small as well.
     """
     own = np.dtype(np.float32) if array.dtype == BFLOAT16 else array.dtype
     if dtype is None or own.kind != "f":
@@ -95,7 +97,7 @@ def _holds(dtype: np.dtype, number: float) -> bool:
 
 
 def largest(array: np.ndarray) -> float:
-    """The largest finite size of a number in an array, 0 where it has none; its pages of a file are let go."""
+    """The largest finite absolute value in an array, 0 where there is none; releases the array's pages of a file."""
     numbers = widened(array)
     ends = [numbers.min(initial=0), numbers.max(initial=0)]
     if not np.isfinite(ends).all():
@@ -105,15 +107,15 @@ def largest(array: np.ndarray) -> float:
     return float(max(-ends[0], ends[1]))
 
 
-def raw(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """An array's numbers as bytes of that type, in order; copied only where it must be."""
+def to_bytes(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """An array's numbers, converted to `dtype`, as bytes in order; copied only where it is necessary."""
     return np.ascontiguousarray(widened(array), dtype).reshape(-1).view(np.uint8)
 
 
 def release(array: np.ndarray) -> None:
-    """Let go of the memory behind an array that is a view of a file; it is read again should it be needed again.
+    """Give back the memory of an array that is a view of a file; where the array is used again, the file is read again.
 
-    For after copying: the numbers then are in memory once.
+    After a copy this leaves the numbers in memory only once.
     """
     data = _mapping(array)
     if data is None or not array.flags.c_contiguous:
@@ -127,13 +129,13 @@ def release(array: np.ndarray) -> None:
 
 
 def changed(arrays: Iterable[np.ndarray]) -> Path | None:
-    """A file that was written to, or cut, since these views of it were made; None where all are as they were."""
+    """A file that was written to, or cut, after these views of it were made; None where no file has changed."""
     mappings = {id(mapping): mapping for mapping in map(_mapping, arrays) if mapping is not None}
     return next((each.path for each in mappings.values() if each.present_state() != each.state), None)
 
 
 def _mapping(array: np.ndarray) -> Mapping | None:
-    """What the array is a view of, if it is one of a file."""
+    """The file that an array is a view of; None where it is none."""
     base = array
     while isinstance(base, np.ndarray):
         base = base.base

@@ -1,7 +1,8 @@
-"""The JSON files of a diffusers pipeline: written from a model's config, and read as one.
+"""The JSON files of a diffusers pipeline: written from a model's config, and read into one.
 
-A model's config is plain data here, the "model" section of a model file. diffusers' networks have choices that ours
-lack. A folder that makes one of them is refused by the key's name: its weights would fit and its pictures be wrong.
+A model's config is plain data here, the "model" section of a model file. diffusers' networks have options that ours
+lack. A folder that uses such an option is refused, with the option's name: its weights would fit, but its pictures
+would be wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _SCHEDULE = {  # diffusers' key: the field of ScheduleConfig, and its kind
 }
 _VERSION = "0.31.0"  # of diffusers, whose keys these are
 _PAD_TOKENS = {"zero": "!", "end": END}  # "!" has the id 0
-_LARGEST = 1 << 20  # a whole number beyond it is no size of a network
+_LARGEST = 1 << 20  # the largest whole number that can be a size of a network
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ _KINDS = {
 
 
 class Table:
-    """The table in a JSON file, whose values are asked for by kind; UserError where it cannot be read or holds none."""
+    """The table in a JSON file; UserError where the file cannot be read or holds no table."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -70,7 +71,7 @@ class Table:
         return self.content.get(key) is not None
 
     def get(self, key: str, kind: str, default: Any = None) -> Any:
-        """The value of that kind (of _KINDS), or the default where there is none; UserError where it is another."""
+        """The value of a key, or the default where there is none; UserError where it is not of the kind (of _KINDS)."""
         value = self.content.get(key)
         if value is None:
             return default
@@ -79,14 +80,14 @@ class Table:
         return value
 
     def refusal(self, key: str, wanted: str) -> UserError:
-        """The error for a choice that the networks here do not have."""
+        """The error for a value that the networks here do not support."""
         value = quoted(self.content.get(key))
         return UserError(f"{self.path}: {escaped(key)} is {value}, the networks here have {wanted}")
 
     def check(self, fixed: dict[str, tuple], read: Iterable[str] = (), strict: bool = True) -> None:
-        """UserError where a key has another value than those in `fixed`, or is in neither and says something.
+        """UserError where a key has another value than those in `fixed`, or is unknown and has a value.
 
-        Without `strict` unknown keys may say what they like.
+        The known keys are those in `fixed` and `read`. Without `strict` unknown keys may have any value.
         """
         known = {*fixed, *read}
         for key, value in self.content.items():
@@ -99,7 +100,7 @@ class Table:
 
 
 def _is_one_of(value: Any, allowed: tuple) -> bool:
-    """Whether a value, or each of a list, is one of these; a number is not a truth value."""
+    """Whether a value, or each value of a list, is one of `allowed`; 0 and 1 are not False and True."""
     if isinstance(value, list):
         return value != [] and all(not isinstance(each, list) and _is_one_of(each, allowed) for each in value)
     return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed)
@@ -107,7 +108,7 @@ def _is_one_of(value: Any, allowed: tuple) -> bool:
 
 _DOWN, _UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
 _MIDDLE = "UNetMidBlock2DCrossAttn"
-_UNET_FIXED = {  # what the UNet here does; no value is "not given"
+_UNET_FIXED = {  # the values that the UNet here supports; () allows none
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (),
     "attention_type": ("default",),
@@ -146,8 +147,8 @@ _UNET_FIXED = {  # what the UNet here does; no value is "not given"
 _UNET_READ = (
     *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
     *("attention_head_dim", "num_attention_heads", "use_linear_projection", "transformer_layers_per_block"),
-    *("sample_size", "upcast_attention"),  # the second is a matter of precision
-    *("addition_embed_type_num_heads", "addition_time_embed_dim"),  # of something that is not there
+    *("sample_size", "upcast_attention"),  # upcast_attention changes the precision only
+    *("addition_embed_type_num_heads", "addition_time_embed_dim"),  # options of an embedding that is not there
     *("decay", "inv_gamma", "min_decay", "power", "optimization_step", "update_after_step", "use_ema_warmup"),  # EMA's
 )
 _VAE_FIXED = {
@@ -171,16 +172,18 @@ _SCHEDULER_FIXED = {"trained_betas": (), "beta_schedule": ("scaled_linear", "lin
 
 
 def check_unet(table: Table) -> None:
-    """UserError where the UNet is none of ours; so for the others."""
+    """UserError where the UNet here does not support a value."""
     table.check(_UNET_FIXED, _UNET_READ)
 
 
 def check_vae(table: Table) -> None:
+    """UserError where the autoencoder here does not support a value."""
     table.check(_VAE_FIXED, _VAE_READ)
 
 
 def check_text_encoder(table: Table) -> None:
-    table.check(_TEXT_FIXED, strict=False)  # transformers adds keys as it pleases
+    """UserError where the text encoders here do not support a value."""
+    table.check(_TEXT_FIXED, strict=False)  # every version of transformers adds keys
 
 
 def prediction_type(scheduler: Table) -> str:
@@ -189,38 +192,40 @@ def prediction_type(scheduler: Table) -> str:
 
 
 def schedule(scheduler: Table) -> dict:
-    """What a scheduler says of the noise schedule, by the names of ScheduleConfig's fields."""
+    """The fields of ScheduleConfig that a scheduler's config tells."""
     scheduler.check(_SCHEDULER_FIXED, strict=False)
     return {ours: scheduler.get(theirs, kind) for theirs, (ours, kind) in _SCHEDULE.items() if theirs in scheduler}
 
 
 def scale_factor(vae: Table) -> float | None:
-    """Of the latents; None where nothing is said."""
+    """The latents' scale; None where the config does not tell it."""
     said = vae.get("scaling_factor", "a number")
     return None if said is None else float(said)
 
 
 def image_size(unet: Table, vae: Table) -> int | None:
-    """The pictures' side in pixels; None where nothing is said."""
+    """The pictures' side in pixels; None where the configs do not tell it."""
     side, widths = unet.content.get("sample_size"), vae.get("block_out_channels", "a list of whole numbers")
     return side * 2 ** (len(widths) - 1) if _is_whole(side) and widths and len(widths) < 10 else None
 
 
 def padding(tokenizer: Table) -> str | None:
-    """What the folder's tokenizer fills short prompts up with; None where it does not say."""
+    """The padding of short prompts by the folder's tokenizer; None where it does not tell it."""
     said = tokenizer.content.get("pad_token")
     said = said.get("content") if isinstance(said, dict) else said
     return next((way for way, token in _PAD_TOKENS.items() if token == said), None)
 
 
 def variant(text_encoder: Table) -> str:
-    """TextConfig's name of it: SD 1.x's encoder has the quick GELU."""
+    """TextConfig's name of the variant: SD 1.x's encoder has the quick GELU."""
     return "clip" if text_encoder.get("hidden_act", "a word", "quick_gelu") == "quick_gelu" else "openclip"
 
 
 def model_config(unet: Table, vae: Table, text_encoder: Table, scheduler: Table) -> dict:
     """The whole model's config, the "model" section of a model file."""
-    trailing = scheduler.get("timestep_spacing", "a word") == "trailing"  # anything else nobody has chosen
+    trailing = (
+        scheduler.get("timestep_spacing", "a word") == "trailing"
+    )  # other values are defaults that nobody has chosen
     scale, size = scale_factor(vae), image_size(unet, vae)
     return {
         "prediction_type": prediction_type(scheduler),
@@ -235,7 +240,7 @@ def model_config(unet: Table, vae: Table, text_encoder: Table, scheduler: Table)
 
 
 def _multiples(table: Table) -> tuple[int, list[int]]:
-    """The width of the first level, and all levels' as multiples of it."""
+    """(the width of the first level, the widths of all levels as multiples of it)."""
     widths = table.get("block_out_channels", "a list of whole numbers", [320, 640, 1280, 1280])
     if any(width % widths[0] for width in widths):
         raise table.refusal("block_out_channels", "multiples of the first width")
@@ -436,7 +441,7 @@ def _text_encoder(text: dict, tokenizer: Tokenizer) -> dict:
         "num_hidden_layers": text["layers"],
         "pad_token_id": tokenizer.pad,
         "projection_dim": text["width"],
-        # Whatever the weights are stored as: transformers would go by their type, diffusers loads the rest as float32.
+        # Not the type of the stored weights: transformers would load in it, diffusers loads the other parts as float32.
         "torch_dtype": "float32",
         "vocab_size": text["vocab_size"],
     }

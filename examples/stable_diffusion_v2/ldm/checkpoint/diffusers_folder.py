@@ -1,7 +1,8 @@
 """A diffusers pipeline as a folder: parameters in unet/, vae/ and text_encoder/, and the JSON files that describe them.
 
-Read: one file a part or shards with an index, .safetensors before PyTorch's .bin, full precision before variants such
-as fp16. Written: .safetensors, and every file that ``StableDiffusionPipeline.from_pretrained`` asks for.
+A part is read from one file or from shards with an index: .safetensors before PyTorch's .bin, full precision before
+variants such as fp16. A folder is written as .safetensors, with every file that
+``StableDiffusionPipeline.from_pretrained`` asks for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from ldm.checkpoint import diffusers_config as configs
-from ldm.checkpoint import formats, kinds, names, words
+from ldm.checkpoint import formats, kinds, metadata, names
 from ldm.checkpoint.arrays import Strings, Tensors
 from ldm.checkpoint.diffusers_config import INDEX, Table
 from ldm.config.yaml_file import dump_yaml
@@ -26,7 +27,7 @@ PARTS = ("unet", "vae", "text_encoder")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _CHECKS = {"unet": configs.check_unet, "vae": configs.check_vae, "text_encoder": configs.check_text_encoder}
 _CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text_encoder"}
-_AVERAGE = "unet_ema"  # where diffusers' trainers keep the moving average
+_AVERAGE = "unet_ema"  # the folder of the moving average in checkpoints of diffusers' trainers
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,14 @@ log = logging.getLogger(__name__)
 
 
 def read(folder: str | Path, widen: bool = True, raw: bool = False) -> tuple[Tensors, Strings]:
-    """Parameters by Stability's names, and what the folder says of itself; `widen` as in `formats.read`.
+    """(parameters by Stability's names, the folder's description of itself); `widen` as in `formats.read`.
 
-    The folder is a pipeline, one part of it (unet/ alone, for instance), or a checkpoint of diffusers' trainers. Where
-    such a one holds its UNet twice, `raw` takes the weights and otherwise the moving average is taken.
+    The folder is a pipeline, one part of it (unet/ alone, for instance), or a checkpoint of diffusers' trainers. A
+    trainer may keep the UNet's weights and their moving average: `raw` chooses the weights, otherwise the average is
+    taken.
 
     Raises:
-        UserError: it is none of these, a file of it is missing or damaged, or a network of it is none of ours.
+        UserError: the folder is none of these, a file in it is missing or damaged, or a network differs from ours.
     """
     folder = Path(folder)
     places = _places(folder, raw)
@@ -67,7 +69,7 @@ def _has_config(place: Path) -> bool:
 
 
 def _places(folder: Path, raw: bool) -> dict[str, Path]:
-    """The folder of each part."""
+    """The folder of each part that is there; UserError where there is none."""
     _refuse_others(folder)
     places = {part: folder / part for part in PARTS if (folder / part).is_dir()}
     average = folder / _AVERAGE
@@ -83,7 +85,7 @@ def _places(folder: Path, raw: bool) -> dict[str, Path]:
 
 
 def _refuse_others(folder: Path) -> None:
-    """UserError for folders of diffusers that are something else."""
+    """UserError for folders of diffusers that hold something else than Stable Diffusion 1.x or 2.x."""
     if any(folder.glob("adapter_config.json")) or any(folder.glob("pytorch_lora_weights.*")):
         raise UserError(f"{folder} holds a LoRA: merge it into its base model first and give the merged model")
     others = [name for name in ("text_encoder_2", "transformer", "prior", "controlnet") if (folder / name).is_dir()]
@@ -94,7 +96,7 @@ def _refuse_others(folder: Path) -> None:
 
 
 def _part_alone(folder: Path) -> str:
-    """Which part of a pipeline a folder with config and weights is."""
+    """The part of a pipeline whose config and weights lie in a folder; UserError where it is none."""
     table = Table(folder / "config.json")
     classes = [table.get("_class_name", "a word", ""), *table.get("architectures", "a list of words", [])]
     part = next((_CLASSES[name] for name in classes if name in _CLASSES), None)
@@ -114,7 +116,7 @@ def _read_part(folder: Path, widen: bool) -> tuple[Tensors, Strings]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that together hold a part: the first kind that is there."""
+    """The files with a part's weights, of the first kind that is there; UserError where there is none."""
     for suffix in ("safetensors", "bin"):
         for variant in ("", ".fp16", ".*"):
             for stem in _STEMS:
@@ -142,7 +144,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _text_variant(table: Table | None, tensors: Tensors) -> str:
-    """What TextConfig calls it; where no config says so, 768 values are SD 1.x's."""
+    """TextConfig's name of the text encoder's variant. Without a config the width decides: 768 is SD 1.x's."""
     if table:
         return configs.variant(table)
     norm = next((a for name, a in tensors.items() if name.endswith("final_layer_norm.weight")), None)
@@ -150,13 +152,16 @@ def _text_variant(table: Table | None, tensors: Tensors) -> str:
 
 
 def _described(folder: Path, tables: dict[str, Table], strings: Strings) -> Strings:
-    """Prediction type and schedule by the scheduler's config, latents' scale and resolution by the networks', and the
-    whole model's config where all are there."""
+    """The table ``meta`` of a folder.
+
+    The scheduler's config tells prediction type and schedule, the networks' configs tell the latents' scale and the
+    resolution. Where all configs are there, the table holds the whole model's config.
+    """
     told = {}
     scheduler, unet, vae = (tables.get(name) for name in ("scheduler", "unet", "vae"))
     if scheduler:
         told["prediction_type"] = _prediction_type(folder, scheduler, strings)
-        told["schedule"] = json.dumps({**words.schedule(folder, strings), **configs.schedule(scheduler)})
+        told["schedule"] = json.dumps({**metadata.schedule(folder, strings), **configs.schedule(scheduler)})
     scale = configs.scale_factor(vae) if vae else None
     if scale is not None:
         told["scale_factor"] = repr(scale)
@@ -181,12 +186,12 @@ def _prediction_type(folder: Path, scheduler: Table, strings: Strings) -> str:
 
 
 def _model_config(folder: Path, tables: dict[str, Table], strings: Strings) -> str:
-    """As YAML. What the configs leave open is taken from the text among the UNet's strings, if any."""
+    """The whole model's config as YAML. A config among the UNet's strings fills what the folder leaves open."""
     model = configs.model_config(*(tables[name] for name in (*PARTS, "scheduler")))
     pad = configs.padding(tables["tokenizer"]) if "tokenizer" in tables else None
     if pad not in (None, padding_of(model["text"]["variant"])):
         model["text"]["padding"] = pad
-    carried = words.model_section(folder, strings)
+    carried = metadata.model_section(folder, strings)
     if carried is None:
         return dump_yaml({"model": model})
     joined = {**carried, **model}
@@ -200,14 +205,15 @@ def _model_config(folder: Path, tables: dict[str, Table], strings: Strings) -> s
 
 
 def write(folder: str | Path, tensors: Tensors, meta: Strings, dtype: str | None = None) -> None:
-    """Write a pipeline, whole or not at all, in the place of one that is there; ``meta`` must have ``model_config``.
+    """Write a pipeline, whole or not at all; an existing pipeline is replaced. ``meta`` must have ``model_config``.
 
-    Raises UserError where something else is there, or the disk refuses.
+    Raises UserError where the folder holds something else, or the disk refuses.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / INDEX).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_empty and not (folder / INDEX).is_file():
         raise UserError(f"{folder} exists and is no diffusers pipeline; remove it or give another name")
-    model = words.model_section(folder, meta)
+    model = metadata.model_section(folder, meta)
     if model is None:
         raise UserError(
             "a diffusers folder describes its networks, and the checkpoint does not: give the model's config"

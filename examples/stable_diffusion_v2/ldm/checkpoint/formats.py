@@ -1,10 +1,10 @@
-"""Checkpoint files as containers: named arrays and named strings, whatever the names are.
+"""Checkpoint files as containers of named arrays and named strings.
 
-Each format has a file here, and needs none of the framework that defined it: ``safetensors_file``, ``mindspore_file``
-(both read and written) and ``pytorch_file`` (read).
+Each format has a module here: ``safetensors_file``, ``mindspore_file`` (both read and written) and ``pytorch_file``
+(read). None needs the framework that defined the format.
 
-A file is recognised by what is in it. Arrays are views of one memory mapping, which nobody can write to: reading costs
-no memory until a number is used. bfloat16, which NumPy lacks, is widened to float32.
+The content decides what a file is; its name does not matter. Arrays are views of one read-only memory mapping, so
+reading costs no memory until a number is used. NumPy lacks bfloat16, which is widened to float32.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ldm.files import escaped, replacing
 
 log = logging.getLogger(__name__)
 
-_KINDS = {"mindspore": mindspore_file, "safetensors": safetensors_file, "pytorch": pytorch_file}
-FORMATS = ("mindspore", "safetensors")  # that are written
+_MODULES = {"mindspore": mindspore_file, "safetensors": safetensors_file, "pytorch": pytorch_file}
+FORMATS = ("mindspore", "safetensors")  # the formats that are written
 
-# What people pass by mistake: how it begins, what it is, what to do.
+# Files that are passed by mistake: their beginning, what they are, what to do.
 _FOREIGN = (
     (b"\x80", "a Python pickle, but not one of torch.save", "save its tensors as .safetensors"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file it points to", "get the file with git lfs pull"),
@@ -36,16 +36,16 @@ _FOREIGN = (
 
 
 def read(path: str | Path, widen: bool = True) -> tuple[Tensors, Strings, str]:
-    """The arrays, the strings and the format's name of a checkpoint file, with the names that are in it.
+    """(arrays, strings, name of the format) of a checkpoint file, with the file's own names.
 
-    Without `widen` bfloat16 stays in the file, as ``arrays.BFLOAT16``, to be written and no more. Raises UserError
-    where the file is missing, unreadable, truncated, damaged or of another kind.
+    Without `widen` bfloat16 stays ``arrays.BFLOAT16``, which can only be written again. Raises UserError where the file
+    is missing, unreadable, truncated, damaged or of another kind.
     """
     path = Path(path)
     try:
         data = _map(path)
-        kind = _identify(data)
-        tensors, strings = _KINDS[kind].read(data)
+        form = _identify(data)
+        tensors, strings = _MODULES[form].read(data)
         if not tensors:
             raise FileError("holds no parameters")
         if widen:
@@ -55,32 +55,32 @@ def read(path: str | Path, widen: bool = True) -> tuple[Tensors, Strings, str]:
                     release(array)
     except FileError as error:
         raise UserError(f"{path} {error}") from None
-    return tensors, strings, kind
+    return tensors, strings, form
 
 
-def write(path: str | Path, tensors: Tensors, strings: Strings, kind: str, dtype: str | None = None) -> None:
-    """Write a checkpoint file of format ``kind`` (one of FORMATS), or leave what was there as it was.
+def write(path: str | Path, tensors: Tensors, strings: Strings, form: str, dtype: str | None = None) -> None:
+    """Write a checkpoint file of the format ``form`` (one of FORMATS), whole or not at all.
 
-    Floating-point numbers are written as ``dtype``, one of NumPy's, where it is given: converted tensor by tensor, so
-    it costs no memory. A tensor with a number that is too large for it stays float32, and a line says so. Keys and
-    values of ``strings`` must not be empty (MindSpore cannot read an empty one back).
-    Raises UserError where the disk or the folder refuses, or the format is unknown.
+    Floating-point numbers are written as ``dtype``, NumPy's name of a type, where it is given. They are converted
+    tensor by tensor, so it costs no memory. A tensor with a number that is too large for ``dtype`` stays float32, and a
+    line says so. Keys and values of ``strings`` must not be empty: MindSpore cannot read an empty string back. Raises
+    UserError where the disk or the folder refuses, or the format is unknown.
     """
-    if kind not in FORMATS:
-        raise UserError(f"unknown checkpoint format {kind!r}; choose one of {', '.join(FORMATS)}")
+    if form not in FORMATS:
+        raise UserError(f"unknown checkpoint format {form!r}; choose one of {', '.join(FORMATS)}")
     if not all(strings) or not all(strings.values()):
         raise ValueError("empty string among the strings of a checkpoint")
     strings = {_printable(key): _printable(text) for key, text in strings.items()}
     types = {name: stored_type(array, dtype) for name, array in tensors.items()}
-    _tell_of_larger(path, tensors, types, dtype)
+    _log_larger_types(path, tensors, types, dtype)
     with replacing(path) as file:
-        for chunk in _KINDS[kind].chunks(tensors, strings, types):
+        for chunk in _MODULES[form].chunks(tensors, strings, types):
             file.write(chunk)
 
 
-def _tell_of_larger(path: Path, tensors: Tensors, types: dict[str, np.dtype], dtype: str | None) -> None:
-    """A line where tensors are not written as `dtype`."""
-    larger = [name for name, kind in types.items() if dtype and kind.kind == "f" and kind != np.dtype(dtype)]
+def _log_larger_types(path: Path, tensors: Tensors, types: dict[str, np.dtype], dtype: str | None) -> None:
+    """Log a line where tensors are not written as `dtype`."""
+    larger = [name for name, own in types.items() if dtype and own.kind == "f" and own != np.dtype(dtype)]
     if larger:
         first, most = larger[0], largest(tensors[larger[0]])
         told = "%s: %d of %d tensors stay %s, for %s cannot hold their numbers; the first is %s with %.6g"
@@ -88,7 +88,7 @@ def _tell_of_larger(path: Path, tensors: Tensors, types: dict[str, np.dtype], dt
 
 
 def _printable(text: str) -> str:
-    """Without the half characters of undecodable file names, which no format can hold."""
+    """The text without lone surrogates (from undecodable file names), which no format can hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -96,7 +96,7 @@ def _map(path: Path) -> Mapping:
     try:
         data = Mapping(path)
         if hasattr(mmap, "MADV_SEQUENTIAL"):
-            data.madvise(mmap.MADV_SEQUENTIAL)  # it is read ahead in larger pieces, from a disk in half the time
+            data.madvise(mmap.MADV_SEQUENTIAL)  # the system reads ahead in larger pieces: half the time from a disk
         return data
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist: give the path of a .ckpt or .safetensors file") from None
@@ -108,9 +108,9 @@ def _map(path: Path) -> Mapping:
 
 def _identify(data: mmap.mmap) -> str:
     head = data[:64]
-    for kind, module in _KINDS.items():
+    for form, module in _MODULES.items():
         if module.fits(head):
-            return kind
+            return form
     for begin, what, advice in _FOREIGN:
         if head.lstrip().startswith(begin):
             raise FileError(f"is {what}; {advice}")

@@ -1,7 +1,7 @@
-"""What a file of weights is, told by the names and shapes in it: the one table of what people have on their disks.
+"""The kinds of files with weights, recognised by the names and shapes in them.
 
-``load`` refuses what is no part of a model here, with the line of this table; ``match`` begins with it where a file
-does not fit. The names are those of the file or those that ``ldm.checkpoint.names`` has made of them.
+``load`` refuses a file that is no part of a model here, with its kind's advice. ``match`` names the kind where a file
+does not fit. The names are those of the file, or those that ``ldm.checkpoint.names`` has translated.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.checkpoint.arrays import Strings, Tensors
+from ldm.parts import PARTS, TEXT, UNET, VAE
 
-PARTS = UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 RUN_STATE = "train_state"  # the key among the strings of a run's resume state
 
 
 class Kind(NamedTuple):
-    """What a file is called, with its article, and what to do with it; `serves` where it is read as a model's part."""
+    """A kind of file: its name with the article, and advice to the user. With `serves` it is a part of a model."""
 
     name: str
     advice: str
@@ -38,7 +38,7 @@ _CONTROLNET = Kind("a ControlNet", "ControlNets are not read here: give the mode
 _UNCLIP = Kind("an unCLIP model (variations of pictures)", _OTHER)
 _IMAGE_ADAPTER = "image adapters are not read here: give the model that it belongs to"
 
-# The first pattern that is found in any name decides.
+# The first pattern that any name matches decides.
 _BY_NAME = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
@@ -54,7 +54,7 @@ _BY_NAME = tuple(
         (r"^lora_\w+\.(lora_(down|up|mid)\.weight|alpha)$", Kind("a LoRA (kohya's names)", _MERGE)),
         (r"^base_model\.model\..+\.lora_\w+", Kind("a LoRA (PEFT's names)", _MERGE)),
         (
-            r"^(model\.diffusion_model|cond_stage_model|conditioner)\..+\.lora_(down|up|A|B)\.",
+            rf"^({re.escape(UNET)}|{re.escape(TEXT)}|conditioner\.).+\.lora_(down|up|A|B)\.",
             Kind("a LoRA (MindONE's names)", _MERGE),
         ),
         (
@@ -78,7 +78,7 @@ _BY_NAME = tuple(
         (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d", Kind("a model of Flux' kind", _OTHER)),
         (r"(^|\.)(joint_blocks\.\d|context_embedder\.)", Kind("a model of Stable Diffusion 3's kind", _OTHER)),
         (
-            r"^(model\.diffusion_model\.|model\.)?(transformer_)?blocks\.\d",
+            rf"^({re.escape(UNET)}|model\.)?(transformer_)?blocks\.\d",
             Kind("a diffusion transformer", _OTHER),
         ),
         (r"^(taesd_)?(en|de)coder\.layers\.\d+\.(conv\.)?(\d|weight)", Kind("a tiny autoencoder (TAESD)", _WHOLE)),
@@ -93,12 +93,12 @@ _BY_NAME = tuple(
     )
 )
 
-# By the width of what is added to the time embedding.
+# By the width of the vector that is added to the time embedding.
 _BY_LABEL_WIDTH = {
     2816: Kind("Stable Diffusion XL", _OTHER),
     2560: Kind("the refiner of Stable Diffusion XL", _OTHER),
 }
-_BY_INPUT = {  # channels that go into the UNet where four come out
+_BY_INPUT = {  # by the UNet's input channels, where it has four output channels
     9: "an inpainting model",
     5: "a depth-to-image model",
     7: "a picture upscaler of Stable Diffusion",
@@ -112,13 +112,13 @@ _ALONE = {
     TEXT: Kind("a text encoder alone", _BESIDE, True),
 }
 _CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-_ROWS = "num_vectors"  # MindONE's word for how many a textual inversion has
-_MOST_WORDS, _LONGEST_WORD = 8, 256  # words in such a file, rows of a word's embedding
-_WIDTHS = (768, 1024, 1280, 2048, 4096)  # values of a row
+_ROWS = "num_vectors"  # MindONE's name for the number of a textual inversion's rows
+_MOST_WORDS, _LONGEST_WORD = 8, 256  # words in a textual inversion, rows of a word's embedding
+_WIDTHS = (768, 1024, 1280, 2048, 4096)  # values in a row
 
 
 def recognise(tensors: Tensors, meta: Strings | None = None) -> Kind | None:
-    """What a file is, by the names and shapes of its tensors and its strings; None where nothing here is known."""
+    """The kind of a file, by its strings and the names and shapes of its tensors; None where it is unknown."""
     if meta and RUN_STATE in meta:
         return RUN
     if _is_textual_inversion(tensors, meta or {}):
@@ -130,7 +130,7 @@ def recognise(tensors: Tensors, meta: Strings | None = None) -> Kind | None:
 
 
 def _is_textual_inversion(tensors: Tensors, meta: Strings) -> bool:
-    """Some rows of an embedding and nothing else, under the name of a word or with the number of its rows."""
+    """Whether a file holds only some rows of an embedding, by the name of a word or with the number of its rows."""
     rows = [array for name, array in tensors.items() if name != _ROWS]
     if not 0 < len(rows) <= _MOST_WORDS:
         return False
@@ -143,7 +143,7 @@ def _is_textual_inversion(tensors: Tensors, meta: Strings) -> bool:
 
 
 def _by_shape(tensors: Tensors) -> Kind | None:
-    """Relatives of Stable Diffusion whose UNet has other inputs."""
+    """The kind of a relative of Stable Diffusion, whose UNet has other inputs."""
     label = _shape(tensors, UNET + "label_emb.0.0.weight", UNET + "add_embedding.linear_1.weight")
     if label:
         return _BY_LABEL_WIDTH.get(label[-1], _UNCLIP)
@@ -154,7 +154,7 @@ def _by_shape(tensors: Tensors) -> Kind | None:
 
 
 def _part(tensors: Tensors) -> Kind | None:
-    """A part of a model, or a whole one of a known width."""
+    """The kind of a part of a model, or of a whole model of a known width."""
     there = [prefix for prefix in PARTS if any(name.startswith(prefix) for name in tensors)]
     if len(there) == 1:
         return _ALONE[there[0]]
@@ -165,11 +165,11 @@ def _part(tensors: Tensors) -> Kind | None:
 
 
 def _shape(tensors: Tensors, *names: str) -> tuple[int, ...]:
-    """Of the first of these that is there."""
+    """The shape of the first of these tensors that is there; () where none is."""
     return next((np.shape(tensors[name]) for name in names if name in tensors), ())
 
 
-# Sizes in a model's config that a shape shows: section, key, where (the first name that is there), which dimension.
+# Sizes in a model's config that a shape shows: section, key, tensors (the first that is there counts), axis.
 _TOKENS = TEXT + "model.token_embedding.weight", TEXT + "transformer.text_model.embeddings.token_embedding.weight"
 _POSITIONS = TEXT + "model.positional_embedding", TEXT + "transformer.text_model.embeddings.position_embedding.weight"
 _SIZES = (
@@ -187,7 +187,7 @@ _SIZES = (
 
 
 def contradiction(tensors: Tensors, model: dict) -> str | None:
-    """The first size in a model's config, as plain data, that the shapes contradict, in words; None where none does."""
+    """A phrase for the first size in a model's config (plain data) that the shapes contradict; None where none does."""
     for section, key, names, axis in _SIZES:
         said, shape = model.get(section, {}).get(key), _shape(tensors, *names)
         if said is not None and len(shape) > axis and shape[axis] != said:

@@ -2,7 +2,7 @@
 ``Checkpoint{repeated Value{tag = 1, TensorProto{dims = 1, tensor_type = 2, tensor_content = 3} tensor = 2}}``; a string
 is a tensor of type ``str`` in UTF-32.
 
-The numbers need not be aligned; ``mindspore.Tensor(array)`` copies and does not mind.
+The numbers need not be aligned: ``mindspore.Tensor(array)`` copies them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, raw, truncation
+from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, to_bytes, truncation
 from ldm.files import escaped
 
 TYPES = {
@@ -34,7 +34,7 @@ TYPES = {
 }
 
 SLICE = 512 << 20  # bytes of one Value; larger parameters are cut there, as MindSpore does
-# A protobuf file that lost its last messages is still a valid one, so ours begin and end with a mark.
+# A protobuf file without its last messages is still valid, so our files begin and end with a mark.
 BEGIN, END = "checkpoint.begin", "checkpoint.end"
 
 _HEAD = re.compile(rb"\n[\x80-\xff]{0,9}[\x00-\x7f]\n")  # Checkpoint.value, its length, Value.tag
@@ -43,6 +43,7 @@ _CRC_MARK, _CRC_BYTES = b"crc_num", 17
 
 
 def read(data: mmap.mmap) -> tuple[Tensors, Strings]:
+    """(arrays, which are views, and strings) of a file; FileError where it is damaged."""
     size = _without_crc(data)
     slices: dict[str, list] = {}
     last = None
@@ -60,7 +61,7 @@ def read(data: mmap.mmap) -> tuple[Tensors, Strings]:
         if parts[0][1] == "str":
             strings[tag] = _string(data, tag, parts)
         else:
-            tensors[tag] = _mindsporearray_at(data, tag, parts)
+            tensors[tag] = _tensor(data, tag, parts)
     if BEGIN in strings and END not in strings:
         raise FileError(f"is truncated: its last parameters are not there ({size} bytes); fetch or copy the file again")
     for mark in (BEGIN, END):
@@ -69,7 +70,7 @@ def read(data: mmap.mmap) -> tuple[Tensors, Strings]:
 
 
 def _without_crc(data: mmap.mmap) -> int:
-    """Where the messages end; a checksum may stand behind them, and has to be right."""
+    """The size of the messages. A checksum may follow them; FileError where it does not fit."""
     tail = data[-_CRC_BYTES:]
     if not tail.startswith(_CRC_MARK):
         return len(data)
@@ -80,25 +81,25 @@ def _without_crc(data: mmap.mmap) -> int:
 
 
 def fits(head: bytes) -> bool:
-    """Whether a file that begins so is one of these."""
+    """Whether a file that begins with these bytes has this format."""
     return _HEAD.match(head) is not None
 
 
 def _varint(data: mmap.mmap, start: int, stop: int) -> tuple[int, int]:
-    """A protobuf integer and the place behind it, which is beyond ``stop`` where the integer is cut off."""
+    """(a protobuf integer, the place behind it); the place is beyond ``stop`` where the integer is cut off."""
     value = 0
     for n in range(10):
         if start + n >= stop:
             return 0, stop + 1
         byte = data[start + n]
-        value |= (byte & 0x7F) << 7 * n
+        value |= (byte & 0x7F) << (7 * n)
         if byte < 0x80:
             return value, start + n + 1
     raise FileError("is damaged: a number without end in MindSpore's format")
 
 
 def _fields(data: mmap.mmap, start: int, stop: int, outermost: bool = False) -> Iterator[tuple[int, int | tuple]]:
-    """(number, value) of the fields of a protobuf message: an int, or (start, stop) of the bytes."""
+    """(number, value) of each field of a protobuf message; a value is an int, or (start, stop) of its bytes."""
     while start < stop:
         key, start = _varint(data, start, stop)
         if key & 7 not in (_VARINT, _BYTES):
@@ -153,7 +154,8 @@ def _string(data: mmap.mmap, tag: str, parts: list) -> str:
     return _text(data, parts[0][2:], "utf-32-le").rstrip("\0")
 
 
-def _mindsporearray_at(data: mmap.mmap, tag: str, parts: list) -> np.ndarray:
+def _tensor(data: mmap.mmap, tag: str, parts: list) -> np.ndarray:
+    """The array of a tensor, whose slices are joined; `parts` has (dims, type, start, stop) of each slice."""
     dims, type_name, start, _ = parts[0]
     if any(part[:2] != [dims, type_name] for part in parts):
         raise FileError(f"is damaged: it holds {escaped(tag)} twice")
@@ -163,7 +165,7 @@ def _mindsporearray_at(data: mmap.mmap, tag: str, parts: list) -> np.ndarray:
         )
     dtype = TYPES[type_name]
     there = sum(stop - start for *_, start, stop in parts)
-    if dims == [0] and there:  # how older versions write a scalar
+    if dims == [0] and there:  # older versions of MindSpore write a scalar so
         dims = []
     if there != nbytes(dtype, dims):
         raise FileError(f"is truncated or damaged: {escaped(tag)} needs {nbytes(dtype, dims)} bytes, {there} there")
@@ -173,12 +175,12 @@ def _mindsporearray_at(data: mmap.mmap, tag: str, parts: list) -> np.ndarray:
 
 
 def chunks(tensors: Tensors, strings: Strings, types: dict[str, np.dtype]) -> Iterator[bytes | np.ndarray]:
-    """The file in parts; `types` says as what each tensor is written: they are converted one at a time."""
+    """The file in parts. Each tensor is written in its type of `types`; they are converted one at a time."""
     type_names = {dtype: name for name, dtype in TYPES.items()}
     for tag, text in {BEGIN: "1", **strings}.items():
         yield from _value_chunks(tag, (0,), "str", np.frombuffer(text.encode("utf-32-le"), np.uint8))
     for tag, array in tensors.items():
-        content = raw(array, types[tag])
+        content = to_bytes(array, types[tag])
         for start in range(0, max(content.size, 1), SLICE):
             part = content[start : start + SLICE]
             yield from _value_chunks(tag, array.shape, type_names[types[tag]], part)
@@ -187,11 +189,11 @@ def chunks(tensors: Tensors, strings: Strings, types: dict[str, np.dtype]) -> It
 
 def _value_chunks(tag: str, dims: tuple, type_name: str, content: np.ndarray) -> Iterator[bytes | np.ndarray]:
     def field(number: int, size: int) -> bytes:
-        return _to_varint(number << 3 | _BYTES) + _to_varint(size)
+        return _to_varint((number << 3) + _BYTES) + _to_varint(size)
 
-    name, kind = tag.encode(), type_name.encode()
+    name, type_bytes = tag.encode(), type_name.encode()
     tensor = b"".join(b"\x08" + _to_varint(dim) for dim in dims)
-    tensor += field(2, len(kind)) + kind + field(3, content.size)
+    tensor += field(2, len(type_bytes)) + type_bytes + field(3, content.size)
     value = field(1, len(name)) + name + field(2, len(tensor) + content.size) + tensor
     yield field(1, len(value) + content.size) + value
     yield content
@@ -200,6 +202,6 @@ def _value_chunks(tag: str, dims: tuple, type_name: str, content: np.ndarray) ->
 def _to_varint(value: int) -> bytes:
     groups = []
     while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
+        groups.append((value & 0x7F) | 0x80)
         value >>= 7
     return bytes([*groups, value])

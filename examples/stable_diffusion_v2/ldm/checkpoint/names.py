@@ -1,13 +1,13 @@
-"""What each project calls the same parameters. Inside, the names are those of Stability's single-file checkpoints.
+"""The names that each project gives to the same parameters. Ours are those of Stability's single-file checkpoints.
 
 * MindONE (MindSpore ``.ckpt``): an ordered list of name patterns, read in either direction.
 * SD 1.x text encoders (Hugging Face's names, three projections) and SD 2.x ones (OpenCLIP's names, one ``in_proj``) are
-  the same network; MindONE writes both in OpenCLIP's way.
-* diffusers' folders: blocks are numbered by level and place instead of counted through, so a table is built for the
-  depth at hand, from the UNet of CompVis (https://github.com/CompVis/latent-diffusion, openaimodel.py) and the
-  autoencoder beside it. Any width, depth and choice of attention levels.
+  the same network; MindONE writes both with OpenCLIP's names.
+* diffusers' folders: Stability counts the blocks, diffusers numbers them by level and place. The table is built for the
+  network's depth, from the UNet of CompVis (https://github.com/CompVis/latent-diffusion, openaimodel.py) and the
+  autoencoder beside it. Any width, depth and choice of attention levels is possible.
 
-Names that no rule knows stay as they are: whoever fills a network reports them (``ldm.checkpoint.match``).
+Names that no rule knows stay as they are; ``ldm.checkpoint.match`` reports them.
 """
 
 from __future__ import annotations
@@ -20,31 +20,37 @@ import numpy as np
 from ldm.checkpoint.arrays import widened
 from ldm.errors import UserError
 from ldm.files import escaped
+from ldm.parts import TEXT, UNET, VAE
 
 Tensors = dict[str, np.ndarray]
 
-# Entries that SD files are known to carry and no network here has.
+_OPENCLIP, _CLIP = TEXT + "model.", TEXT + "transformer.text_model."  # the text encoder of SD 2.x, of SD 1.x
+_MINDONE_TEXT = TEXT + "transformer."
+# The same prefixes in regular expressions.
+_RE_UNET, _RE_VAE, _RE_TEXT, _RE_OPENCLIP, _RE_CLIP = map(re.escape, (UNET, VAE, TEXT, _OPENCLIP, _CLIP))
+
+# Entries of SD files that no network here has.
 EXTRAS = re.compile(
     "|".join(
         (
-            r"model_ema\..*",  # a second copy of the UNet; the copy under model.* is the one that is used
+            r"model_ema\..*",  # a second copy of the UNet, which is not used
             r"betas|(sqrt_)?(one_minus_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod",  # the noise schedule
             r"sqrt_recip(m1)?_alphas_cumprod|posterior_.*|lvlb_weights|logvar|scale_factor",
-            r"cond_stage_model\..*(logit_scale|text_projection(\.weight)?|position_ids|attn_mask)",  # CLIP's other half
-            r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x stops at the layer before the last
+            _RE_TEXT + r".*(logit_scale|text_projection(\.weight)?|position_ids|attn_mask)",  # CLIP's other half
+            _RE_OPENCLIP + r"transformer\.resblocks\.23\..*",  # SD 2.x stops at the layer before the last
             r"denoiser\.sigmas",  # the schedule in files of Stability's generative-models
-            r"(first_stage_model\.)?loss\..*",  # the autoencoder's discriminator
+            rf"({_RE_VAE})?loss\..*",  # the autoencoder's discriminator
             r"epoch_num|step_num|global_step|learning_rate|loss_scale",  # MindSpore's training loop
         )
     )
 )
 
 
-_SD2_BLOCKS = 24  # in the text encoder of SD 2.x' files; the last one does not run and is one of EXTRAS
+_SD2_BLOCKS = 24  # in the text encoder of SD 2.x' files; the last block does not run and is one of EXTRAS
 
 
 def is_extra(name: str) -> bool:
-    """Whether a parameter is one of the entries that files carry and networks do not have."""
+    """Whether a name is that of an entry of SD files that no network here has."""
     return EXTRAS.fullmatch(name) is not None
 
 
@@ -58,18 +64,18 @@ _VAE_BLOCK = r"(norm1|conv1|norm2|conv2|nin_shortcut)" + _WB
 _PARAMETER = re.compile(
     "|".join(
         (
-            r"model\.diffusion_model\.(time_embed\.[02]|input_blocks\.0\.0|out\.[02])" + _WB,
-            r"model\.diffusion_model\.((in|out)put_blocks\.\d+|middle_block)\.\d\." + _UNET_BLOCK,
-            r"first_stage_model\.((post_)?quant_conv|(en|de)coder\.(conv_in|conv_out|norm_out))" + _WB,
-            r"first_stage_model\.(en|de)coder\.(mid\.block_[12]|(down|up)\.\d+\.block\.\d+)\." + _VAE_BLOCK,
-            r"first_stage_model\.(en|de)coder\.mid\.attn_1\.(norm|q|k|v|proj_out)" + _WB,
-            r"first_stage_model\.(encoder\.down\.\d+\.downsample|decoder\.up\.\d+\.upsample)\.conv" + _WB,
-            r"cond_stage_model\.model\.(token_embedding\.weight|positional_embedding|ln_final\.(weight|bias))",
-            r"cond_stage_model\.model\.transformer\.resblocks\.\d+\.(ln_[12]|mlp\.c_(fc|proj)|attn\.out_proj)" + _WB,
-            r"cond_stage_model\.model\.transformer\.resblocks\.\d+\.attn\.in_proj_(weight|bias)",
-            r"cond_stage_model\.transformer\.text_model\.embeddings\.(token|position)_embedding\.weight",
-            r"cond_stage_model\.transformer\.text_model\.final_layer_norm" + _WB,
-            r"cond_stage_model\.transformer\.text_model\.encoder\.layers\.\d+\."
+            _RE_UNET + r"(time_embed\.[02]|input_blocks\.0\.0|out\.[02])" + _WB,
+            _RE_UNET + r"((in|out)put_blocks\.\d+|middle_block)\.\d\." + _UNET_BLOCK,
+            _RE_VAE + r"((post_)?quant_conv|(en|de)coder\.(conv_in|conv_out|norm_out))" + _WB,
+            _RE_VAE + r"(en|de)coder\.(mid\.block_[12]|(down|up)\.\d+\.block\.\d+)\." + _VAE_BLOCK,
+            _RE_VAE + r"(en|de)coder\.mid\.attn_1\.(norm|q|k|v|proj_out)" + _WB,
+            _RE_VAE + r"(encoder\.down\.\d+\.downsample|decoder\.up\.\d+\.upsample)\.conv" + _WB,
+            _RE_OPENCLIP + r"(token_embedding\.weight|positional_embedding|ln_final\.(weight|bias))",
+            _RE_OPENCLIP + r"transformer\.resblocks\.\d+\.(ln_[12]|mlp\.c_(fc|proj)|attn\.out_proj)" + _WB,
+            _RE_OPENCLIP + r"transformer\.resblocks\.\d+\.attn\.in_proj_(weight|bias)",
+            _RE_CLIP + r"embeddings\.(token|position)_embedding\.weight",
+            _RE_CLIP + r"final_layer_norm" + _WB,
+            _RE_CLIP + r"encoder\.layers\.\d+\."
             r"(layer_norm[12]|mlp\.fc[12]|self_attn\.([qkv]|out)_proj)" + _WB,
         )
     )
@@ -82,10 +88,11 @@ def is_parameter(name: str) -> bool:
 
 
 class Rules:
-    """Pairs of name patterns, translated in either direction; the first pair that fits decides.
+    """Pairs of name patterns, which translate in either direction; the first pair that fits decides.
 
-    In a pattern ``{path}`` is any text, ``{i}``, ``{j}`` numbers, ``{leaf}`` weight or bias, ``{norm}`` weight or bias
-    on the left and gamma or beta on the right, ``{fc}`` c_fc or c_proj, ``{kind}`` what a norm's name ends in.
+    In a pattern ``{path}`` is any text, ``{i}`` and ``{j}`` are numbers, ``{leaf}`` is weight or bias, ``{norm}`` is
+    weight or bias on the left and gamma or beta on the right, ``{fc}`` is c_fc or c_proj, ``{kind}`` is the end of a
+    norm's name.
     """
 
     _TOKENS = {
@@ -104,12 +111,12 @@ class Rules:
         self._to_right = [(self._compile(left), right) for left, right in pairs]
         self._to_left = [(self._compile(right), left) for left, right in pairs]
 
-    def right(self, name: str) -> str:
-        """The right-hand name of a left-hand one; any other name as it is."""
+    def to_right(self, name: str) -> str:
+        """The right-hand name for a left-hand name; any other name stays as it is."""
         return self._translate(self._to_right, self._GAMMA, name)
 
-    def left(self, name: str) -> str:
-        """The left-hand name of a right-hand one; any other name as it is."""
+    def to_left(self, name: str) -> str:
+        """The left-hand name for a right-hand name; any other name stays as it is."""
         return self._translate(self._to_left, self._WEIGHT, name)
 
     def _compile(self, pattern: str) -> re.Pattern:
@@ -130,23 +137,20 @@ class Rules:
         return name
 
 
-_UNET, _VAE = "model.diffusion_model.", "first_stage_model."
-_OPENCLIP, _CLIP = "cond_stage_model.model.", "cond_stage_model.transformer.text_model."  # SD 2.x, SD 1.x
-_MINDONE_TEXT = "cond_stage_model.transformer."
 _BLOCK, _LAYER = _OPENCLIP + "transformer.resblocks.{i}.", _CLIP + "encoder.layers.{i}."
 _MINDONE_BLOCK = _MINDONE_TEXT + "transformer_layer.resblocks.{i}."
 
 STABILITY_MINDONE = Rules(
-    (_UNET + "{path}.in_layers.0.{norm}", _UNET + "{path}.in_layers_norm.{norm}"),
-    (_UNET + "{path}.in_layers.2.{leaf}", _UNET + "{path}.in_layers_conv.conv.{leaf}"),
-    (_UNET + "{path}.out_layers.0.{norm}", _UNET + "{path}.out_layers_norm.{norm}"),
-    (_UNET + "{path}.out_layers.3.{leaf}", _UNET + "{path}.out_layers_conv.conv.{leaf}"),
-    (_UNET + "{path}.skip_connection.{leaf}", _UNET + "{path}.skip_connection.conv.{leaf}"),
-    (_UNET + "{path}.op.{leaf}", _UNET + "{path}.op.conv.{leaf}"),
-    (_UNET + "input_blocks.0.0.{leaf}", _UNET + "input_blocks.0.0.conv.{leaf}"),
-    (_UNET + "output_blocks.{i}.{j}.conv.{leaf}", _UNET + "output_blocks.{i}.{j}.conv.conv.{leaf}"),
-    (_UNET + "out.0.{norm}", _UNET + "out.0.{norm}"),
-    (_UNET + "out.2.{leaf}", _UNET + "out.2.conv.{leaf}"),
+    (UNET + "{path}.in_layers.0.{norm}", UNET + "{path}.in_layers_norm.{norm}"),
+    (UNET + "{path}.in_layers.2.{leaf}", UNET + "{path}.in_layers_conv.conv.{leaf}"),
+    (UNET + "{path}.out_layers.0.{norm}", UNET + "{path}.out_layers_norm.{norm}"),
+    (UNET + "{path}.out_layers.3.{leaf}", UNET + "{path}.out_layers_conv.conv.{leaf}"),
+    (UNET + "{path}.skip_connection.{leaf}", UNET + "{path}.skip_connection.conv.{leaf}"),
+    (UNET + "{path}.op.{leaf}", UNET + "{path}.op.conv.{leaf}"),
+    (UNET + "input_blocks.0.0.{leaf}", UNET + "input_blocks.0.0.conv.{leaf}"),
+    (UNET + "output_blocks.{i}.{j}.conv.{leaf}", UNET + "output_blocks.{i}.{j}.conv.conv.{leaf}"),
+    (UNET + "out.0.{norm}", UNET + "out.0.{norm}"),
+    (UNET + "out.2.{leaf}", UNET + "out.2.conv.{leaf}"),
     ("{path}.norm{kind}.{norm}", "{path}.norm{kind}.{norm}"),
     (_OPENCLIP + "token_embedding.weight", _MINDONE_TEXT + "embedding_table"),
     (_OPENCLIP + "positional_embedding", _MINDONE_TEXT + "positional_embedding"),
@@ -171,7 +175,7 @@ OPENCLIP_CLIP = Rules(
 
 # ---- wrappers ----
 
-# PyTorch's, around a network: for several devices, compilation, shards and recomputation.
+# PyTorch puts these around a network for several devices, compilation, shards and recomputation.
 _OUTER = re.compile(r"(module\.)*")
 _ANYWHERE = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -182,40 +186,40 @@ def _unwrapped(name: str) -> str:
 
 
 def without_wrappers(tensors: Tensors) -> Tensors:
-    """The names that parameters have without PyTorch's wrappers; ValueError where two become one."""
+    """The parameters by their names without PyTorch's wrappers; ValueError where two names become one."""
     return _renamed(tensors, _unwrapped)
 
 
 # ---- MindONE ----
 
 
-# Some SD 1.x files lack one part of Hugging Face's names.
-_SHORT_CLIP = re.compile(r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")
+# Some SD 1.x files leave "text_model." out of Hugging Face's names.
+_SHORT_CLIP = re.compile("^" + re.escape(_MINDONE_TEXT) + r"(?=(embeddings|encoder|final_layer_norm)\.)")
 _SGM_OPENCLIP = re.compile(r"^conditioner\.embedders\.0\.(?=model\.)")  # SD 2.x by Stability's generative-models
 
 
 def text_variant(tensors: Tensors) -> str | None:
-    """Which text encoder (``TextConfig.variant``) Stability's names speak of; None where there is none."""
+    """The text encoder (``TextConfig.variant``) that Stability's names belong to; None where there is none."""
     if any(name.startswith(_OPENCLIP) for name in tensors):
         return "openclip"
     return "clip" if any(name.startswith(_CLIP) for name in tensors) else None
 
 
 def from_mindone(tensors: Tensors, variant: str | None = None) -> Tensors:
-    """Stability's names for MindONE's, and for near variants; names that are Stability's already stay.
+    """The tensors by Stability's names, from MindONE's names and near variants; Stability's own names stay.
 
-    MindONE calls both text encoders by the same names. Without ``variant`` the width decides: 768 is SD 1.x's.
+    MindONE gives both text encoders the same names. Without ``variant`` the width decides: 768 is SD 1.x's.
     """
     table = tensors.get(_MINDONE_TEXT + "embedding_table")
     if table is not None and variant is None:
         variant = "clip" if table.shape[1:] == (768,) else "openclip"
-    tensors = _renamed(tensors, STABILITY_MINDONE.left)
+    tensors = _renamed(tensors, STABILITY_MINDONE.to_left)
     if table is not None and variant == "clip":
-        tensors = _split(_renamed(tensors, OPENCLIP_CLIP.right))
-    return _renamed(tensors, lambda name: _SGM_OPENCLIP.sub("cond_stage_model.", _SHORT_CLIP.sub(_CLIP, name)))
+        tensors = _split(_renamed(tensors, OPENCLIP_CLIP.to_right))
+    return _renamed(tensors, lambda name: _SGM_OPENCLIP.sub(TEXT, _SHORT_CLIP.sub(_CLIP, name)))
 
 
-# Beside the network's parameters in MindONE's train_resume.ckpt: copies of some of them, and what a step counts.
+# In MindONE's train_resume.ckpt beside the network's parameters: copies of some of them, and counters.
 _SLOT = re.compile(r"(swap|ema|adam_m|adam_v|grad_accumulated_|zeros_)\.(.+)")
 _COUNTER = re.compile(
     "grad_accumulate_step_|scale_sense|current_iterator_step|last_overflow_iterator_step|updates|cur_step"
@@ -225,11 +229,12 @@ _LORA = re.compile(r"(.+)\.lora_(down|up)\.weight")
 
 
 def from_mindone_state(tensors: Tensors, raw: bool) -> tuple[Tensors, str | None]:
-    """The parameters in a training state of MindONE, by its names, and in words which they are.
+    """(the parameters in a training state of MindONE, by its names; a phrase that says which parameters they are).
 
-    While MindONE keeps a moving average, the plain names hold it and ``swap.`` the weights themselves: `raw` takes
-    these. Layers that a LoRA was put around are called ``<layer>.linear``; the LoRA is added to them with MindONE's
-    default scale, 1, which the file does not tell. Any other file comes back as it is, with None.
+    Where MindONE keeps a moving average, the plain names hold the average, and names with ``swap.`` hold the weights.
+    `raw` chooses the weights. Layers with a LoRA are called ``<layer>.linear``; the LoRA is added to them with
+    MindONE's default scale, 1, because the file does not hold the scale. The tensors of any other file are returned
+    unchanged, with None.
     """
     slots = {name: found for name in tensors if (found := _SLOT.fullmatch(name))}
     if not any(found[1] in ("swap", "adam_m") for found in slots.values()):
@@ -245,7 +250,7 @@ def from_mindone_state(tensors: Tensors, raw: bool) -> tuple[Tensors, str | None
 
 
 def _without_lora(tensors: Tensors) -> Tensors:
-    """``<layer>.linear.*`` as ``<layer>.*``, to whose weight W the product up down of the layer's LoRA is added."""
+    """``<layer>.linear.*`` as ``<layer>.*``. The product of the layer's LoRA, up @ down, is added to its weight."""
     pairs: dict[str, Tensors] = {}
     for name, array in tensors.items():
         if found := _LORA.fullmatch(name):
@@ -268,9 +273,9 @@ def _product_shape(up: np.ndarray, down: np.ndarray) -> tuple[int, ...] | None:
 
 
 def to_mindone(tensors: Tensors) -> Tensors:
-    """MindONE's names for Stability's."""
-    tensors = _renamed(_merged(tensors), OPENCLIP_CLIP.left)
-    return _renamed(tensors, STABILITY_MINDONE.right)
+    """The tensors by MindONE's names, from Stability's names."""
+    tensors = _renamed(_merged(tensors), OPENCLIP_CLIP.to_left)
+    return _renamed(tensors, STABILITY_MINDONE.to_right)
 
 
 def _renamed(tensors: Tensors, rename: Callable[[str], str]) -> Tensors:
@@ -301,7 +306,7 @@ def _merged(tensors: Tensors) -> Tensors:
 
 
 def _split(tensors: Tensors) -> Tensors:
-    """The opposite of _merged; the parts are views."""
+    """The opposite of `_merged`; the three parts are views."""
     split = {}
     for name, array in tensors.items():
         found = _IN_PROJECTION.fullmatch(name)
@@ -325,45 +330,46 @@ _RESNET = {  # inside a residual block of the UNet
 }
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_VAE_PROJECTION = re.compile(r"first_stage_model\.\w+\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
+_VAE_PROJECTION = re.compile(_RE_VAE + r"\w+\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
 
 
 def from_diffusers(unet: Tensors, vae: Tensors, text_encoder: Tensors, variant: str) -> Tensors:
-    """Stability's names and shapes for the parameters of a diffusers pipeline's three parts (any may be empty).
+    """The parameters of a diffusers pipeline's three parts (any may be empty) by Stability's names and shapes.
 
-    ``variant`` is the text encoder's (``TextConfig.variant``): its parameters do not tell. The autoencoder's attention
-    is linear [C, C] there, of either generation of names, and 1x1 convolutions [C, C, 1, 1] here.
+    ``variant`` is the text encoder's (``TextConfig.variant``), which its parameters do not tell. diffusers has older
+    and newer names for the autoencoder's attention. Its projections are linear [C, C] there and 1x1 convolutions [C, C,
+    1, 1] here.
     """
     levels, depth = _count(unet, r"down_blocks\.#\."), _count(unet, r"down_blocks\.0\.resnets\.#\.")
     attended = [f"up_blocks.{level}.attentions.0.norm.weight" in unet for level in range(levels)]
     rename = _by_module(_swapped(_unet_modules(levels, depth, attended)))
-    tensors = {_UNET + name: array for name, array in _renamed(unet, rename).items()}
+    tensors = {UNET + name: array for name, array in _renamed(unet, rename).items()}
 
     old = re.compile(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
     vae = _renamed(vae, lambda name: old.sub(lambda found: _OLD_VAE_ATTENTION[found[0]], name))
     levels, depth = _count(vae, r".+_blocks\.#\."), _count(vae, r".+\.resnets\.#\.")
     for name, array in _renamed(vae, _by_module(_swapped(_vae_modules(levels, depth)))).items():
-        name = _VAE + name
+        name = VAE + name
         tensors[name] = array[:, :, None, None] if _VAE_PROJECTION.fullmatch(name) and array.ndim == 2 else array
 
     text = {_CLIP + re.sub(r"^text_model\.", "", name): array for name, array in text_encoder.items()}
     if variant == "openclip":
-        text = _renamed(_merged(text), OPENCLIP_CLIP.left)
+        text = _renamed(_merged(text), OPENCLIP_CLIP.to_left)
     return {**tensors, **text}
 
 
 def to_diffusers(tensors: Tensors, text_layers: int = _SD2_BLOCKS - 1) -> dict[str, Tensors]:
-    """The opposite of from_diffusers: {"unet": ..., "vae": ..., "text_encoder": ...} in diffusers' newer names.
+    """The opposite of from_diffusers: {"unet": ..., "vae": ..., "text_encoder": ...} with diffusers' newer names.
 
-    ``text_layers`` is how many blocks of the text encoder run. Extras are left out; any other parameter that is in none
-    of the three raises UserError.
+    ``text_layers`` is the number of the text encoder's blocks that run. Extras are left out. Raises UserError where a
+    parameter belongs to none of the three parts.
     """
-    last = f"{_OPENCLIP}transformer.resblocks.{_SD2_BLOCKS - 1}."  # an extra only where it does not run
+    last = f"{_OPENCLIP}transformer.resblocks.{_SD2_BLOCKS - 1}."  # it is an extra only where it does not run
     runs = text_layers >= _SD2_BLOCKS
     tensors = {n: array for n, array in tensors.items() if (runs and n.startswith(last)) or not is_extra(n)}
-    tensors = _split(_renamed(tensors, OPENCLIP_CLIP.right))
-    unet, vae, text = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in (_UNET, _VAE, _CLIP))
-    lost = [name for name in tensors if not name.startswith((_UNET, _VAE, _CLIP))]
+    tensors = _split(_renamed(tensors, OPENCLIP_CLIP.to_right))
+    unet, vae, text = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in (UNET, VAE, _CLIP))
+    lost = [name for name in tensors if not name.startswith((UNET, VAE, _CLIP))]
     if lost:
         first = ", ".join(map(escaped, lost[:3]))
         raise UserError(f"{len(lost)} parameters have no place in a diffusers pipeline (first: {first})")
@@ -374,7 +380,7 @@ def to_diffusers(tensors: Tensors, text_layers: int = _SD2_BLOCKS - 1) -> dict[s
     attended = [f"output_blocks.{level * (depth + 1)}.1.norm.weight" in unet for level in range(levels)]
     unet = _renamed(unet, _by_module(_unet_modules(levels, depth, attended)))
 
-    vae = {n: a[:, :, 0, 0] if _VAE_PROJECTION.fullmatch(_VAE + n) and a.ndim == 4 else a for n, a in vae.items()}
+    vae = {n: a[:, :, 0, 0] if _VAE_PROJECTION.fullmatch(VAE + n) and a.ndim == 4 else a for n, a in vae.items()}
     levels, depth = _count(vae, r"\w+\.(?:down|up)\.#\."), _count(vae, r".+\.block\.#\.")
     vae = _renamed(vae, _by_module(_vae_modules(levels, depth)))
     return {"unet": unet, "vae": vae, "text_encoder": {f"text_model.{name}": array for name, array in text.items()}}
@@ -384,12 +390,12 @@ _VAE_ALONE = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
 
 
 def from_part_alone(tensors: Tensors) -> Tensors:
-    """Stability's names for a file of a UNet or an autoencoder alone, without the part's name before its own.
+    """A UNet or an autoencoder alone, whose names lack the part's prefix, by Stability's full names.
 
-    Stability's names or diffusers'; any other file as it is.
+    The names in the file are Stability's or diffusers'. The tensors of any other file are returned unchanged.
     """
     if "input_blocks.0.0.weight" in tensors:
-        return {_UNET + name: array for name, array in tensors.items()}
+        return {UNET + name: array for name, array in tensors.items()}
     if "conv_in.weight" in tensors and "down_blocks.0.resnets.0.conv1.weight" in tensors:
         return from_diffusers(tensors, {}, {}, "openclip")
     if "encoder.conv_in.weight" in tensors and "decoder.conv_in.weight" in tensors:
@@ -397,7 +403,7 @@ def from_part_alone(tensors: Tensors) -> Tensors:
         if "encoder.down_blocks.0.resnets.0.conv1.weight" in vae:
             named = from_diffusers({}, vae, {}, "openclip")
         else:
-            named = {_VAE + name: array for name, array in vae.items()}
+            named = {VAE + name: array for name, array in vae.items()}
         return {**named, **{name: array for name, array in tensors.items() if name not in vae}}
     return tensors
 
@@ -405,8 +411,8 @@ def from_part_alone(tensors: Tensors) -> Tensors:
 def _unet_modules(levels: int, depth: int, attended: list[bool]) -> dict[str, str]:
     """{Stability's module: diffusers' module} of a UNet with ``depth`` residual blocks at each of ``levels`` levels.
 
-    ``attended`` says which of the upward levels, deepest first, have attention: there the upsampler is one place
-    further on.
+    ``attended`` says which of the upward levels, deepest first, have attention. There the upsampler comes one place
+    later.
     """
     modules = {
         "time_embed.0": "time_embedding.linear_1",
@@ -453,7 +459,7 @@ def _vae_modules(levels: int, depth: int) -> dict[str, str]:
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
-    """One more than the largest number (of at most two digits) where ``#`` stands in the pattern, at a name's start."""
+    """One more than the largest number (of at most two digits) that the names have at ``#`` of the pattern."""
     numbered = re.compile(pattern.replace("#", r"(\d{1,2})"))
     return 1 + max((int(found[1]) for found in map(numbered.match, tensors) if found), default=-1)
 
@@ -463,7 +469,7 @@ def _swapped(modules: dict[str, str]) -> dict[str, str]:
 
 
 def _by_module(modules: dict[str, str]) -> Callable[[str], str]:
-    """A renaming that exchanges the longest beginning of a name that is in ``modules``."""
+    """A renaming that replaces the longest beginning of a name that is in ``modules``."""
 
     def rename(name: str) -> str:
         parts = name.split(".")

@@ -1,5 +1,7 @@
-"""The safetensors container (https://github.com/huggingface/safetensors, "Format"): 8 bytes of header length, a JSON
-header, the numbers."""
+"""The safetensors container: 8 bytes with the header's length, a header in JSON, the numbers.
+
+https://github.com/huggingface/safetensors, "Format".
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, raw, truncation
+from ldm.checkpoint.arrays import BFLOAT16, FileError, Strings, Tensors, array_at, nbytes, to_bytes, truncation
 from ldm.files import escaped
 
 TYPES = {
@@ -28,16 +30,17 @@ TYPES = {
     "BF16": BFLOAT16,
 }
 
-ALIGNMENT = 64  # bytes, where the numbers begin in files that we write: a reader can then use them where they are
-MAX_HEADER = 100_000_000  # bytes of JSON; the limit of the safetensors library
+ALIGNMENT = 64  # bytes; in files that we write the numbers begin at a multiple, so that a reader can use them in place
+MAX_HEADER = 100_000_000  # bytes of JSON, as in the safetensors library
 
 
 def fits(head: bytes) -> bool:
-    """Whether a file that begins so is one of these."""
+    """Whether a file that begins with these bytes has this format."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
 
 
 def read(data: mmap.mmap) -> tuple[Tensors, Strings]:
+    """(arrays, which are views, and strings) of a file; FileError where it is truncated or damaged."""
     body = 8 + int.from_bytes(data[:8], "little")
     if body > len(data):
         raise truncation(body, len(data))
@@ -89,11 +92,12 @@ def _entry(name: str, entry: dict) -> tuple:
 
 
 def chunks(tensors: Tensors, strings: Strings, types: dict[str, np.dtype]) -> Iterator[bytes | np.ndarray]:
-    """The file in parts; `types` says as what each tensor is written: they are converted one at a time."""
+    """The file in parts. Each tensor is written in its type of `types`; they are converted one at a time."""
     type_names = {dtype: name for name, dtype in TYPES.items()}
     header = {"__metadata__": strings} if strings else {}
     sizes = {name: array.size * types[name].itemsize for name, array in tensors.items()}
-    # Wide numbers first, and what is no multiple of ALIGNMENT last: so all stay aligned, and most of them well.
+    # Wide numbers come first, and sizes that are no multiple of ALIGNMENT come last: so all numbers are aligned to
+    # their own width, and most tensors to ALIGNMENT.
     names = sorted(tensors, key=lambda name: (-types[name].itemsize, sizes[name] % ALIGNMENT, name))
     end = 0
     for name in names:
@@ -104,4 +108,4 @@ def chunks(tensors: Tensors, strings: Strings, types: dict[str, np.dtype]) -> It
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield raw(tensors[name], types[name])
+        yield to_bytes(tensors[name], types[name])

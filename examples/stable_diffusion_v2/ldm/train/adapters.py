@@ -14,8 +14,8 @@ from ldm import checkpoint, runtime
 from ldm.checkpoint import lora
 from ldm.data.batches import Batch
 from ldm.errors import UserError
-from ldm.model import TEXT, UNET
 from ldm.networks import adapter
+from ldm.parts import TEXT, UNET
 from ldm.randomness import generator
 from ldm.train.finetune import FineTune, ckpt_folder
 from ldm.train.run import Plan

@@ -16,8 +16,9 @@ from ldm.data.batches import Batch
 from ldm.data.dataset import CaptionedImages
 from ldm.data.images import crop, to_float
 from ldm.errors import UserError
-from ldm.model import PARTS, VAE, StableDiffusion
+from ldm.model import StableDiffusion
 from ldm.networks.layers import initialize
+from ldm.parts import PARTS, VAE
 from ldm.pictures import grid, psnr, save_png, to_uint8
 from ldm.pipeline import Pipeline, Settings, sampler_of
 from ldm.randomness import generator, stratified

@@ -26,10 +26,11 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.timestep_bias import timestep_density
 from ldm.diffusion.weighting import loss_weight
 from ldm.errors import UserError
-from ldm.model import PARTS, TEXT, UNET, VAE, StableDiffusion
+from ldm.model import StableDiffusion
 from ldm.networks.blockwise import MANY_WEIGHTS
 from ldm.networks.layers import initialize
 from ldm.parallel.ranks import Ranks, follow_parent, without_launcher
+from ldm.parts import PARTS, TEXT, UNET, VAE
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, sampler_of
 from ldm.signals import Stopped

@@ -18,7 +18,8 @@ from ldm.data.dataset import CaptionedImages
 from ldm.data.images import DECODER, crop, to_float
 from ldm.errors import UserError
 from ldm.files import quoted
-from ldm.model import TEXT, VAE, StableDiffusion
+from ldm.model import StableDiffusion
+from ldm.parts import TEXT, VAE
 from ldm.train.cache import OTHERWISE, ArrayStore, file_key, settings_key, text_key
 
 log = logging.getLogger(__name__)

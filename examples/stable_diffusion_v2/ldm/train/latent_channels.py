@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm.model import VAE
+from ldm.parts import VAE
 
 ALIVE = 0.05  # share of a channel's variance that must come from the picture; in practice it is below 0.02 or above 0.9
 

@@ -18,7 +18,7 @@ except ImportError:
     pass
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 
-from eval import clip, clip_weights, eval_clip_score
+from eval import clip, clip_scores, clip_weights, eval_clip_score
 from eval.clip import preprocess
 from ldm.checkpoint import formats
 
@@ -50,7 +50,7 @@ def compare(path, wanted_images, wanted_texts, activation=None):
     images, texts = model.image_features(pixels()), model.text_features(TEXTS)
     assert relative_rms(images, wanted_images) < 1e-4
     assert relative_rms(texts, wanted_texts) < 1e-4
-    a, b, c, d = (eval_clip_score.unit(x.astype(np.float64)) for x in (images, texts, wanted_images, wanted_texts))
+    a, b, c, d = (clip_scores.unit(x.astype(np.float64)) for x in (images, texts, wanted_images, wanted_texts))
     assert np.abs(100 * a @ b.T - 100 * c @ d.T).max() < 1e-3
     return model
 
@@ -80,7 +80,7 @@ def test_a_folder_of_transformers(reference, tmp_path):
     network.save_pretrained(tmp_path)
     model = compare(clip_weights.find(str(tmp_path)), images, texts)  # config.json says the activation
     assert model.config.activation == network.config.text_config.hidden_act
-    a, b = eval_clip_score.unit(model.image_features(pixels())), eval_clip_score.unit(model.text_features(TEXTS))
+    a, b = clip_scores.unit(model.image_features(pixels())), clip_scores.unit(model.text_features(TEXTS))
     assert np.abs(100 * a @ b.T - 100 * cosines).max() < 1e-3
 
 

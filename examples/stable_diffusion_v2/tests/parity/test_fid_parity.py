@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +16,11 @@ from mindspore import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from eval import eval_fid, inception, metrics, pictures
+from eval import inception, metrics, pictures
+from eval.inception_statistics import compute_statistics
+from eval.sides import Side, find_side, write_statistics
 from ldm.checkpoint import formats
+from ldm.parallel.ranks import Ranks
 
 pytestmark = pytest.mark.parity
 
@@ -145,10 +147,9 @@ def test_features_are_pytorch_fids(ours, theirs):
 
 def test_fid_of_two_folders_is_pytorch_fids(ours, theirs, folders):
     reference = module("pytorch_fid.fid_score")
-    args = SimpleNamespace(batch_size=EACH, resize="legacy")
-    sides = [eval_fid.find_side(str(folder)) for folder in folders]
+    sides = [find_side(str(folder)) for folder in folders]
     for side in sides:
-        eval_fid.measure(side, ours, args, False, False)
+        compute_statistics(side, ours, "legacy", EACH, [], Ranks(), folders[0])
     fid = metrics.frechet_distance(sides[0].mean, sides[0].covariance, sides[1].mean, sides[1].covariance)
     expected = [
         reference.calculate_activation_statistics(sorted(folder.glob("*.png")), theirs, EACH, num_workers=0)
@@ -207,8 +208,8 @@ def test_inception_score_is_torch_fidelitys():
 def test_pytorch_fid_reads_our_statistics(tmp_path):
     reference = module("pytorch_fid.fid_score")
     rng = np.random.default_rng(0)
-    side = eval_fid.Side("x", mean=rng.random(2048), covariance=rng.random((2048, 2048)), count=12)
-    eval_fid.write_statistics(tmp_path / "x.npz", side, {"resize": "legacy"})
+    side = Side("x", mean=rng.random(2048), covariance=rng.random((2048, 2048)), count=12)
+    write_statistics(tmp_path / "x.npz", side, {"resize": "legacy"})
     mean, covariance = reference.compute_statistics_of_path(str(tmp_path / "x.npz"), None, 1, 2048, "cpu")
     np.testing.assert_array_equal(mean, side.mean)
     np.testing.assert_array_equal(covariance, side.covariance)

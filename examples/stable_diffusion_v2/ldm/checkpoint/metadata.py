@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: strings that anybody may have written, so nothing of them is taken on trust."""
+"""The strings in which a checkpoint describes itself. Anybody may have written them, so each is checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST_SCHEDULE = 10_000  # characters
 
 
 def scale_factor(path: str | Path, meta: Strings) -> float | None:
-    """The latents' scale; None where nothing is said, UserError where it is no number above 0."""
+    """The latents' scale; None where the file does not say it, UserError where it is no number above 0."""
     said = meta.get("scale_factor")
     if said is None:
         return None
@@ -29,9 +29,9 @@ def scale_factor(path: str | Path, meta: Strings) -> float | None:
 
 
 def schedule(path: str | Path, meta: Strings) -> dict[str, str | bool | int | float]:
-    """Fields of the noise schedule by name, as far as they are said; numbers are finite.
+    """The fields of the noise schedule that the file says, by name; numbers are finite.
 
-    UserError where the text is no such table.
+    UserError where the text is no table of names and values.
     """
     said = meta.get("schedule", "{}")
     try:
@@ -48,7 +48,7 @@ def _is_plain(value: object) -> bool:
 
 
 def model_section(path: str | Path, meta: Strings) -> dict | None:
-    """The model's config as plain data, not checked; None where the file carries none.
+    """The section "model" of the config in the file as plain data, unchecked; None where the file holds no config.
 
     UserError where the text cannot be read or has no such section.
     """
@@ -61,6 +61,6 @@ def model_section(path: str | Path, meta: Strings) -> dict | None:
 
 
 def check(path: str | Path, meta: Strings) -> None:
-    """UserError where a file says something impossible of its latents' scale or its schedule."""
+    """UserError where the latents' scale or the schedule of a file is impossible."""
     scale_factor(path, meta)
     schedule(path, meta)
