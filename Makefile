@@ -37,7 +37,7 @@ demo: $(VENV)/run
 	cd $(HERE) && $(PY) tools/demo.py
 
 test: $(VENV)/dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 parity: $(VENV)/parity
 	$(PY) -m pytest -m parity -rs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import shutil
 import struct
@@ -15,6 +16,7 @@ from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
@@ -119,6 +121,9 @@ def test_missing_folder_and_missing_csv(tmp_path):
         ("dir,text\n/etc/passwd,x\n", "line 2: '/etc/passwd' lies outside"),
         ("dir,text\na.png,a fox, sitting\n", "line 2 has 3 fields for 2 columns: put a caption with a comma"),
         ('dir,text\na.png,"never closed\n', "is not CSV"),
+        ('dir,text\na.png,x\na.png,"a"b\n', "line 3 is not CSV"),
+        ('dir,text\n"a\nb.png",x\na.png,a fox, sitting\n', "line 4 has 3 fields for 2 columns"),
+        ("dir,text,,\na.png,x,,,\n\nmissing.png,x\n", "line 4: 'missing.png'"),
     ],
 )
 def test_broken_csv_is_refused(tmp_path, content, message):
@@ -165,6 +170,97 @@ def test_all_caption_files_of_a_folder_are_read(folder, caplog):
     (folder / "img_txt.csv").unlink()
     (folder / "more.csv").unlink()
     assert "metadata.csv is not UTF-8" in refusal(folder)
+
+
+def write_jsonl(folder: Path, *rows: object) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+@pytest.mark.parametrize("name", ["dir", "file_name"])
+def test_json_lines_are_read_as_they_are_written(folder, name):
+    (folder / "img_txt.csv").unlink()
+    texts = ["007", "NA", 'a "red" fox,\r\nin\u2028snow', "", None, float("nan"), 7, 7.5, 2**2000]
+    write_jsonl(folder, *({name: "0.png", "text": text, "more": [1]} for text in texts), {name: "1.png"})
+    read = [sample.text for sample in read_captions(folder)]
+    assert read == ["007", "NA", 'a "red" fox,\r\nin\u2028snow', "", "", "", "7", "7.5", str(2**2000), ""]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "metadata.jsonl' has no rows"),
+        ("\n{}\n", "lacks the column dir and text: it has none"),
+        ('{"image": "0.png", "caption": "x"}', "rename 'image' to dir; rename 'caption' to text"),
+        (
+            '{"file_name": "0.png", "caption": "x"}',
+            "lacks the column text: it has file_name,caption; rename 'caption' to text",
+        ),
+        ('{"dir": "0.png", "text": "x"}\n\n{"dir": "0.png", "text"}', "line 3 is not JSON: Expecting ':' delimiter"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        ('{"dir": "0.png", "text": "x"}\n["0.png", "x"]', "line 2 is not a JSON object"),
+        ('\n{"dir": "9.png", "text": "x"}', "line 2: '9.png' is not a file in the data folder"),
+        ('{"dir": null, "text": "x"}', "line 1: '' is not a file in the data folder"),
+        ('{"dir": "0.png", "text": "x"}\n{"dir": "0.png", "text": ["x"]}', "line 2: text is ['x'], which is not text"),
+        ('{"dir": "0.png", "text": true}', "line 1: text is True, which is not text"),
+        ('{"dir": "0\\u0000.png", "text": "x"}', "line 1: dir is 0\\x00.png, which is not text"),
+        ('{"dir": "0.png", "text": "\\ud800"}', "line 1: text is \\ud800, which is not text"),
+    ],
+)
+def test_broken_json_lines_are_refused(folder, lines, message):
+    (folder / "img_txt.csv").unlink()
+    (folder / "metadata.jsonl").write_text(lines)
+    assert message in refusal(folder)
+
+
+def test_json_lines_are_read_where_no_csv_has_the_columns(folder, caplog):
+    caplog.set_level("INFO", "ldm.data.captions")
+    write_jsonl(folder, {"file_name": "0.png", "text": "from JSON"})
+    (folder / "prompts.jsonl").write_text('{"file": "0.png", "prompt": "x"}\n')
+    assert len(read_captions(folder)) == 5
+    assert caplog.messages[-1].endswith("img_txt.csv (5 rows); not read beside .csv: metadata.jsonl, prompts.jsonl")
+    (folder / "img_txt.csv").rename(folder / "other.csv")
+    (folder / "other.csv").write_text("a,b\n")
+    assert [sample.text for sample in read_captions(folder)] == ["from JSON"]
+    assert caplog.messages[-1].endswith(
+        "metadata.jsonl (1 rows); not read, for lack of the columns dir,text: other.csv, prompts.jsonl"
+    )
+    assert [sample.text for sample in read_captions(folder, "metadata.jsonl")] == ["from JSON"]
+
+
+def test_parquet_is_read_as_it_is_written(folder):
+    pytest.importorskip("pyarrow", reason="writes Parquet")
+    (folder / "img_txt.csv").unlink()
+    for name, texts, expected in (
+        ("dir", ["007", None, "a,\nb", "NA"], ["007", "", "a,\nb", "NA"]),
+        ("file_name", [7, None, 8, 2**60], ["7", "", "8", str(2**60)]),
+    ):
+        table = pandas.DataFrame({name: ["0.png"] * 4, "more": [1.5] * 4, "text": pandas.array(texts)})
+        table.to_parquet(folder / "train.parquet")
+        assert [sample.text for sample in read_captions(folder)] == expected
+
+
+def test_broken_parquet_is_refused(folder):
+    pytest.importorskip("pyarrow", reason="writes Parquet")
+    (folder / "img_txt.csv").unlink()
+    path = folder / "train.parquet"
+    for rows, message in (
+        ({"dir": ["0.png", "9.png"], "text": ["x", "y"]}, "row 2: '9.png' is not a file"),
+        ({"image": ["0.png"], "text": ["x"]}, "lacks the column dir: it has image,text; rename 'image' to dir"),
+        ({"dir": ["0.png"], "text": [b"x"]}, "row 1: text is b'x', which is not text"),
+        ({"dir": [], "text": []}, "train.parquet' has no rows"),
+    ):
+        pandas.DataFrame(rows).to_parquet(path)
+        assert message in refusal(folder)
+    path.write_bytes(b"PAR1" * 10)
+    assert "train.parquet' cannot be read as Parquet: " in refusal(folder)
+
+
+def test_without_pyarrow_one_line_says_what_to_do(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (folder / "train.parquet").write_bytes(b"PAR1")
+    assert len(read_captions(folder)) == 5
+    (folder / "img_txt.csv").unlink()
+    assert "needs pyarrow: `pip install pyarrow`, or save the captions as CSV" in refusal(folder)
 
 
 def test_captions_that_are_cut_or_all_empty_are_told_once():

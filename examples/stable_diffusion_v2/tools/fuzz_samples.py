@@ -201,13 +201,15 @@ def _texts(folder: Path) -> dict:
     data.mkdir()
     for name in ("a.png", "b.png"):
         (data / name).touch()
-    table = data / "img_txt.csv"
+    table, lines = data / "img_txt.csv", data / "metadata.jsonl"
     table.write_text('dir,text\na.png,"a cat, a dog"\nb.png,two\na.png,"line\nbreak"\n')
+    lines.write_text('{"file_name": "a.png", "text": "a cat"}\n{"file_name": "b.png", "text": null}\n')
     record.write_text("".join(json.dumps({"file": f"{n:05}.png", **json.loads(FACTS)}) + "\n" for n in range(3)))
     prompts.write_text("a cat\n\na dog (red:1.3)\n")
     np.savez_compressed(npz, mu=np.zeros(8), sigma=np.eye(8), resize="clean", count=5)
     return {
-        "captions": ([table], lambda: read_captions(data)),
+        "captions": ([table], lambda: read_captions(data, table.name)),
+        "jsonl": ([lines], lambda: read_captions(data, lines.name)),
         "record": ([record], lambda: read_record(record)),
         "prompts": ([prompts], lambda: read_lines(prompts)),
         "npz": ([npz], lambda: read_statistics(str(npz))),

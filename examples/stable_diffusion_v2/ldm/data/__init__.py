@@ -1,1 +1,1 @@
-"""Captioned pictures as training batches: captions (CSV), images (files to arrays), dataset, batches."""
+"""Captioned pictures as training batches: caption tables, captions, images (files to arrays), dataset, batches."""

@@ -1,9 +1,7 @@
-"""The caption files of a data folder: its `*.csv` with the columns `dir` (a picture, relative) and `text`."""
+"""The captions of a data folder: the rows of its caption tables, each with an existing picture inside the folder."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import os
 import unicodedata
@@ -13,19 +11,13 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from ldm.data.utf8 import read_text
+from ldm.data.tables import COLUMNS, KINDS, Table, has_columns, read_table
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
 from ldm.text.tokenizer import Tokenizer
 
-COLUMNS = ("dir", "text")
 NAME = "img_txt.csv"  # what a folder's caption file is called; others may lie beside it
-SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # what spreadsheets write in place of commas
-OTHER_NAMES = {  # of the columns in other collections
-    "dir": ("dir", "file_name", "filename", "file", "image", "image_path", "path"),
-    "text": ("text", "caption", "prompt", "description"),
-}
-LISTED = 1 << 17  # files of a data folder that are looked through for what a wrong name may have meant
+LISTED = 1 << 17  # files of a data folder among which the meaning of a wrong name is sought
 log = logging.getLogger(__name__)
 
 
@@ -37,33 +29,34 @@ class Sample:
     text: str
 
 
-def read_captions(data_path: str | Path, csv_name: str | None = None) -> list[Sample]:
-    """Read the caption files of a data folder: all with the right columns in order of their names, or the named one.
+def read_captions(data_path: str | Path, file_name: str | None = None) -> list[Sample]:
+    """Read the caption files of a data folder in the order of their names, or the named file alone.
 
-    Captions stay as they are written: "007" and "NA" are text, quoted commas and line breaks belong to the caption.
-    Other columns are ignored, and so are rows without any word. One line says what is read where there is a choice.
+    The files are all CSVs with the right columns. JSON lines are read where no CSV has them, and Parquet where no JSON
+    lines have them. Captions stay as they are written: "007" and "NA" are text, and quoted commas and line breaks
+    belong to the caption. Null is the empty caption, and a number becomes text. Other columns and blank rows are
+    ignored. Where the folder holds several such files, one line of the log says which are read.
 
     Raises:
-        UserError: the folder, the file or a column is missing; a file is empty, not UTF-8 or not CSV; a row names a
-            picture that does not exist or, links resolved, lies outside `data_path` (with its line number).
+        UserError: the folder, the file or a column is missing; a file has no rows, or is not what its name says; a row
+            names a picture that does not exist or, links resolved, lies outside `data_path` (with its line number).
     """
     folder = Path(data_path)
     if not os.path.isdir(folder):
         problem = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise UserError(f"data folder '{folder}' {problem}: give the folder that holds {csv_name or NAME}")
-    found = [folder / csv_name] if csv_name else folder.glob("*.csv")
-    files = sorted(path for path in found if path.is_file() and (csv_name or not path.name.startswith(".")))
-    if not files:
-        raise UserError(f"no {csv_name or NAME} in data folder '{folder}'; it needs the columns {','.join(COLUMNS)}")
-    chosen = [path for path in files if path.name == NAME or _has_columns(path)] or files[:1]
-    read = {path.name: _read_file(path) for path in chosen}
+        raise UserError(f"data folder '{folder}' {problem}: give the folder that holds {file_name or NAME}")
+    files = [folder / file_name] if file_name else _tables(folder)
+    if not files or not files[0].is_file():
+        raise UserError(f"no {file_name or NAME} in data folder '{folder}'; it needs the columns {','.join(COLUMNS)}")
+    chosen = files if file_name else _chosen(files)
+    read = {path.name: _locate(read_table(path)) for path in chosen}
     if len(files) > 1:
-        log.info("captions of '%s': %s", folder, _account(read, [path.name for path in files if path not in chosen]))
+        log.info("captions of '%s': %s", folder, _account(read, files, chosen))
     return [sample for samples in read.values() for sample in samples]
 
 
 def read_prompts(data_path: str | Path, limit: int | None = None) -> list[Sample]:
-    """The first `limit` rows to draw from, or all: captions as one line each; UserError where one is empty."""
+    """The first `limit` rows, or all, each caption as one line to draw from. UserError where a caption is empty."""
     samples = [Sample(sample.path, " ".join(sample.text.split())) for sample in read_captions(data_path)[:limit]]
     empty = [sample.path for sample in samples if not sample.text]
     if empty:
@@ -73,11 +66,11 @@ def read_prompts(data_path: str | Path, limit: int | None = None) -> list[Sample
 
 
 def caption_warnings(samples: list[Sample], tokenizer: Tokenizer) -> list[str]:
-    """What is to be said of captions before training: how many are cut, and that all are empty."""
+    """Warnings about captions before training: that all are empty, or how many are longer than the encoder reads."""
     texts = {sample.text for sample in samples}
     if not any(text.strip() for text in texts):
         return ["all captions are empty: the model will learn to draw without a prompt, and prompts will not steer it"]
-    room = tokenizer.context_length - 2  # beside start and end token; a token is a byte at least
+    room = tokenizer.context_length - 2  # start and end token take two; a token has one byte at least
     large = (text for text in texts if len(text.encode("utf-8", "replace")) > room)
     long = {text for text in large if len(tokenizer.tokens(text)) > room}
     cut = [sample for sample in samples if sample.text in long]
@@ -87,100 +80,66 @@ def caption_warnings(samples: list[Sample], tokenizer: Tokenizer) -> list[str]:
     return [f"{len(cut):,} of {len(samples):,} captions have more than {room} tokens; the rest is not seen: {example}"]
 
 
-def _account(read: dict[str, list[Sample]], others: list[str], most: int = 8) -> str:
-    """Which files were read, and which not."""
-    parts = [f"{escaped(name)} ({len(samples):,} rows)" for name, samples in [*read.items()][:most]]
-    said = ", ".join(parts) + (f" and {len(read) - most} more" if len(read) > most else "")
-    if others:
-        named = ", ".join(map(escaped, others[:most]))
-        said += f"; not read, for lack of the columns {','.join(COLUMNS)}: {named}{' ...' if others[most:] else ''}"
-    return said
+def _tables(folder: Path) -> list[Path]:
+    """The files of a folder that may hold captions, kind by kind."""
+    found = [path for suffix in KINDS for path in sorted(folder.glob(f"*{suffix}"))]
+    return [path for path in found if path.is_file() and not path.name.startswith(".")]
 
 
-def _has_columns(csv_path: Path) -> bool:
-    """Whether a file's first line names both columns, whatever follows it."""
-    try:
-        with open(csv_path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            return set(COLUMNS) <= {name.strip() for name in next(csv.reader([file.readline(1 << 16)]), [])}
-    except (OSError, csv.Error):
-        return False
+def _chosen(files: list[Path]) -> list[Path]:
+    """The files to read: those with the columns, of the first kind that has any; else the first file, for its error."""
+    for suffix in KINDS:
+        chosen = [path for path in files if path.suffix == suffix and (path.name == NAME or has_columns(path))]
+        if chosen:
+            return chosen
+    return files[:1]
 
 
-def _read_file(csv_path: Path) -> list[Sample]:
-    text = read_text(csv_path, "caption file")
-    rows = _read_rows(csv_path, csv.reader(io.StringIO(text, newline=""), strict=True))
-    if not rows:
-        raise UserError(f"{quoted(csv_path, 200)} has no rows below its header")
-    return _locate(csv_path, rows)
+def _account(read: dict[str, list[Sample]], files: list[Path], chosen: list[Path]) -> str:
+    """Which files were read, and which were not for what reason."""
+    names = [f"{escaped(name)} ({len(samples):,} rows)" for name, samples in read.items()]
+    later = [*KINDS][[*KINDS].index(chosen[0].suffix) + 1 :]
+    others = [path for path in files if path not in chosen]
+    lacking = [escaped(path.name) for path in others if path.suffix not in later]
+    beside = [escaped(path.name) for path in others if path.suffix in later]
+    parts = [_listed(names, " and {} more")]
+    if lacking:
+        parts.append(f"not read, for lack of the columns {','.join(COLUMNS)}: {_listed(lacking, ' ...')}")
+    if beside:
+        parts.append(f"not read beside {chosen[0].suffix}: {_listed(beside, ' ...')}")
+    return "; ".join(parts)
 
 
-def _read_rows(csv_path: Path, reader) -> list[tuple[int, str, str]]:
-    """(line number, dir, text) of every row that is not blank."""
-    file = quoted(csv_path, 200)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        if not set(COLUMNS) <= set(header):
-            raise UserError(f"{file} {_lack(header)}")
-        dir_at, text_at = (header.index(name) for name in COLUMNS)
-        rows = []
-        line = reader.line_num + 1
-        for fields in reader:
-            if any(field.strip() for field in fields[len(header) :]):
-                raise UserError(
-                    f"{file} line {line} has {len(fields)} fields for {len(header)} columns: "
-                    "put a caption with a comma in double quotes"
-                )
-            if any(field.strip() for field in fields):
-                fields += [""] * (len(header) - len(fields))
-                rows.append((line, fields[dir_at].strip(), fields[text_at]))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{file} line {reader.line_num} is not CSV: {error}") from error
-    return rows
+def _listed(names: list[str], rest: str, most: int = 8) -> str:
+    return ", ".join(names[:most]) + (rest.format(len(names) - most) if len(names) > most else "")
 
 
-def _lack(header: list[str]) -> str:
-    """What is wrong with a header that has not both columns, and what to do about it."""
-    first = ",".join(header)
-    if first.lower().startswith("sep="):
-        return f"begins with the line {quoted(first)}: delete that line, and separate the columns by commas"
-    for separator, name in SEPARATORS.items():
-        if separator in first:
-            return f"has its columns separated by {name}, {quoted(first)}: save it with commas"
-    missing = [name for name in COLUMNS if name not in header]
-    advice = [
-        f"rename {quoted(other)} to {name}"
-        for name in missing
-        for other in [other for other in header if other.lower() in OTHER_NAMES[name]][:1]
-    ]
-    return f"lacks the column {' and '.join(missing)}: " + "; ".join([f"it has {escaped(first or 'none')}", *advice])
-
-
-def _locate(csv_path: Path, rows: list[tuple[int, str, str]]) -> list[Sample]:
-    """Resolve every row's picture; where some cannot be used, say which row is the first and how many there are."""
-    root = os.path.realpath(csv_path.parent)
+def _locate(table: Table) -> list[Sample]:
+    """The samples of a table. UserError where pictures cannot be used: it names the first row and their number."""
+    root = os.path.realpath(table.path.parent)
     real_folder = lru_cache(maxsize=None)(os.path.realpath)  # most rows share their folder
     samples, problems = [], []
-    for line, name, text in rows:
+    for row, name, text in zip(table.rows.index, table.rows["dir"], table.rows["text"]):
         folder, base = os.path.split(os.path.join(root, name))
         named = path = os.path.join(real_folder(folder), base)
         if os.path.islink(path):
             path = os.path.realpath(path)
         if not path.startswith(os.path.join(root, "")):
-            problems.append((line, name, named))
+            problems.append((row, name, named))
         elif not os.path.isfile(path):
-            problems.append((line, name, None))
+            problems.append((row, name, None))
         else:
             samples.append(Sample(path, text))
     if problems:
-        line, name, outside = problems[0]
+        row, name, outside = problems[0]
         problem = _outside(root, outside) if outside else _not_there(root, name)
-        more = f" ({len(problems)} of {len(rows)} rows are wrong)" if len(problems) > 1 else ""
-        raise UserError(f"{quoted(csv_path, 200)} line {line}: {quoted(name)} {problem}{more}")
+        more = f" ({len(problems)} of {len(table.rows)} rows are wrong)" if len(problems) > 1 else ""
+        raise UserError(f"{quoted(table.path, 200)} {table.place(row)}: {quoted(name)} {problem}{more}")
     return samples
 
 
 def _outside(root: str, path: str) -> str:
+    """What is wrong with a picture outside the folder, and what to do about it."""
     place = "lies outside the data folder"
     if os.path.islink(path) and path.startswith(os.path.join(root, "")):
         place += f", for it is a link to {quoted(os.path.realpath(path), 200)}"
@@ -188,13 +147,17 @@ def _outside(root: str, path: str) -> str:
 
 
 def _not_there(root: str, name: str) -> str:
+    """What is wrong with the name of no file, and which file it may mean."""
     meant = _meant(root, name)
     return "is not a file in the data folder" + (f": did you mean {quoted(meant, 200)}?" if meant else "")
 
 
 def _meant(root: str, name: str) -> str | None:
-    """The file that a wrong name may stand for: of other case, accents written otherwise, with a backslash, without
-    its extension or its folder."""
+    """The file that a wrong name may mean.
+
+    The name may differ from the file's in case, in the coding of accents, by backslashes, or by a missing extension or
+    folder.
+    """
 
     def plain(path: str) -> str:
         return unicodedata.normalize("NFC", path.replace("\\", "/")).casefold().removeprefix("./")
