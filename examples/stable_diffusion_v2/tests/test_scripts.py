@@ -781,7 +781,7 @@ def test_changes_of_the_command_belong_to_the_run(monkeypatch, capsys, place, tm
     call(monkeypatch, train_text_to_image, [*again, "--set", change[-1]])
 
     path = str(tmp_path / "ckpt/rank_0/sd-2.ckpt")
-    for more, steps, size in ((), 2, 32), (("--set", "model.sampling.steps=3", "model.image_size=64"), 3, 64):
+    for more, steps, size in ((), 20, 32), (("--set", "model.sampling.steps=3", "model.image_size=64"), 3, 64):
         args = read_options(text_to_image.build_parser(), ["--ckpt_path", path, *more])
         config = text_to_image.find_model(args).config
         assert (config.sampling.steps, config.image_size, config_key(config)) == (steps, size, config_key(saved))
