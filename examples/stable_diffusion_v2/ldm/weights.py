@@ -19,6 +19,7 @@ import numpy as np
 
 from ldm import checkpoint
 from ldm.checkpoint import Checkpoint, metadata
+from ldm.config import mindone
 from ldm.config.model import ModelConfig, SamplingConfig, changed, from_yaml, load_model_config, to_yaml
 from ldm.config.versions import VERSIONS, published
 from ldm.diffusion.prediction import get_prediction
@@ -156,9 +157,9 @@ def pad_text(config: ModelConfig, path: str, weights: Weights) -> ModelConfig:
         return config
     pad = padding_of(config.text.variant)
     with_text = weights.checkpoint if weights.rest is None or _holds(weights.checkpoint, TEXT) else weights.rest
-    if with_text.by_mindone and not published(path) and pad != "end":
-        pad = "end"
-        log.info("%s is MindONE's, which pads SD 2.x prompts with the end token: text.padding is 'end'", path)
+    if with_text.by_mindone and not published(path) and pad != mindone.PADDING:
+        pad = mindone.PADDING
+        log.info("%s is MindONE's, which pads SD 2.x prompts with the end token: text.padding is '%s'", path, pad)
     return replace(config, text=replace(config.text, padding=pad))
 
 

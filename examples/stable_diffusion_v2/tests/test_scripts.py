@@ -654,7 +654,10 @@ def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_pa
         (["--set", "model.unet.model_channels=64"], ["unet.model_channels '32'", "'64'", "another model"]),
         (["--set", "model.prediction_type=eps"], ["prediction_type 'v'", "the config with --set says 'eps'"]),
         (["--set", "model.unet.use_checkpoint=1"], ["--set: model.unet.use_checkpoint must be true or false"]),
-        (["--ckpt_format", "diffusers", "--model_config", "{place}/no_diffusers.yaml"], ["ch_mult begins with 2"]),
+        (
+            ["--ckpt_format", "diffusers", "--model_config", "{place}/no_diffusers.yaml", "--vae_path", "x"],
+            ["ch_mult begins with 2"],
+        ),
         (["--scheduler", "cosin"], ["cosin", "cosine"]),
         (["--optim", "lion"], ["lion", "adamw"]),
         (["--start_learing_rate", 1], ["--start_learing_rate", "--start_learning_rate"]),
@@ -775,10 +778,9 @@ def test_changes_of_the_command_belong_to_the_run(monkeypatch, capsys, place, tm
     call(monkeypatch, train_text_to_image, [*again, "--set", change[-1]])
 
     path = str(tmp_path / "ckpt/rank_0/sd-2.ckpt")
-    for more, steps, size in ((), 2, 32), (("--set", "model.sampling.steps=3", "model.image_size=64"), 3, 64):
-        config = text_to_image.find_model(
-            read_options(text_to_image.build_parser(), ["--ckpt_path", path, *more])
-        ).config
+    for more, steps, size in ((), 20, 32), (("--set", "model.sampling.steps=3", "model.image_size=64"), 3, 64):
+        args = read_options(text_to_image.build_parser(), ["--ckpt_path", path, *more])
+        config = text_to_image.find_model(args).config
         assert (config.sampling.steps, config.image_size, config_key(config)) == (steps, size, config_key(saved))
 
 

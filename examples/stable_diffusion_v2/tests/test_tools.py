@@ -173,7 +173,7 @@ def test_too_few_pictures_are_refused(tmp_path):
 @pytest.mark.parametrize("words", [["--gen_path", "x"], ["--ckpt_path", "x", "--scale", "9"]])
 def test_reconstruction_takes_a_checkpoint_alone(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["measure_offline.py", "--real_path", "x", "--reconstruct", *words])
-    with pytest.raises(UserError, match="--reconstruct takes --ckpt_path and --config"):
+    with pytest.raises(UserError, match="--reconstruct takes --ckpt_path, --config and --set"):
         offline.main()
 
 
@@ -273,7 +273,7 @@ def test_what_a_source_says_of_itself_is_checked_before_it_is_converted(monkeypa
     for n, (text, said) in enumerate(
         [
             ("a: &a [x]\nmodel: {prediction_type: *a}", "line 1: the anchor"),
-            ("model: {prediction_type: v}", "has latents scaled by 0.85.*, it says scale_factor 0.18215"),
+            ("model: {prediction_type: v}", "has latents scaled by 0.85.*, its config says scale_factor 0.18215"),
             ("model: 3", "model must be a section"),
         ]
     ):

@@ -99,6 +99,7 @@ _KEYS = {
 }
 _BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}  # their names are CompVis'
 _BESIDE_MODEL = ("data", "lightning")  # further sections of CompVis' training files
+PADDING = "end"  # MindONE's tokenizer fills short prompts up with nothing else
 _OPTIMIZERS = {"momentum": "sgd"}  # MindONE has two words for one
 
 
@@ -231,7 +232,7 @@ def _text(params: dict, context_dim: Any) -> dict:
         )
     quick_gelu = text.pop("use_quick_gelu", sd1)
     sizes = {"width": 768, "layers": 12, "heads": 12} if sd1 else {}
-    padding = {} if from_compvis or sd1 else {"padding": "end"}  # MindONE's tokenizer knows no other
+    padding = {} if from_compvis or sd1 else {"padding": PADDING}
     return {"variant": "clip" if quick_gelu else "openclip", **sizes, **text, **padding}
 
 
