@@ -16,18 +16,19 @@ from tqdm import tqdm
 
 from ldm import runtime
 from ldm.config.mindone import IGNORED_DRAW_OPTIONS, REFUSED_DRAW_OPTIONS
-from ldm.config.model import ModelConfig, SamplingConfig, add_set, changed, load_model_config
+from ldm.config.model import ModelConfig, SamplingConfig, add_set
 from ldm.config.options import Parser, read_options, seed, str2bool
-from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
-from ldm.config.yaml_file import search
+from ldm.config.versions import VERSIONS, version
 from ldm.diffusion.samplers import FINAL_SIGMAS, SAMPLERS, Sampler
 from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.spacing import SPACINGS
 from ldm.drawing import (
+    Model,
     Output,
     Picture,
     batches,
     file_facts,
+    find_model,
     in_background,
     missing,
     noise_number,
@@ -44,11 +45,8 @@ from ldm.parallel.ranks import Ranks
 from ldm.pictures import make_folder, next_number
 from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, sampler_of
 from ldm.randomness import settled_seed
-from ldm.weights import choose_config, open_weights, tensors_of
 
 log = logging.getLogger("text_to_image")
-
-DEFAULT_VERSION = "2.1"  # where neither a checkpoint nor a version is named; MindONE's
 
 
 def build_parser() -> Parser:
@@ -72,13 +70,15 @@ def build_parser() -> Parser:
     add("--download", action="store_true", help="fetch the version's checkpoint where it is not there")
     add("--pretrained_model_path", help="a checkpoint that brings what ckpt_path lacks, where that is a UNet alone")
     add("--vae_path", help="an autoencoder's own file or folder, in the place of the checkpoint's")
+    add("--use_lora", type=str2bool, default=False, help="lora_ckpt_path alone says it too")
+    add("--lora_ckpt_path", nargs="+", default=[], help="adapters (LoRA) to draw with: files or folders of any form")
+    add("--lora_scale", type=float, nargs="+", default=[1.0], help="strength of the adapters: one for all, or one each")
     _add_ways_to_draw(add)
     _add_output(add)
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--mode", "--ms_mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
     add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_infer_distributed.sh: one of several")
-    add("--use_lora", type=str2bool, default=False, help=argparse.SUPPRESS)
     parser.ignore(IGNORED_DRAW_OPTIONS)
     parser.refuse(REFUSED_DRAW_OPTIONS)
     return parser
@@ -116,46 +116,7 @@ def chosen_sampler(args: argparse.Namespace, config: ModelConfig) -> Sampler:
     wanted = [name for name in SAMPLERS if getattr(args, name) or args.sampler == name]
     if len(wanted) > 1:
         raise UserError(f"more than one sampler asked for: {', '.join(wanted)}; choose one")
-    if args.use_lora:
-        raise UserError("--use_lora is not available here")
     return sampler_of(config, wanted[0] if wanted else None, args.ddim_eta, args.spacing, args.final_sigma)
-
-
-class Model(NamedTuple):
-    """The model to draw with: the config, the checkpoint's path, and its tensors as views of the file."""
-
-    config: ModelConfig
-    path: str
-    tensors: dict[str, np.ndarray]
-
-
-def find_model(args: argparse.Namespace) -> Model:
-    """The model that the command means.
-
-    Raises:
-        UserError: the command names no model, or its file is not there or is of another model.
-    """
-    path, version = args.ckpt_path, args.version
-    if not path:
-        config = changed(load_model_config(args.config), args.set) if args.config else None
-        version = version or default_version(config.prediction_type if config else None, args.download)
-        config = config or changed(load_model_config(VERSIONS[version].config), args.set)
-        path = find_checkpoint(version, args.download, config.prediction_type)
-    weights = open_weights(existing(path), args.pretrained_model_path)
-    choice = choose_config(weights, args.config, version, args.set)
-    return Model(choice.config, path, tensors_of(weights, choice, args.vae_path))
-
-
-def default_version(prediction_type: str | None, download: bool) -> str:
-    """MindONE's default, if its type fits and its file can be had; otherwise UserError: the command must name one."""
-    own = load_model_config(VERSIONS[DEFAULT_VERSION].config).prediction_type
-    there = search(f"models/{VERSIONS[DEFAULT_VERSION].checkpoint}") is not None
-    if prediction_type in (None, own) and (there or download):
-        return DEFAULT_VERSION
-    raise UserError(
-        f"nothing says what to draw with: give a checkpoint by --ckpt_path, or a published model by --version "
-        f"({', '.join(VERSIONS)}), with --download where its file is not there"
-    )
 
 
 class Job(NamedTuple):

@@ -14,17 +14,19 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm import runtime
-from ldm.checkpoint import content_key
-from ldm.config.model import ModelConfig
+from ldm.checkpoint import content_key, lora
+from ldm.config.model import ModelConfig, changed, load_model_config
 from ldm.config.options import require_at_least
+from ldm.config.versions import VERSIONS, existing, find_checkpoint
+from ldm.config.yaml_file import search
 from ldm.data.prompts import paired, read_lines
 from ldm.diffusion.samplers import Sampler
 from ldm.errors import UserError
-from ldm.files import escaped
+from ldm.files import escaped, quoted
 from ldm.parallel.ranks import Ranks
 from ldm.pictures import grid, next_number, read_facts, read_png, save_drawn, save_png
 from ldm.text.tokenizer import Tokenizer
-from ldm.weights import config_key
+from ldm.weights import choose_config, config_key, open_weights, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ SPECIAL_ELSEWHERE = {  # patterns that mean something in the prompts of other pr
     r"<(?:lora|lyco|hypernet):[^<>\n]*>": "prompts load nothing here",
     r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)": "prompts have no weights here",
 }
+DEFAULT_VERSION = "2.1"  # where neither a checkpoint nor a version is named; MindONE's
 IN_GRID = 64  # the most pictures: those of a long prompt file would fill the memory
 
 
@@ -73,6 +76,77 @@ def plan(args: argparse.Namespace) -> list[Picture]:
     ]
 
 
+class Model(NamedTuple):
+    """The model to draw with: the config, the checkpoint's path, and its tensors as views of the file."""
+
+    config: ModelConfig
+    path: str
+    tensors: dict[str, np.ndarray]
+
+
+def find_model(args: argparse.Namespace) -> Model:
+    """The model that the command means.
+
+    Raises:
+        UserError: the command names no model, or its file is not there or is of another model.
+    """
+    path, version = args.ckpt_path, args.version
+    if not path:
+        config = changed(load_model_config(args.config), args.set) if args.config else None
+        version = version or default_version(config.prediction_type if config else None, args.download)
+        config = config or changed(load_model_config(VERSIONS[version].config), args.set)
+        path = find_checkpoint(version, args.download, config.prediction_type)
+    weights = open_weights(existing(path), args.pretrained_model_path)
+    choice = choose_config(weights, args.config, version, args.set)
+    tensors = tensors_of(weights, choice, args.vae_path)
+    return Model(choice.config, path, with_adapters(args, choice.config, tensors))
+
+
+def with_adapters(
+    args: argparse.Namespace, config: ModelConfig, tensors: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The model's tensors with the adapters merged in; the weights that no adapter touches stay views of the file.
+
+    Raises:
+        UserError: an adapter cannot be read, does not fit, or was trained for another prediction type.
+    """
+    if args.use_lora and not args.lora_ckpt_path:
+        raise UserError("use_lora needs the adapter: give it as --lora_ckpt_path")
+    scales, adapters = lora_scales(args), []
+    for path, scale in zip(args.lora_ckpt_path, scales):
+        adapter = lora.load(path)
+        said = adapter.meta.get("prediction_type", config.prediction_type)
+        if said != config.prediction_type:
+            raise UserError(
+                f"{path} was trained with prediction_type {quoted(said)}, the model says '{config.prediction_type}': "
+                "choose an adapter of this model"
+            )
+        adapters.append((adapter, scale))
+    return lora.merged(tensors, adapters, config.text.variant) if adapters else tensors
+
+
+def lora_scales(args: argparse.Namespace) -> list[float]:
+    """The strength of each adapter; UserError where there are neither one nor as many as adapters."""
+    paths, scales = args.lora_ckpt_path, args.lora_scale
+    if len(scales) not in (1, len(paths) or 1) or not np.isfinite(scales).all():
+        raise UserError(
+            f"{len(scales)} values of --lora_scale for {len(paths)} adapters: give one for all, or one each"
+        )
+    return scales * len(paths) if len(scales) == 1 else scales
+
+
+def default_version(prediction_type: str | None, download: bool) -> str:
+    """MindONE's default, if its type fits and its file can be had; otherwise UserError: the command must name one."""
+    own = load_model_config(VERSIONS[DEFAULT_VERSION].config).prediction_type
+    there = search(f"models/{VERSIONS[DEFAULT_VERSION].checkpoint}") is not None
+    if prediction_type in (None, own) and (there or download):
+        return DEFAULT_VERSION
+    raise UserError(
+        f"nothing says what to draw with: give a checkpoint by --ckpt_path, or a published model by --version "
+        f"({', '.join(VERSIONS)}), with --download where its file is not there"
+    )
+
+
 def batches(pictures: list[Picture], size: int) -> Iterator[tuple[list[Picture], list[Picture]]]:
     """(slice, slice filled up to `size` with its last picture): the graph is compiled for one size."""
     for start in range(0, len(pictures), size):
@@ -96,13 +170,17 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, sa
         "model_config": config_key(config),
         "dtype": runtime.compute_dtype(args.dtype, args.device_target),
         "checkpoint": Path(checkpoint).name,
+        "lora": [[Path(path).name, scale] for path, scale in zip(args.lora_ckpt_path, lora_scales(args))],
     }
 
 
 def file_facts(args: argparse.Namespace, checkpoint: str) -> dict[str, str]:
     """The sha256 of the checkpoints, which tells files of one name apart; reads them whole."""
     files = {"checkpoint": checkpoint, "pretrained_model": args.pretrained_model_path, "vae": args.vae_path}
-    return {f"{name}_sha256": content_key(path) for name, path in files.items() if path}
+    facts = {f"{name}_sha256": content_key(path) for name, path in files.items() if path}
+    if args.lora_ckpt_path:
+        facts["lora_sha256"] = [content_key(path) for path in args.lora_ckpt_path]
+    return facts
 
 
 def in_background(function: Callable, *args) -> Future:
@@ -138,8 +216,10 @@ def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, ru
         if not path.exists():
             left.append(picture)
             continue
-        said, wanted = read_facts(path), picture_facts(picture, args, run)
-        known = [key for key in wanted if key in said or not key.endswith("_sha256")]  # old pictures lack it
+        said, wanted = {"lora": [], **read_facts(path)}, picture_facts(picture, args, run)  # once without adapters
+        known = [
+            key for key in wanted if key in said or not (key.endswith("_sha256") or key == "lora")
+        ]  # old pictures lack it
         other = next((key for key in known if said.get(key) != wanted[key]), None)
         if other:
             raise UserError(

@@ -262,6 +262,7 @@ def optimizer(word: str) -> str:
 
 # Options of train_text_to_image.py without effect here, and why: for `ldm.config.options.Parser.ignore`.
 IGNORED_TRAIN_OPTIONS = {
+    "lora_fp16": "--dtype says what adapters compute in; files are float32 unless --ckpt_dtype says otherwise",
     "num_workers": "it is for ModelArts",
     "enable_modelarts": "it is for ModelArts",
     "json_data_path": "it is for ModelArts",
@@ -314,13 +315,11 @@ REFUSED_DRAW_OPTIONS = {
 # Options of MindONE's drawing that have nothing to set here, and why.
 IGNORED_DRAW_OPTIONS = {
     "support_long_prompts": "a prompt is cut at the encoder's length, with a warning",
-    "lora_ckpt_path": "it belongs to use_lora",
-    "lora_rank": "it belongs to use_lora",
-    "lora_scale": "it belongs to use_lora",
+    "lora_rank": "the adapter's file says it",
     "log_level": "progress and warnings always show",
     "jit_level": IGNORED_TRAIN_OPTIONS["jit_level"],
     "clip_ckpt_path": "there is no safety checker",
     "safety_version": "there is no safety checker",
-    "lora_ft_unet": "it belongs to use_lora",
-    "lora_ft_text_encoder": "it belongs to use_lora",
+    "lora_ft_unet": "the adapter's file says it",
+    "lora_ft_text_encoder": "the adapter's file says it",
 }
