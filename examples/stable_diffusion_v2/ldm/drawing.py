@@ -217,9 +217,7 @@ def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, ru
             left.append(picture)
             continue
         said, wanted = {"lora": [], **read_facts(path)}, picture_facts(picture, args, run)  # once without adapters
-        known = [
-            key for key in wanted if key in said or not (key.endswith("_sha256") or key == "lora")
-        ]  # old pictures lack it
+        known = [key for key in wanted if key in said or not key.endswith("_sha256")]  # old pictures lack these
         other = next((key for key in known if said.get(key) != wanted[key]), None)
         if other:
             raise UserError(
