@@ -88,11 +88,11 @@ class TrainAdapters(FineTune):
         path = ckpt_folder(args) / f"sd-{plan.number(step)}{SUFFIXES[args.lora_format]}"
         trained = {param.name: param.asnumpy() for param in adapter.parameters(self.places)}
         trained.update(ema.tensors() if ema else {})
-        alpha, pairs = scale(args) * args.lora_rank, {}
+        alpha, pairs, scheme = scale(args) * args.lora_rank, {}, lora.scheme_of(self.model.shapes())
         for place in self.places:
             down, up = trained[place.adapter.lora_A.name], trained[place.adapter.lora_B.name]
             up = up.reshape(*up.shape, *(1 for _ in down.shape[2:]))
-            module = lora.module(place.weight, self.config.text.variant, place.which)
+            module = lora.module(place.weight, self.config.text.variant, place.which, scheme=scheme)
             pairs[module] = lora.Pair(down, up, alpha)
         lora.save(path, lora.Adapter(pairs, words_of(self.config), args.lora_format), args.lora_format, args.ckpt_dtype)
         return path
