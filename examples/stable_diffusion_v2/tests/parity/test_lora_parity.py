@@ -105,12 +105,21 @@ def pipeline(config, monkeypatch):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya"])
-def test_diffusers_loads_our_files(case, tmp_path, monkeypatch, form):
+def test_diffusers_loads_our_file(case, tmp_path, monkeypatch):
     pipe = pipeline(case[0], monkeypatch)
-    lora.save(tmp_path / "x.safetensors", case[2], form)
+    lora.save(tmp_path / "x.safetensors", case[2], "diffusers")
     pipe.load_lora_weights(tmp_path, weight_name="x.safetensors")
     same(case, pipe.unet, pipe.text_encoder)
+
+
+def test_diffusers_loads_our_kohya_file(case, tmp_path, monkeypatch):
+    """With one alpha for all layers; of several its reader takes the most common one for almost all."""
+    config, tensors, adapter, _ = case
+    pipe = pipeline(config, monkeypatch)
+    even = Adapter({name: pair._replace(alpha=1.5) for name, pair in adapter.pairs.items()}, {}, "kohya")
+    lora.save(tmp_path / "x.safetensors", even, "kohya")
+    pipe.load_lora_weights(tmp_path, weight_name="x.safetensors")
+    check(config, tensors, even, outputs(pipe.unet, pipe.text_encoder))
 
 
 def test_what_peft_and_diffusers_write_is_read(case, tmp_path, monkeypatch):

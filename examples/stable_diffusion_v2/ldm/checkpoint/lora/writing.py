@@ -49,6 +49,7 @@ def save(
     elif form == "peft":
         _write_peft(Path(path), pairs, meta)
     elif form == "kohya":
+        _tell_of_alphas(path, pairs)
         formats.write(path, _kohya_tensors(pairs), {**meta, **_kohya_words(path, pairs, meta)}, "safetensors")
     else:
         described = {"format": "pt", peft_config.METADATA: json.dumps(_metadata(pairs), sort_keys=True)}
@@ -121,6 +122,12 @@ def _kohya_tensors(pairs: dict[str, Pair]) -> Tensors:
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = pair.down, pair.up
         tensors[f"{name}.alpha"] = np.array(pair.alpha, np.float32 if exact else np.float64)
     return tensors
+
+
+def _tell_of_alphas(path: str | Path, pairs: dict[str, Pair]) -> None:
+    if len({pair.alpha for pair in pairs.values()}) > 1:
+        told = "%s: its layers have different alphas, which kohya's scripts read; diffusers takes one for almost all"
+        log.warning(told, path)
 
 
 def _kohya_words(path: str | Path, pairs: dict[str, Pair], meta: Strings) -> Strings:
