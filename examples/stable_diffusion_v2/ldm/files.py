@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import socket
 import stat
 import time
@@ -54,6 +55,33 @@ def replacing(path: str | Path, new: bool = False) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write to. It takes the place of `folder` when the block has ended without an error.
+
+    Whether `folder` may be replaced is for the caller to know.
+
+    Raises:
+        UserError: instead of OSError; what was there before is then still there.
+    """
+    folder = Path(folder)
+    partial, old = (folder.with_name(f"{folder.name}.{word}") for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; nothing is left behind") from None
+    finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _create(partial: Path, path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from full_disk import files_of_at_most
 
 from ldm import checkpoint
-from ldm.checkpoint import formats, mindspore_file, names, safetensors_file
+from ldm.checkpoint import formats, metadata, mindspore_file, names, safetensors_file
 from ldm.checkpoint.arrays import BFLOAT16
 from ldm.errors import UserError
 from ldm.networks.layers import ALIGNMENT
@@ -560,7 +560,7 @@ def test_architecture_is_named_for_model_browsers():
         ("sd2_parameters", "v", "stable-diffusion-v2-768-v"),
     ):
         tensors = {row[-2]: blank(row[-1]) for row in rows(table)}
-        assert checkpoint._architecture(tensors, prediction_type) == expected
+        assert metadata.architecture(tensors, prediction_type) == expected
 
 
 # ---- damage ----

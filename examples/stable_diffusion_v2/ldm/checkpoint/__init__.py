@@ -20,7 +20,6 @@ SD 1.x file. In MindSpore's files the table is strings among the parameters, as
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -30,10 +29,9 @@ import numpy as np
 
 from ldm.checkpoint import diffusers_folder, formats, kinds, metadata, names
 from ldm.checkpoint.arrays import changed, release, widened
-from ldm.diffusion.prediction import DIFFUSERS_NAMES, MODELSPEC_NAMES, own_name
 from ldm.errors import UserError
 from ldm.files import escaped, sha256
-from ldm.parts import PARTS, UNET, VAE
+from ldm.parts import PARTS, VAE
 
 __all__ = [
     "FORMATS",
@@ -58,20 +56,7 @@ FORMATS = (*formats.FORMATS, "diffusers")  # the formats that are written
 Tensors = dict[str, np.ndarray]
 Strings = dict[str, str]
 
-_V_MARK, _ZERO_SNR_MARK = "v_pred", "ztsnr"  # of these tensors only the presence counts
-_MARKED_TYPE = own_name(DIFFUSERS_NAMES["v"])
-_MODELSPEC = "modelspec."
-_DERIVED = (
-    "sai_model_spec",
-    "architecture",
-    "implementation",
-    "title",
-    "resolution",
-    "prediction_type",
-    "predict_key",
-    "hash_sha256",
-)
-_VARIANT = "checkpoint.text_encoder"  # in MindSpore's files, whose names are the same for both text encoders
+_VARIANT = "checkpoint.text_encoder"  # in MindSpore's files, where the names of the two text encoders are the same
 
 
 @dataclass(frozen=True)
@@ -120,8 +105,8 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
 def _named(path: str | Path, tensors: Tensors, strings: Strings, raw: bool) -> tuple[Tensors, Strings]:
     """(the tensors of a file by Stability's names, its table ``meta``)."""
     variant = strings.pop(_VARIANT, None)
-    meta = _stated(tensors, strings)
-    tensors = {name: array for name, array in tensors.items() if name not in (_V_MARK, _ZERO_SNR_MARK)}
+    meta = metadata.stated(tensors, strings)
+    tensors = {name: array for name, array in tensors.items() if name not in metadata.MARKS}
     tensors, said = names.from_mindone_state(names.without_wrappers(tensors), raw)
     if said:
         log.info("%s is a training state of MindONE; what is read are its %s", path, said)
@@ -207,8 +192,9 @@ def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: 
         strings = {**meta, _VARIANT: variant} if variant else meta
         formats.write(path, names.to_mindone(tensors), strings, format, dtype)
     else:
-        strings = {**meta, **_modelspec(tensors, meta, path)}
-        formats.write(path, {**tensors, **_marks(path, meta)}, strings, format, dtype)
+        kind = metadata.architecture(tensors, meta.get("prediction_type"))
+        strings = {**meta, **metadata.modelspec(kind, meta, path)}
+        formats.write(path, {**tensors, **metadata.marks(path, meta)}, strings, format, dtype)
 
 
 def content_key(path: str | Path) -> str:
@@ -274,68 +260,3 @@ def _kind_of_misfit(tensors: Tensors, missing: list[str], wrong: list[str]) -> k
     if len(there) == len(PARTS):
         return kind if wrong else None
     return None if all(name.startswith(there) for name in missing) else kind
-
-
-def _stated(tensors: Tensors, strings: Strings) -> Strings:
-    """The table ``meta`` from the strings in a file and the empty tensors that are marks."""
-    derived = [_MODELSPEC + key for key in _DERIVED]
-    meta = {key: text for key, text in strings.items() if text and key not in derived and key != "format"}
-
-    types = [strings.get("prediction_type"), strings.get(_MODELSPEC + "prediction_type")]
-    if (
-        strings.get(_MODELSPEC + "predict_key") == _MARKED_TYPE
-    ):  # ComfyUI's key; it says "epsilon" also where it does not know
-        types.append(_MARKED_TYPE)
-    if _V_MARK in tensors:
-        types.append(_MARKED_TYPE)
-    said = {own_name(word) for word in types if word}
-    if len(said) > 1:
-        places = f"prediction_type, modelspec.prediction_type and .predict_key in its metadata, its tensor {_V_MARK}"
-        raise ValueError(f"its prediction type is {' and '.join(map(escaped, sorted(said)))}; correct one of {places}")
-    if said:
-        meta["prediction_type"] = said.pop()
-
-    if _MODELSPEC + "resolution" in strings:
-        meta.setdefault("resolution", strings[_MODELSPEC + "resolution"])
-    if _ZERO_SNR_MARK in tensors:
-        meta.setdefault("schedule", json.dumps({"zero_terminal_snr": True}))
-    return meta
-
-
-def _marks(path: str | Path, meta: Strings) -> Tensors:
-    """The empty tensors that mark a v model and a zero-terminal-SNR schedule."""
-    if meta.get("prediction_type") != _MARKED_TYPE:
-        return {}
-    marks = [_V_MARK]
-    if metadata.schedule(path, meta).get("zero_terminal_snr"):
-        marks.append(_ZERO_SNR_MARK)
-    return {mark: np.zeros(0, np.float32) for mark in marks}
-
-
-def _modelspec(tensors: Tensors, meta: Strings, path: str | Path) -> Strings:
-    """The ModelSpec entries of a .safetensors file, and the entry "format" that transformers and diffusers require."""
-    spec = {
-        "sai_model_spec": "1.0.0",
-        "architecture": _architecture(tensors, meta.get("prediction_type")),
-        "implementation": "https://github.com/Stability-AI/generative-models",
-        "title": Path(path).stem,
-    }
-    if "resolution" in meta:
-        spec["resolution"] = meta["resolution"]
-    if "prediction_type" in meta:
-        spec["prediction_type"] = MODELSPEC_NAMES.get(meta["prediction_type"], meta["prediction_type"])
-    return {"format": "pt", **{_MODELSPEC + key: text for key, text in spec.items()}}
-
-
-def _architecture(tensors: Tensors, prediction_type: str | None) -> str:
-    """ModelSpec's name of the architecture, by the shapes of the UNet."""
-    block = UNET + "input_blocks."
-    first, keys = (
-        tensors[block + name].shape if block + name in tensors else ()
-        for name in ("0.0.weight", "1.1.transformer_blocks.0.attn2.to_k.weight")
-    )
-    if first == (320, 4, 3, 3) and keys == (320, 768):
-        return "stable-diffusion-v1"
-    if first == (320, 4, 3, 3) and keys == (320, 1024):
-        return "stable-diffusion-v2-768-v" if prediction_type == _MARKED_TYPE else "stable-diffusion-v2-512"
-    return "latent-diffusion"

@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 
 from ldm.checkpoint import diffusers_config as configs
 from ldm.checkpoint import formats, kinds, metadata, names
 from ldm.checkpoint.arrays import Strings, Tensors
 from ldm.checkpoint.diffusers_config import INDEX, Table
+from ldm.checkpoint.lora import reading as lora
 from ldm.config.yaml_file import dump_yaml
 from ldm.diffusion.prediction import DIFFUSERS_NAMES
 from ldm.errors import UserError
-from ldm.files import escaped, quoted
+from ldm.files import escaped, quoted, replacing_folder
 from ldm.text.tokenizer import padding_of
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -85,9 +85,9 @@ def _places(folder: Path, raw: bool) -> dict[str, Path]:
 
 
 def _refuse_others(folder: Path) -> None:
-    """UserError for folders of diffusers that hold something else than Stable Diffusion 1.x or 2.x."""
-    if any(folder.glob("adapter_config.json")) or any(folder.glob("pytorch_lora_weights.*")):
-        raise UserError(f"{folder} holds a LoRA: merge it into its base model first and give the merged model")
+    """UserError for folders of diffusers that are something else."""
+    if not (folder / INDEX).is_file() and lora.sources(folder):
+        raise UserError(f"{folder} holds a LoRA: {kinds.GIVE_ADAPTER}")
     others = [name for name in ("text_encoder_2", "transformer", "prior", "controlnet") if (folder / name).is_dir()]
     if others:
         kind = Table(folder / INDEX).get("_class_name", "a word", "") if (folder / INDEX).is_file() else ""
@@ -223,22 +223,10 @@ def write(folder: str | Path, tensors: Tensors, meta: Strings, dtype: str | None
     if wrong:
         raise UserError(f"the config is of another model than the weights: {wrong}")
     parts = names.to_diffusers(tensors, model["text"]["layers"])
-    partial, old = (folder.with_name(f"{folder.name}.{word}") for word in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
+    with replacing_folder(folder) as place:
         for name, content in configs.files(model).items():
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / name).write_text(content, encoding="utf-8")
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(content, encoding="utf-8")
         for part, stem in zip(PARTS, (_STEMS[0], _STEMS[0], _STEMS[1])):
             strings = {"format": "pt", **(meta if part == "unet" else {})}
-            formats.write(partial / part / f"{stem}.safetensors", parts[part], strings, "safetensors", dtype)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; nothing is left behind") from None
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(partial, ignore_errors=True)
+            formats.write(place / part / f"{stem}.safetensors", parts[part], strings, "safetensors", dtype)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.checkpoint.arrays import Strings, Tensors
+from ldm.checkpoint.names import is_mindone_state
 from ldm.parts import PARTS, TEXT, UNET, VAE
 
 RUN_STATE = "train_state"  # the key among the strings of a run's resume state
@@ -25,6 +26,10 @@ class Kind(NamedTuple):
     serves: bool = False
 
 
+GIVE_ADAPTER = (
+    "give its base model here and the LoRA as --lora_ckpt_path beside it, or add it to its base with "
+    "tools/merge_lora.py and give the result"
+)
 _MERGE = "merge it into its base model first, for instance with fuse_lora of diffusers, and give the merged model"
 _WHOLE = "give the whole model's file or folder"
 _OTHER = "choose a model of Stable Diffusion 1.x or 2.x"
@@ -51,17 +56,17 @@ _BY_NAME = tuple(
             r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_\w+|boft_\w+)$",
             Kind("a LyCORIS adapter (LoHa, LoKr or OFT)", _MERGE),
         ),
-        (r"^lora_\w+\.(lora_(down|up|mid)\.weight|alpha)$", Kind("a LoRA (kohya's names)", _MERGE)),
-        (r"^base_model\.model\..+\.lora_\w+", Kind("a LoRA (PEFT's names)", _MERGE)),
+        (r"^lora_\w+\.(lora_(down|up|mid)\.weight|alpha)$", Kind("a LoRA (kohya's names)", GIVE_ADAPTER)),
+        (r"^base_model\.model\..+\.lora_\w+", Kind("a LoRA (PEFT's names)", GIVE_ADAPTER)),
         (
             rf"^({re.escape(UNET)}|{re.escape(TEXT)}|conditioner\.).+\.lora_(down|up|A|B)\.",
-            Kind("a LoRA (MindONE's names)", _MERGE),
+            Kind("a LoRA (MindONE's names)", GIVE_ADAPTER),
         ),
         (
             r"\.lora_[AB]\.|\.lora\.(down|up)\.|_lora\.(down|up)\.|lora_linear_layer",
-            Kind("a LoRA (diffusers' names)", _MERGE),
+            Kind("a LoRA (diffusers' names)", GIVE_ADAPTER),
         ),
-        (r"(^|[._])lora[._]", Kind("a LoRA", _MERGE)),
+        (r"(^|[._])lora[._]", Kind("a LoRA", GIVE_ADAPTER)),
         (r"^string_to_param\b|^emb_params$|^clip_[gl]$", TEXTUAL_INVERSION),
         (r"^control_model\.|(^|\.)(controlnet|controlnet_\w+|input_hint_block|zero_convs)\.", _CONTROLNET),
         (
@@ -92,6 +97,8 @@ _BY_NAME = tuple(
         ),
     )
 )
+
+_ADAPTERS = tuple(kind for _, kind in _BY_NAME if kind.advice == GIVE_ADAPTER)
 
 # By the width of the vector that is added to the time embedding.
 _BY_LABEL_WIDTH = {
@@ -127,6 +134,11 @@ def recognise(tensors: Tensors, meta: Strings | None = None) -> Kind | None:
         if any(map(pattern.search, tensors)):
             return kind
     return _by_shape(tensors) or _part(tensors)
+
+
+def is_adapter(tensors: Tensors) -> bool:
+    """Whether a file of these names is a LoRA; a training state with one in it is none."""
+    return recognise(tensors) in _ADAPTERS and not is_mindone_state(tensors)
 
 
 def _is_textual_inversion(tensors: Tensors, meta: Strings) -> bool:

@@ -6,11 +6,28 @@ import json
 import math
 from pathlib import Path
 
-from ldm.config.yaml_file import parse_carried
-from ldm.errors import UserError
-from ldm.files import quoted
+import numpy as np
 
-Strings = dict[str, str]
+from ldm.checkpoint.arrays import Strings, Tensors
+from ldm.config.yaml_file import parse_carried
+from ldm.diffusion.prediction import DIFFUSERS_NAMES, MODELSPEC_NAMES, own_name
+from ldm.errors import UserError
+from ldm.files import escaped, quoted
+from ldm.parts import UNET
+
+MARKS = V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # of these tensors only the presence counts
+MODELSPEC = "modelspec."
+_MARKED_TYPE = own_name(DIFFUSERS_NAMES["v"])
+_DERIVED = (
+    "sai_model_spec",
+    "architecture",
+    "implementation",
+    "title",
+    "resolution",
+    "prediction_type",
+    "predict_key",
+    "hash_sha256",
+)
 LONGEST_SCHEDULE = 10_000  # characters
 
 
@@ -64,3 +81,74 @@ def check(path: str | Path, meta: Strings) -> None:
     """UserError where the latents' scale or the schedule of a file is impossible."""
     scale_factor(path, meta)
     schedule(path, meta)
+
+
+def stated(tensors: Tensors, strings: Strings) -> Strings:
+    """The table ``meta`` from the strings in a file and the marks among its tensors."""
+    derived = [MODELSPEC + key for key in _DERIVED]
+    meta = {key: text for key, text in strings.items() if text and key not in derived and key != "format"}
+
+    types = [strings.get("prediction_type"), strings.get(MODELSPEC + "prediction_type")]
+    if strings.get(MODELSPEC + "predict_key") == _MARKED_TYPE:  # ComfyUI's; its "epsilon" is what it says in doubt
+        types.append(_MARKED_TYPE)
+    types += [_MARKED_TYPE] if V_MARK in tensors else []
+    said = {own_name(word) for word in types if word}
+    if len(said) > 1:
+        places = f"prediction_type, modelspec.prediction_type and .predict_key in its metadata, its tensor {V_MARK}"
+        raise ValueError(f"its prediction type is {' and '.join(map(escaped, sorted(said)))}; correct one of {places}")
+    if said:
+        meta["prediction_type"] = said.pop()
+
+    if MODELSPEC + "resolution" in strings:
+        meta.setdefault("resolution", strings[MODELSPEC + "resolution"])
+    if ZERO_SNR_MARK in tensors:
+        meta.setdefault("schedule", json.dumps({"zero_terminal_snr": True}))
+    return meta
+
+
+def marks(path: str | Path, meta: Strings) -> Tensors:
+    """The empty tensors that stand for a v model and a zero-terminal-SNR schedule."""
+    if meta.get("prediction_type") != _MARKED_TYPE:
+        return {}
+    there = [V_MARK]
+    if schedule(path, meta).get("zero_terminal_snr"):
+        there.append(ZERO_SNR_MARK)
+    return {mark: np.zeros(0, np.float32) for mark in there}
+
+
+def modelspec(kind: str, meta: Strings, path: str | Path) -> Strings:
+    """The ModelSpec entries of a .safetensors file; "format" is what transformers and diffusers insist on.
+
+    `kind` is ModelSpec's name of what is in the file.
+    """
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": kind,
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": Path(path).stem,
+    }
+    if "resolution" in meta:
+        spec["resolution"] = meta["resolution"]
+    if "prediction_type" in meta:
+        spec["prediction_type"] = MODELSPEC_NAMES.get(meta["prediction_type"], meta["prediction_type"])
+    return {"format": "pt", **{MODELSPEC + key: text for key, text in spec.items()}}
+
+
+def architecture(tensors: Tensors, prediction_type: str | None) -> str:
+    """ModelSpec's name of a Stable Diffusion, told by the shapes of its UNet."""
+    block = UNET + "input_blocks."
+    first, keys = (
+        tensors[block + name].shape if block + name in tensors else ()
+        for name in ("0.0.weight", "1.1.transformer_blocks.0.attn2.to_k.weight")
+    )
+    known = first == (320, 4, 3, 3) and keys[:1] == (320,)
+    return family(keys[1] if known else 0, prediction_type)
+
+
+def family(context_width: int, prediction_type: str | None) -> str:
+    """ModelSpec's name of the Stable Diffusion whose UNet is told of texts in so many values."""
+    if context_width == 768:
+        return "stable-diffusion-v1"
+    if context_width == 1024:
+        return "stable-diffusion-v2-768-v" if prediction_type == _MARKED_TYPE else "stable-diffusion-v2-512"
+    return "latent-diffusion"

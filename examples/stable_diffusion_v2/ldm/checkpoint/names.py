@@ -13,7 +13,9 @@ Names that no rule knows stay as they are; ``ldm.checkpoint.match`` reports them
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -228,6 +230,11 @@ _COUNTER = re.compile(
 _LORA = re.compile(r"(.+)\.lora_(down|up)\.weight")
 
 
+def is_mindone_state(tensors: Iterable[str]) -> bool:
+    """Whether these are the names in a training state of MindONE."""
+    return any(found[1] in ("swap", "adam_m") for found in map(_SLOT.fullmatch, tensors) if found)
+
+
 def from_mindone_state(tensors: Tensors, raw: bool) -> tuple[Tensors, str | None]:
     """(the parameters in a training state of MindONE, by its names; a phrase that says which parameters they are).
 
@@ -236,9 +243,9 @@ def from_mindone_state(tensors: Tensors, raw: bool) -> tuple[Tensors, str | None
     MindONE's default scale, 1, because the file does not hold the scale. The tensors of any other file are returned
     unchanged, with None.
     """
-    slots = {name: found for name in tensors if (found := _SLOT.fullmatch(name))}
-    if not any(found[1] in ("swap", "adam_m") for found in slots.values()):
+    if not is_mindone_state(tensors):
         return tensors, None
+    slots = {name: found for name in tensors if (found := _SLOT.fullmatch(name))}
     weights = {name: array for name, array in tensors.items() if name not in slots and not _COUNTER.fullmatch(name)}
     swapped = {found[2]: tensors[name] for name, found in slots.items() if found[1] == "swap"}
     said = "weights"
@@ -288,7 +295,7 @@ def _renamed(tensors: Tensors, rename: Callable[[str], str]) -> Tensors:
     return renamed
 
 
-_PROJECTION = re.compile(r"(.+\.self_attn\.)([qkv])_proj\.(weight|bias)")
+PROJECTION = re.compile(r"(.+\.self_attn\.)([qkv])_proj\.(weight|bias)")
 _IN_PROJECTION = re.compile(r"(.+\.self_attn\.)in_proj_(weight|bias)")
 
 
@@ -296,7 +303,7 @@ def _merged(tensors: Tensors) -> Tensors:
     """q_proj, k_proj, v_proj [W, W] of Hugging Face's CLIP as one in_proj [3 W, W], as OpenCLIP has it."""
     merged = {}
     for name, array in tensors.items():
-        found = _PROJECTION.fullmatch(name)
+        found = PROJECTION.fullmatch(name)
         trio = [tensors.get(f"{found[1]}{x}_proj.{found[3]}") for x in "qkv"] if found else []
         if not found or len({part is not None and part.shape for part in trio}) > 1:
             merged[name] = array
@@ -341,14 +348,14 @@ def from_diffusers(unet: Tensors, vae: Tensors, text_encoder: Tensors, variant: 
     1, 1] here.
     """
     levels, depth = _count(unet, r"down_blocks\.#\."), _count(unet, r"down_blocks\.0\.resnets\.#\.")
-    attended = [f"up_blocks.{level}.attentions.0.norm.weight" in unet for level in range(levels)]
-    rename = _by_module(_swapped(_unet_modules(levels, depth, attended)))
+    attended = tuple(f"up_blocks.{level}.attentions.0.norm.weight" in unet for level in range(levels))
+    rename = by_module(inverted(unet_modules(Scheme(levels, depth, attended))))
     tensors = {UNET + name: array for name, array in _renamed(unet, rename).items()}
 
     old = re.compile(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
     vae = _renamed(vae, lambda name: old.sub(lambda found: _OLD_VAE_ATTENTION[found[0]], name))
     levels, depth = _count(vae, r".+_blocks\.#\."), _count(vae, r".+\.resnets\.#\.")
-    for name, array in _renamed(vae, _by_module(_swapped(_vae_modules(levels, depth)))).items():
+    for name, array in _renamed(vae, by_module(inverted(_vae_modules(levels, depth)))).items():
         name = VAE + name
         tensors[name] = array[:, :, None, None] if _VAE_PROJECTION.fullmatch(name) and array.ndim == 2 else array
 
@@ -374,15 +381,11 @@ def to_diffusers(tensors: Tensors, text_layers: int = _SD2_BLOCKS - 1) -> dict[s
         first = ", ".join(map(escaped, lost[:3]))
         raise UserError(f"{len(lost)} parameters have no place in a diffusers pipeline (first: {first})")
 
-    blocks = _count(unet, r"input_blocks\.#\.")
-    depth = next((n for n in range(blocks) if f"input_blocks.{n + 1}.0.op.weight" in unet), max(blocks - 1, 0))
-    levels = blocks // (depth + 1)
-    attended = [f"output_blocks.{level * (depth + 1)}.1.norm.weight" in unet for level in range(levels)]
-    unet = _renamed(unet, _by_module(_unet_modules(levels, depth, attended)))
+    unet = _renamed(unet, by_module(unet_modules(scheme_of(unet))))
 
     vae = {n: a[:, :, 0, 0] if _VAE_PROJECTION.fullmatch(VAE + n) and a.ndim == 4 else a for n, a in vae.items()}
     levels, depth = _count(vae, r"\w+\.(?:down|up)\.#\."), _count(vae, r".+\.block\.#\.")
-    vae = _renamed(vae, _by_module(_vae_modules(levels, depth)))
+    vae = _renamed(vae, by_module(_vae_modules(levels, depth)))
     return {"unet": unet, "vae": vae, "text_encoder": {f"text_model.{name}": array for name, array in text.items()}}
 
 
@@ -408,12 +411,32 @@ def from_part_alone(tensors: Tensors) -> Tensors:
     return tensors
 
 
-def _unet_modules(levels: int, depth: int, attended: list[bool]) -> dict[str, str]:
-    """{Stability's module: diffusers' module} of a UNet with ``depth`` residual blocks at each of ``levels`` levels.
+class Scheme(NamedTuple):
+    """How the blocks of a UNet are counted: it has ``depth`` residual blocks at each of ``levels`` levels.
 
     ``attended`` says which of the upward levels, deepest first, have attention. There the upsampler comes one place
     later.
     """
+
+    levels: int
+    depth: int
+    attended: tuple[bool, ...]
+
+
+def scheme_of(unet: Collection[str]) -> Scheme:
+    """The scheme of a UNet by Stability's names of its parameters, with or without the part's name before them."""
+    unet = {name[len(UNET) :] if name.startswith(UNET) else name for name in unet}
+    blocks = _count(unet, r"input_blocks\.#\.")
+    depth = next((n for n in range(blocks) if f"input_blocks.{n + 1}.0.op.weight" in unet), max(blocks - 1, 0))
+    levels = blocks // (depth + 1)
+    attended = tuple(f"output_blocks.{level * (depth + 1)}.1.norm.weight" in unet for level in range(levels))
+    return Scheme(levels, depth, attended)
+
+
+@lru_cache(maxsize=8)
+def unet_modules(scheme: Scheme) -> dict[str, str]:
+    """{Stability's module: diffusers' module} of a UNet. Nobody may change it: it is kept."""
+    levels, depth, attended = scheme
     modules = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -458,18 +481,19 @@ def _vae_modules(levels: int, depth: int) -> dict[str, str]:
     return modules
 
 
-def _count(tensors: Tensors, pattern: str) -> int:
-    """One more than the largest number (of at most two digits) that the names have at ``#`` of the pattern."""
+def _count(tensors: Iterable[str], pattern: str) -> int:
+    """One more than the largest number (of at most two digits) where ``#`` stands in the pattern, at a name's start."""
     numbered = re.compile(pattern.replace("#", r"(\d{1,2})"))
     return 1 + max((int(found[1]) for found in map(numbered.match, tensors) if found), default=-1)
 
 
-def _swapped(modules: dict[str, str]) -> dict[str, str]:
+def inverted(modules: dict[str, str]) -> dict[str, str]:
+    """The table that leads back."""
     return {theirs: ours for ours, theirs in modules.items()}
 
 
-def _by_module(modules: dict[str, str]) -> Callable[[str], str]:
-    """A renaming that replaces the longest beginning of a name that is in ``modules``."""
+def by_module(modules: dict[str, str]) -> Callable[[str], str]:
+    """A renaming that exchanges the longest beginning of a name that is in ``modules``."""
 
     def rename(name: str) -> str:
         parts = name.split(".")
