@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import train_text_to_image
 from mindspore import Tensor
+from PIL import Image
 from test_scripts import CONFIG, call, fill_place, refusal, run, sampling, tensors, training
 
 from ldm import checkpoint
@@ -69,7 +70,7 @@ def merge(net, places, scale=0.5):
     return net
 
 
-@pytest.mark.parametrize("targets", [["attention"], ["all-linear", "conv"], [r"attn2\.to_v$"]])
+@pytest.mark.parametrize("targets", [["all-linear", "conv"], [r"attn2\.to_v$"]])
 def test_a_unet_with_adapters_is_the_merged_one(targets):
     rng = np.random.default_rng(0)
     z, t = Tensor(rng.standard_normal((2, 4, 8, 8), np.float32)), Tensor(np.array([3, 900], np.int32))
@@ -100,13 +101,14 @@ def test_gradients_of_adapters_and_the_same_layer_by_layer():
     z, eps, context = (rng.standard_normal(s, np.float32) for s in ((2, 4, 8, 8), (2, 4, 8, 8), (2, 7, 32)))
     batch = tuple(map(Tensor, (z, eps, np.array([3, 900], np.int32), np.ones(2, np.float32), context)))
     schedule, prediction, one = build_schedule(ScheduleConfig()), get_prediction("v"), Tensor(1.0)
-    nets = [filled(UNet(SMALL)) for _ in range(2)]
+    config = replace(SMALL, channel_mult=(1,), attention_resolutions=(1,))
+    nets = [filled(UNet(config)) for _ in range(2)]
     places = [adapted(net, ["attention"]) for net in nets]
     params = [list(adapter.parameters(some)) for some in places]
     losses = [DiffusionLoss(net, schedule, prediction) for net in nets]
     _, whole = WholeGraph(losses[0], params[0])(one, *batch)
     _, layered = LayerByLayer(losses[1], params[1])(one, *batch)
-    merged = merge(filled(UNet(SMALL)), places[0])
+    merged = merge(filled(UNet(config)), places[0])
     weights = {param.name: param for param in merged.get_parameters()}
     chosen = [weights[place.weight] for place in places[0]]
     _, full = WholeGraph(DiffusionLoss(merged, schedule, prediction), chosen)(one, *batch)
@@ -163,8 +165,7 @@ def test_adapters_are_trained_resumed_and_drawn_with(small, tmp_path, monkeypatc
     call(monkeypatch, train_text_to_image, lora_training(small, two, "--train_steps", 5, "--lora_format", "kohya"))
     call(monkeypatch, train_text_to_image, lora_training(small, two, "--train_steps", 10, "--resume", True))
     first, second = (tensors(out / "ckpt/rank_0/train_resume.safetensors") for out in (one, two))
-    # the learning rate of `two` fell to its end after five steps, so its first half is compared
-    assert first.keys() == second.keys() and all("adapter.lora_" in name for name in first)
+    assert first.keys() == second.keys() and all(".adapter." in name for name in first)
     assert np.isfinite(read_log(one / "result.log")["loss"]).all()
     states = (one / "ckpt/rank_0/train_resume.safetensors").stat().st_size
     assert states < (small / "base.safetensors").stat().st_size / 4
@@ -188,7 +189,7 @@ def test_adapters_are_trained_resumed_and_drawn_with(small, tmp_path, monkeypatc
     swap[swap.index(str(small / "base.safetensors"))] = str(tmp_path / "merged.safetensors")
     run("text_to_image.py", *swap)
     pictures = [tmp_path / name / "samples/00000.png" for name in ("with", "swapped")]
-    assert np.array_equal(*(np.asarray(__import__("PIL.Image").Image.open(path)) for path in pictures))
+    assert np.array_equal(*(np.asarray(Image.open(path)) for path in pictures))
 
 
 def test_a_killed_run_of_adapters_goes_on_bit_for_bit(small, tmp_path, monkeypatch):
