@@ -1,4 +1,4 @@
-"""Convert a checkpoint to another format: any that is read, to any that is written.
+"""Convert a checkpoint or a LoRA to another format: any that is read, to any that is written.
 
     python tools/convert_checkpoint.py SOURCE DESTINATION [--dtype float16] [--version 2.1-v] [--set KEY=VALUE ...]
 
@@ -6,6 +6,9 @@ SOURCE is MindSpore's .ckpt, PyTorch's .ckpt or .pt, .safetensors, or a diffuser
 NAME.ckpt is MindSpore's with MindONE's names, NAME.safetensors has Stability's, any other name (but .pt, .pth, .bin)
 becomes a diffusers folder. What the source says of itself (prediction type, schedule, resolution) goes along; where it
 says nothing, --version or --config says it. Tensors are converted one by one: memory stays at about the source's size.
+
+A LoRA is recognised by its content. Its DESTINATION NAME.ckpt is MindONE's, NAME.safetensors diffusers' (kohya's with
+--lora_format kohya), any other name becomes a PEFT folder.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import checkpoint, runtime
-from ldm.checkpoint import kinds
+from ldm.checkpoint import kinds, lora
 from ldm.config.model import add_set, to_dict
 from ldm.config.versions import VERSIONS, published
 from ldm.errors import UserError
@@ -30,19 +33,45 @@ SUFFIXES = {".ckpt": "mindspore", ".safetensors": "safetensors", "": "diffusers"
 
 
 def main() -> None:
+    args = parse()
+    if args.destination.suffix in (".pt", ".pth", ".bin"):
+        raise UserError(f"{args.destination}: PyTorch's own files are read, not written; .safetensors serves its users")
+    if args.destination.exists():
+        raise UserError(f"{args.destination} exists; remove it or give another name")
+    if lora.is_adapter(args.source):
+        convert_adapter(args)
+    elif args.lora_format:
+        raise UserError(f"{args.source} is no LoRA: leave out --lora_format")
+    else:
+        convert_model(args)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source")
     parser.add_argument("destination", type=Path)
     parser.add_argument("--dtype", choices=("float32", "float16"), help="of the numbers (default: the source's)")
     parser.add_argument("--config", help="the model's YAML file, where the source does not describe itself")
     parser.add_argument("--version", choices=list(VERSIONS), help="the published model whose config it is")
+    parser.add_argument("--lora_format", choices=lora.FORMS, help="of a LoRA (default: by the destination's name)")
+    parser.add_argument(
+        "--lora_scale", type=float, default=1.0, help="the scale that MindONE's LoRA files go with (default: 1)"
+    )
     add_set(parser.add_argument)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def convert_adapter(args: argparse.Namespace) -> None:
+    form = lora.form_of(args.destination, args.lora_format)
+    adapter = lora.load(args.source, args.lora_scale)
+    lora.save(args.destination, adapter, form, args.dtype, args.lora_scale)
+    said = adapter.meta.get("prediction_type", "not said")
+    told = "%s (LoRA, %s) is now %s (%s), %d layers, prediction type %s"
+    log.info(told, args.source, adapter.form, args.destination, form, len(adapter.pairs), escaped(said))
+
+
+def convert_model(args: argparse.Namespace) -> None:
     kind = SUFFIXES.get(args.destination.suffix, "diffusers")
-    if args.destination.suffix in (".pt", ".pth", ".bin"):
-        raise UserError(f"{args.destination}: PyTorch's own files are read, not written; .safetensors serves its users")
-    if args.destination.exists():
-        raise UserError(f"{args.destination} exists; remove it or give another name")
     weights = open_weights(args.source, widen=False)
     ckpt, meta = weights.checkpoint, weights.checkpoint.meta
     if args.config or args.version or "model_config" in meta or published(args.source) or sidecar(args.source):

@@ -48,7 +48,7 @@ def is_adapter(path: str | Path) -> bool:
     """Whether a file or a folder is an adapter, by its content. UserError where it cannot be read."""
     if os.path.isdir(path):
         return bool(sources(Path(path)))
-    return kinds.is_adapter(formats.read(path)[0])
+    return kinds.is_adapter(formats.read(path, widen=False)[0])
 
 
 def load(path: str | Path, scale: float = 1.0) -> Adapter:
