@@ -402,5 +402,5 @@ def test_other_folders_are_named(folder):
     with pytest.raises(UserError, match="is a StableDiffusionXLPipeline, with a text_encoder_2/: choose a pipeline of"):
         checkpoint.load(folder)
     (folder / "unet/adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="unet holds a LoRA: merge it"):
+    with pytest.raises(UserError, match="unet holds a LoRA: give it"):
         checkpoint.load(folder / "unet")

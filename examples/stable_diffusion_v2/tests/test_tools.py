@@ -166,7 +166,7 @@ def test_too_few_pictures_are_refused(tmp_path):
 @pytest.mark.parametrize("words", [["--gen_path", "x"], ["--ckpt_path", "x", "--scale", "9"]])
 def test_reconstruction_takes_a_checkpoint_alone(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["measure_offline.py", "--real_path", "x", "--reconstruct", *words])
-    with pytest.raises(UserError, match="--reconstruct takes --ckpt_path and --config"):
+    with pytest.raises(UserError, match="--reconstruct takes --ckpt_path, --config and --set"):
         offline.main()
 
 

@@ -135,7 +135,6 @@ def _adapters(folder: Path) -> dict:
     }
 
     def read(path: Path) -> None:
-        lora.is_adapter(path)
         lora.merged(base, [(lora.load(path), 1.0)], "openclip")
 
     samples = {}

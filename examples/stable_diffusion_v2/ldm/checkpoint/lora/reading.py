@@ -160,8 +160,8 @@ def _add(pairs: dict[str, Pair], module: str, pair: Pair) -> None:
 
 
 def _stated(strings: Strings) -> Strings:
-    """What the file says, kohya's words included; FileError where it contradicts itself."""
-    said = {key: text for key, text in strings.items() if key != peft_config.METADATA}
+    """What the file says, kohya's words included, without digests of it. FileError where it contradicts itself."""
+    said = {key: text for key, text in strings.items() if key != peft_config.METADATA and not key.startswith("sshs_")}
     if strings.get("ss_v_parameterization") == "True":
         said.setdefault("prediction_type", own_name(DIFFUSERS_NAMES["v"]))
     if strings.get("ss_zero_terminal_snr") == "True":

@@ -59,6 +59,8 @@ def save(
     """
     if form not in FORMS:
         raise UserError(f"unknown form of a LoRA {form!r}; choose one of {', '.join(FORMS)}")
+    if not adapter.pairs:
+        raise ValueError("an adapter without layers")
     meta = {key: text for key, text in {**adapter.meta, **facts}.items() if key and text}
     pairs = {name: _as_type(pair, dtype) for name, pair in adapter.pairs.items()}
     if form == "mindone":
