@@ -306,6 +306,8 @@ def test_what_merges_not_is_one_line(monkeypatch, tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=said):
             merge(monkeypatch, tmp_path / "m.ckpt", *words)
+    with pytest.raises(UserError, match="read, not written"):
+        merge(monkeypatch, tmp_path / "m.pt", "--base", base, "--lora_ckpt_path", tmp_path / "x")
     for words, said in (
         ((), "give --base and --lora_ckpt_path, or --difference"),
         (("--difference", base, base), "wants a --rank above 0"),

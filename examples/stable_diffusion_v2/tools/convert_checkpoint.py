@@ -34,16 +34,21 @@ SUFFIXES = {".ckpt": "mindspore", ".safetensors": "safetensors", "": "diffusers"
 
 def main() -> None:
     args = parse()
-    if args.destination.suffix in (".pt", ".pth", ".bin"):
-        raise UserError(f"{args.destination}: PyTorch's own files are read, not written; .safetensors serves its users")
-    if args.destination.exists():
-        raise UserError(f"{args.destination} exists; remove it or give another name")
+    check_destination(args.destination)
     if lora.is_adapter(args.source):
         convert_adapter(args)
     elif args.lora_format:
         raise UserError(f"{args.source} is no LoRA: leave out --lora_format")
     else:
         convert_model(args)
+
+
+def check_destination(path: Path) -> None:
+    """UserError where nothing can be written there."""
+    if path.suffix in (".pt", ".pth", ".bin"):
+        raise UserError(f"{path}: PyTorch's own files are read, not written; .safetensors serves its users")
+    if path.exists():
+        raise UserError(f"{path} exists; remove it or give another name")
 
 
 def parse() -> argparse.Namespace:

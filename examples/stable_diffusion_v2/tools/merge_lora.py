@@ -20,17 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import checkpoint, runtime
 from ldm.checkpoint import lora
 from ldm.config.versions import VERSIONS
-from ldm.errors import UserError
 from ldm.weights import Choice, Weights, choose_config, open_weights, tensors_of, words_of
-from tools.convert_checkpoint import SUFFIXES
+from tools.convert_checkpoint import SUFFIXES, check_destination
 
 log = logging.getLogger("merge_lora")
 
 
 def main() -> None:
     args = parse()
-    if args.destination.exists():
-        raise UserError(f"{args.destination} exists; remove it or give another name")
+    check_destination(args.destination)
     if args.difference:
         take_difference(args)
     else:
