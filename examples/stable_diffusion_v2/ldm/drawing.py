@@ -22,7 +22,7 @@ from ldm.config.yaml_file import search
 from ldm.data.prompts import paired, read_lines
 from ldm.diffusion.samplers import Sampler
 from ldm.errors import UserError
-from ldm.files import escaped, quoted
+from ldm.files import escaped
 from ldm.parallel.ranks import Ranks
 from ldm.pictures import grid, next_number, read_facts, read_png, save_drawn, save_png
 from ldm.text.tokenizer import Tokenizer
@@ -112,16 +112,9 @@ def with_adapters(
     """
     if args.use_lora and not args.lora_ckpt_path:
         raise UserError("use_lora needs the adapter: give it as --lora_ckpt_path")
-    scales, adapters = lora_scales(args), []
-    for path, scale in zip(args.lora_ckpt_path, scales):
-        adapter = lora.load(path)
-        said = adapter.meta.get("prediction_type", config.prediction_type)
-        if said != config.prediction_type:
-            raise UserError(
-                f"{path} was trained with prediction_type {quoted(said)}, the model says '{config.prediction_type}': "
-                "choose an adapter of this model"
-            )
-        adapters.append((adapter, scale))
+    adapters = [(lora.load(path), scale) for path, scale in zip(args.lora_ckpt_path, lora_scales(args))]
+    for adapter, _ in adapters:
+        lora.check_type(adapter, config.prediction_type)
     return lora.merged(tensors, adapters, config.text.variant) if adapters else tensors
 
 

@@ -210,6 +210,7 @@ def test_a_killed_run_of_adapters_goes_on_bit_for_bit(small, tmp_path, monkeypat
         (["--lora_dropout", 1], "lora_dropout is 1"),
         (["--lora_alpha", 2, "--lora_scale", 3], "say the same"),
         (["--lora_targets", "nothing"], "means none"),
+        (["--lora_targets", "conv"], "MindONE"),
         (["--trainable_modules", "attn2"], "leave out trainable_modules"),
         (["--lora_ft_unet", False, "--lora_ft_text_encoder", False], "nothing is left to train"),
     ],

@@ -402,8 +402,5 @@ def test_other_folders_are_named(folder):
     with pytest.raises(UserError, match="is a StableDiffusionXLPipeline, with a text_encoder_2/: choose a pipeline of"):
         checkpoint.load(folder)
     (folder / "unet/adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="unet has adapter_config.json but no adapter_model.safetensors"):
-        checkpoint.load(folder / "unet")
-    (folder / "unet/adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="unet holds a LoRA: give its base model here and the LoRA as --lora_ckpt_path"):
+    with pytest.raises(UserError, match="unet holds a LoRA: give it"):
         checkpoint.load(folder / "unet")

@@ -127,7 +127,7 @@ def test_load_refuses_what_is_no_model(tmp_path):
     lora = {f"{UNET}{BLOCK}.lora_{way}.weight": np.ones((4, 4), np.float32) for way in ("down", "up")}
     for kind in formats.FORMATS:
         formats.write(tmp_path / "lora", lora, {}, kind)
-        with pytest.raises(UserError, match=r"lora is a LoRA \(MindONE's names\): give its base model here"):
+        with pytest.raises(UserError, match=r"lora is a LoRA \(MindONE's names\): give its base model here and"):
             checkpoint.load(tmp_path / "lora")
     formats.write(tmp_path / "state", {"a": np.ones(1)}, {"train_state": "{}"}, "safetensors")
     with pytest.raises(UserError, match="state is a run's resume state: give the checkpoint sd-N beside it"):

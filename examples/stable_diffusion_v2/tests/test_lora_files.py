@@ -14,7 +14,7 @@ import pytest
 
 from ldm import checkpoint
 from ldm.checkpoint import formats, lora, names
-from ldm.checkpoint.lora import Adapter, Pair
+from ldm.checkpoint.lora import Adapter, Pair, naming
 from ldm.errors import UserError
 from ldm.parts import UNET
 
@@ -105,6 +105,21 @@ def test_names_in_files_are_those_that_others_read(tmp_path, model):
         assert row["peft_A"] in peft[row["part"]] and row["peft_A"].replace(".text_model", "") in peft[row["part"]]
     assert len(read["kohya"]) == 3 * len(whole.pairs) and len(read["diffusers"]) == 2 * len(whole.pairs)
     assert len(peft["unet"]) == 2 * sum(name.startswith("unet.") for name in whole.pairs)
+
+
+@pytest.mark.parametrize("model", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("column", ["peft_A", "diffusers_A", "diffusers_old_down", "kohya_down", "mindone_down"])
+def test_names_of_others_are_read(model, column):
+    """SDXL's kohya names are Stability's; MindONE's SDXL text encoders are not read yet."""
+    wanted = {}  # by name and part: PEFT's folders say the part
+    for row in rows(model):
+        if row[column] != "-" and not row[column].startswith("conditioner."):
+            wanted.setdefault((row[column], row["part"]), set()).add(module(row))
+    form, places = naming.entries({name for name, _ in wanted})
+    assert form == column.split("_")[0] and {place.way for place in places.values()} == {"down"}
+    scheme = naming.file_scheme(naming.depth_of_counted({place.module for place in places.values()}))
+    for (name, part), modules in wanted.items():
+        assert {each for each, _ in naming.modules_of(form, places[name].module, part, scheme)} == modules
 
 
 def test_older_names_of_diffusers_are_read(tmp_path):

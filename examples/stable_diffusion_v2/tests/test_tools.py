@@ -20,9 +20,10 @@ import compare_prediction_types as compare
 import convert_checkpoint
 import demo
 import measure_offline as offline
+import merge_lora
 
 from ldm import checkpoint
-from ldm.checkpoint import formats
+from ldm.checkpoint import formats, lora
 from ldm.config.model import (
     ModelConfig,
     SamplingConfig,
@@ -234,12 +235,11 @@ def convert(monkeypatch, *words):
 
 
 def test_what_is_no_model_is_not_converted(monkeypatch, tmp_path):
-    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
-    lora = {f"{name}.lora_{way}.weight": np.ones((2, 2), np.float32) for way in ("down", "up")}
-    formats.write(tmp_path / "lora", lora, {}, "safetensors")
+    inversion = {"<cat-toy>": np.ones(768, np.float32)}
+    formats.write(tmp_path / "word", inversion, {}, "safetensors")
     tiny = checkpoint.load(ROOT / "models/tiny-vpred.safetensors")
     formats.write(tmp_path / "odd", {**tiny.tensors, "odd": np.ones(1)}, tiny.meta, "safetensors")
-    for source, said in (("lora", r"lora is a LoRA \(kohya's names\)"), ("odd", "odd is no model .*first: odd")):
+    for source, said in (("word", "word is a textual inversion"), ("odd", "odd is no model .*first: odd")):
         for destination in ("x.ckpt", "x.safetensors", "x"):
             with pytest.raises(UserError, match=said):
                 convert(monkeypatch, tmp_path / source, tmp_path / destination)
@@ -247,7 +247,85 @@ def test_what_is_no_model_is_not_converted(monkeypatch, tmp_path):
     formats.write(tmp_path / "unet", small, {}, "safetensors")
     with pytest.raises(UserError, match="unet is of another model than the config: model.unet.model_channels is 320"):
         convert(monkeypatch, tmp_path / "unet", tmp_path / "x.ckpt", "--version", "2.0")
-    assert {path.name for path in tmp_path.iterdir()} == {"lora", "odd", "unet"}
+    assert {path.name for path in tmp_path.iterdir()} == {"word", "odd", "unet"}
+
+
+def test_a_lora_is_converted_to_every_form(monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    rng = np.random.default_rng(0)
+    down, up = rng.standard_normal((2, 8), np.float32), rng.standard_normal((8, 2), np.float32)
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    whole = lora.Adapter({layer: lora.Pair(down, up, 4.0)}, {"prediction_type": "v"}, "peft")
+    lora.save(tmp_path / "first.safetensors", whole, "kohya")
+    source = tmp_path / "first.safetensors"
+    for name, words, form in (
+        ("a", (), "peft"),
+        ("b.ckpt", (), "mindone"),
+        ("c.safetensors", (), "diffusers"),
+        ("d.safetensors", ("--lora_format", "kohya"), "kohya"),
+    ):
+        convert(monkeypatch, source, tmp_path / name, *words)
+        source = tmp_path / name
+        read = lora.load(source)
+        assert read.form == form and read.meta["prediction_type"] == "v"
+        assert np.array_equal(read.pairs[layer].product(), whole.pairs[layer].product())
+        assert f"is now {source} ({form}), 1 layers, prediction type v" in caplog.text
+    with pytest.raises(UserError, match="in the form 'peft' wants the name of a folder as its destination"):
+        convert(monkeypatch, source, tmp_path / "e.ckpt", "--lora_format", "peft")
+    with pytest.raises(UserError, match="is no LoRA: leave out --lora_format"):
+        convert(monkeypatch, ROOT / "models/tiny-vpred.safetensors", tmp_path / "e", "--lora_format", "peft")
+    assert not list(tmp_path.glob("e*"))
+
+
+def merge(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, words)])
+    merge_lora.main()
+
+
+def test_loras_are_merged_and_found_again_as_a_difference(monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    base = ROOT / "models/tiny-vpred.safetensors"
+    tiny, rng = checkpoint.load(base), np.random.default_rng(0)
+    text = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
+    pair = lora.Pair(rng.standard_normal((2, 128), np.float32), rng.standard_normal((512, 2), np.float32), 1.0)
+    lora.save(tmp_path / "x", lora.Adapter({text: pair}, {"prediction_type": "v"}, "peft"), "peft")
+    words = ("--base", base, "--lora_ckpt_path", tmp_path / "x", tmp_path / "x", "--lora_scale", "0.5", "-0.25")
+    merge(monkeypatch, tmp_path / "m.ckpt", *words)
+    name, _ = lora.parameter(text, "openclip", lora.scheme_of(tiny.tensors))
+    tuned = checkpoint.load(tmp_path / "m.ckpt")
+    wanted = tiny.tensors[name] + 0.25 * pair.product()
+    assert np.allclose(tuned.tensors[name], wanted, atol=1e-6) and tuned.meta["prediction_type"] == "v"
+    assert all(np.array_equal(tiny.tensors[n], tuned.tensors[n]) for n in tiny.tensors if n != name)
+    merge(monkeypatch, tmp_path / "d", "--difference", tmp_path / "m.ckpt", base, "--rank", "2")
+    found = lora.load(tmp_path / "d")
+    assert found.form == "peft" and found.meta["prediction_type"] == "v" and "holds 100.0 %" in caplog.text
+    assert found.pairs.keys() == {text} and np.allclose(found.pairs[text].product(), 0.25 * pair.product(), atol=1e-5)
+
+
+def test_what_merges_not_is_one_line(monkeypatch, tmp_path, capsys):
+    base = ROOT / "models/tiny-vpred.safetensors"
+    layer = "unet.mid_block.attentions.0.proj_in"
+    pair = lora.Pair(np.ones((1, 128), np.float32), np.ones((128, 1), np.float32), 1.0)
+    lora.save(tmp_path / "x", lora.Adapter({layer: pair}, {"prediction_type": "eps"}, "peft"), "peft")
+    for words, said in (
+        (("--base", base, "--lora_ckpt_path", tmp_path / "x"), "was trained with prediction_type 'eps'"),
+        (("--base", tmp_path / "x", "--lora_ckpt_path", tmp_path / "x"), "holds a LoRA: give its base model here"),
+        (("--base", base, "--lora_ckpt_path", base), "is no LoRA that is read here"),
+    ):
+        with pytest.raises(UserError, match=said):
+            merge(monkeypatch, tmp_path / "m.ckpt", *words)
+    with pytest.raises(UserError, match="read, not written"):
+        merge(monkeypatch, tmp_path / "m.pt", "--base", base, "--lora_ckpt_path", tmp_path / "x")
+    for words, said in (
+        ((), "give --base and --lora_ckpt_path, or --difference"),
+        (("--difference", base, base), "wants a --rank above 0"),
+        (("--base", base, "--lora_ckpt_path", "x", "--lora_scale", "1", "2"), "2 --lora_scale for 1 LoRAs"),
+        (("--base", base, "--lora_ckpt_path", "x", "--rank", "2"), "belong to --difference"),
+    ):
+        with pytest.raises(SystemExit):
+            merge(monkeypatch, tmp_path / "m.ckpt", *words)
+        assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_folder_of_others_is_converted_with_its_config_and_nan_is_said(monkeypatch, tmp_path, caplog):

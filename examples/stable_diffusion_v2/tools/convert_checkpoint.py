@@ -1,4 +1,4 @@
-"""Convert a checkpoint to another format: any that is read, to any that is written.
+"""Convert a checkpoint or a LoRA to another format: any that is read, to any that is written.
 
     python tools/convert_checkpoint.py SOURCE DESTINATION [--dtype float16] [--version 2.1-v] [--set KEY=VALUE ...]
 
@@ -7,6 +7,9 @@ NAME.ckpt is MindSpore's with MindONE's names, NAME.safetensors has Stability's 
 .bin) becomes a diffusers folder. The description in the source (prediction type, schedule, resolution) is kept; where
 there is none, --version or --config gives it. Tensors are converted one by one: memory stays at about the source's
 size.
+
+The content tells whether SOURCE is a LoRA. Its DESTINATION NAME.ckpt is MindONE's, NAME.safetensors diffusers' (kohya's
+with --lora_format kohya), any other name becomes a PEFT folder.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import checkpoint, runtime
-from ldm.checkpoint import kinds
+from ldm.checkpoint import kinds, lora
 from ldm.config.model import add_set, to_dict
 from ldm.config.versions import VERSIONS, published
 from ldm.errors import UserError
@@ -37,6 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "float16"), help="of the numbers (default: the source's)")
     parser.add_argument("--config", help="the model's YAML file, where the source does not describe itself")
     parser.add_argument("--version", choices=list(VERSIONS), help="the published model whose config it is")
+    parser.add_argument("--lora_format", choices=lora.FORMS, help="of a LoRA (default: by the destination's name)")
+    parser.add_argument(
+        "--lora_scale", type=float, default=1.0, help="the scale that MindONE's LoRA files go with (default: 1)"
+    )
     add_set(parser.add_argument)
     return parser
 
@@ -70,9 +77,16 @@ def warn_of_nonfinite(path: str, ckpt: checkpoint.Checkpoint) -> None:
         log.warning(message, path, len(bad), number, escaped(bad[0]))
 
 
-def main() -> None:
-    args = build_parser().parse_args()
-    form = destination_format(args.destination)
+def convert_adapter(args: argparse.Namespace) -> None:
+    form = lora.form_of(args.destination, args.lora_format)
+    adapter = lora.load(args.source, args.lora_scale)
+    lora.save(args.destination, adapter, form, args.dtype, args.lora_scale)
+    said = adapter.meta.get("prediction_type", "not said")
+    told = "%s (LoRA, %s) is now %s (%s), %d layers, prediction type %s"
+    log.info(told, args.source, adapter.form, args.destination, form, len(adapter.pairs), escaped(said))
+
+
+def convert_model(args: argparse.Namespace, form: str) -> None:
     weights = open_weights(args.source, widen=False)
     ckpt, meta = weights.checkpoint, described(weights, args)
     checkpoint.check_names(ckpt, args.source)
@@ -83,6 +97,17 @@ def main() -> None:
     message = "%s (%s) is now %s (%s), %d tensors, %s"
     told = f"prediction type {said}" if said else lacking
     log.info(message, args.source, ckpt.format, args.destination, form, len(ckpt.tensors), told)
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    form = destination_format(args.destination)
+    if lora.is_adapter(args.source):
+        convert_adapter(args)
+    elif args.lora_format:
+        raise UserError(f"{args.source} is no LoRA: leave out --lora_format")
+    else:
+        convert_model(args, form)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (there + (MEGABYTES << 20), resource.RLIM_INFINITY))
         tried, failed = run(samples, args.seed, range(args.first, args.first + args.cases))
     for kind in sorted(tried):
-        print(f"{kind:12} {tried[kind]:8} cases {failed[kind]:6} failed")
+        print(f"{kind:14} {tried[kind]:8} cases {failed[kind]:6} failed")
     sys.exit(bool(wrong or failed))
 
 

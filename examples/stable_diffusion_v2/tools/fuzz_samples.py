@@ -19,7 +19,7 @@ from train_text_to_image import build_parser
 
 from eval.sides import read_statistics
 from ldm import checkpoint
-from ldm.checkpoint import diffusers_config, formats
+from ldm.checkpoint import diffusers_config, formats, lora
 from ldm.config.model import (
     ModelConfig,
     TextConfig,
@@ -72,7 +72,7 @@ class Sample(NamedTuple):
 def make_samples(folder: Path) -> dict[str, Sample]:
     """One sample of every kind, each in a folder of its own."""
     samples = {}
-    for maker in (_checkpoints, _diffusers, _state, _pictures, _texts, _configs):
+    for maker in (_checkpoints, _adapters, _diffusers, _state, _pictures, _texts, _configs):
         samples.update(maker(folder))
     return {
         kind: Sample(files if isinstance(files, list) else [files], read) for kind, (files, read) in samples.items()
@@ -122,6 +122,30 @@ def _checkpoints(folder: Path) -> dict:
         lambda: (checkpoint.load(resume), checkpoint.load(resume, widen=False, raw=True)),
     )
     return readers
+
+
+def _adapters(folder: Path) -> dict:
+    """A LoRA in every form. What is read is merged too."""
+    block = "attentions.0.transformer_blocks.0.attn1"
+    modules = (f"unet.mid_block.{block}.to_q", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj")
+    matrices = np.ones((2, 8), np.float32), np.ones((8, 2), np.float32)
+    pairs = {module: lora.Pair(*matrices, 2.0 ** (1 + n)) for n, module in enumerate(modules)}
+    base = {
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight": np.ones((8, 8), np.float32),
+        "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": np.ones((24, 8), np.float32),
+    }
+
+    def read(path: Path) -> None:
+        lora.merged(base, [(lora.load(path), 1.0)], "openclip")
+
+    samples = {}
+    for form in lora.FORMS:
+        path = folder / f"lora.{form}" / {"peft": "x", "mindone": "x.ckpt"}.get(form, "x.safetensors")
+        path.parent.mkdir()
+        lora.save(path, lora.Adapter(pairs, {}, form), form, **words_of(CONFIG))
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        samples[f"lora.{form}"] = (files, lambda path=path: read(path))
+    return samples
 
 
 def _word(text: object) -> bytes:

@@ -16,7 +16,7 @@ from ldm.checkpoint import diffusers_config as configs
 from ldm.checkpoint import formats, kinds, metadata, names
 from ldm.checkpoint.arrays import Strings, Tensors
 from ldm.checkpoint.diffusers_config import INDEX, Table
-from ldm.checkpoint.lora import reading as lora
+from ldm.checkpoint.lora.reading import is_adapter_folder
 from ldm.config.yaml_file import dump_yaml
 from ldm.diffusion.prediction import DIFFUSERS_NAMES
 from ldm.errors import UserError
@@ -86,7 +86,7 @@ def _places(folder: Path, raw: bool) -> dict[str, Path]:
 
 def _refuse_others(folder: Path) -> None:
     """UserError for folders of diffusers that are something else."""
-    if not (folder / INDEX).is_file() and lora.sources(folder):
+    if is_adapter_folder(folder):
         raise UserError(f"{folder} holds a LoRA: {kinds.GIVE_ADAPTER}")
     others = [name for name in ("text_encoder_2", "transformer", "prior", "controlnet") if (folder / name).is_dir()]
     if others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,12 @@ from mindspore import Parameter, Tensor
 
 from ldm import checkpoint, runtime
 from ldm.checkpoint import lora
+from ldm.config.model import ModelConfig
 from ldm.data.batches import Batch
+from ldm.data.dataset import CaptionedImages
 from ldm.errors import UserError
 from ldm.networks import adapter
+from ldm.parallel.ranks import Ranks
 from ldm.parts import TEXT, UNET
 from ldm.randomness import generator
 from ldm.train.finetune import FineTune, ckpt_folder
@@ -50,6 +54,11 @@ def scale(args: argparse.Namespace) -> float:
 class TrainAdapters(FineTune):
     """Adapters in the UNet, and in the text encoder if asked. All weights of the checkpoint stay as they are."""
 
+    def __init__(self, args, config: ModelConfig, tensors: dict, data: CaptionedImages, dtype: str, ranks: Ranks):
+        super().__init__(args, config, tensors, data, dtype, ranks)
+        if ranks.is_main:
+            self.try_export(ckpt_folder(args))
+
     def trained_parameters(self, dtype: str) -> list[Parameter]:
         args, parts = self.args, ((UNET, self.args.lora_ft_unet), (TEXT, self.args.lora_ft_text_encoder))
         under = tuple(part for part, asked in parts if asked)
@@ -84,8 +93,13 @@ class TrainAdapters(FineTune):
 
     def export(self, step: int, plan: Plan) -> Path:
         """Write the adapters sd-{number}, averaged where there are averages; returns the path."""
+        path = ckpt_folder(self.args) / f"sd-{plan.number(step)}{SUFFIXES[self.args.lora_format]}"
+        self.write(path)
+        return path
+
+    def write(self, path: Path) -> None:
+        """UserError where the form has no place for some of the adapters."""
         args, ema = self.args, self.step.ema
-        path = ckpt_folder(args) / f"sd-{plan.number(step)}{SUFFIXES[args.lora_format]}"
         trained = {param.name: param.asnumpy() for param in adapter.parameters(self.places)}
         trained.update(ema.tensors() if ema else {})
         alpha, pairs, scheme = scale(args) * args.lora_rank, {}, lora.scheme_of(self.model.shapes())
@@ -95,7 +109,11 @@ class TrainAdapters(FineTune):
             module = lora.module(place.weight, self.config.text.variant, place.which, scheme=scheme)
             pairs[module] = lora.Pair(down, up, alpha)
         lora.save(path, lora.Adapter(pairs, words_of(self.config), args.lora_format), args.lora_format, args.ckpt_dtype)
-        return path
+
+    def try_export(self, folder: Path) -> None:
+        """Write once, and delete: a form that cannot hold these adapters is found before the first step."""
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            self.write(Path(scratch) / f"sd-0{SUFFIXES[self.args.lora_format]}")
 
     def validate(self, step: int) -> None:
         with self._without_dropout():

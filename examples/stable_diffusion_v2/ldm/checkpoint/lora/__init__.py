@@ -10,7 +10,7 @@ from ldm.checkpoint.lora.adapter import FORMS, Adapter, Pair
 from ldm.checkpoint.lora.merging import check_type, difference, merged
 from ldm.checkpoint.lora.naming import module, parameter
 from ldm.checkpoint.lora.reading import is_adapter, load
-from ldm.checkpoint.lora.writing import save
+from ldm.checkpoint.lora.writing import form_of, save
 from ldm.checkpoint.names import Scheme, scheme_of
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Scheme",
     "check_type",
     "difference",
+    "form_of",
     "is_adapter",
     "load",
     "merged",

@@ -115,6 +115,8 @@ def difference(
         if not name.startswith((UNET, TEXT)) or is_extra(name):
             continue
         change = widened(tensors[name]).astype(np.float64) - widened(base[name]).astype(np.float64)
+        release(tensors[name])
+        release(base[name])
         whole += float(np.vdot(change, change))
         if not np.isfinite(whole):
             raise UserError(f"NaN or infinity in {escaped(name)}: there is no difference to take")

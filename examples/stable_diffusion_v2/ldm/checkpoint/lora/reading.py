@@ -14,6 +14,7 @@ import numpy as np
 
 from ldm.checkpoint import formats, kinds, metadata
 from ldm.checkpoint.arrays import FileError, Strings, Tensors
+from ldm.checkpoint.diffusers_config import INDEX
 from ldm.checkpoint.lora import naming, peft_config
 from ldm.checkpoint.lora.adapter import Adapter, Pair
 from ldm.checkpoint.lora.naming import file_scheme
@@ -45,10 +46,13 @@ class Source(NamedTuple):
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a file or a folder is an adapter, by its content. UserError where it cannot be read."""
+    """Whether a file or a folder is an adapter, by its content. UserError where it cannot be read.
+
+    A pipeline's folder is none, even with a LoRA's file in it.
+    """
     if os.path.isdir(path):
-        return bool(sources(Path(path)))
-    return kinds.is_adapter(formats.read(path)[0])
+        return is_adapter_folder(Path(path))
+    return kinds.is_adapter(formats.read(path, widen=False)[0])
 
 
 def load(path: str | Path, scale: float = 1.0) -> Adapter:
@@ -63,7 +67,7 @@ def load(path: str | Path, scale: float = 1.0) -> Adapter:
         UserError: it is no plain LoRA, is damaged, contradicts itself, or holds NaN.
     """
     if os.path.isdir(path):
-        there = sources(Path(path))
+        there = _sources(Path(path))
         if not there:
             raise UserError(f"{path} is a folder, but no LoRA: it has no {CONFIG} and no {_STEMS[1]}.safetensors")
     else:
@@ -88,7 +92,14 @@ def load(path: str | Path, scale: float = 1.0) -> Adapter:
 # ---- files and folders ----
 
 
-def sources(folder: Path) -> list[Source]:
+def is_adapter_folder(folder: Path) -> bool:
+    if (folder / INDEX).is_file():
+        return False
+    patterns = (CONFIG, *(f"{name}/{CONFIG}" for name in FOLDERS), f"{_STEMS[1]}.*")
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def _sources(folder: Path) -> list[Source]:
     """The files of an adapter in a folder; none where it is no adapter's."""
     if (folder / CONFIG).is_file():
         return [_in_folder(folder, FOLDERS.get(folder.name))]
@@ -160,8 +171,8 @@ def _add(pairs: dict[str, Pair], module: str, pair: Pair) -> None:
 
 
 def _stated(strings: Strings) -> Strings:
-    """What the file says, kohya's words included; FileError where it contradicts itself."""
-    said = {key: text for key, text in strings.items() if key != peft_config.METADATA}
+    """What the file says, kohya's words included, without digests of it. FileError where it contradicts itself."""
+    said = {key: text for key, text in strings.items() if key != peft_config.METADATA and not key.startswith("sshs_")}
     if strings.get("ss_v_parameterization") == "True":
         said.setdefault("prediction_type", own_name(DIFFUSERS_NAMES["v"]))
     if strings.get("ss_zero_terminal_snr") == "True":

@@ -24,15 +24,33 @@ _FOLDERS = {"unet": "unet", "text_encoder": "text_encoder_one", "text_encoder_2"
 _V = own_name(DIFFUSERS_NAMES["v"])
 
 
+def form_of(path: str | Path, form: str | None = None) -> str:
+    """The form that a name asks for: .ckpt is MindONE's, .safetensors diffusers' or kohya's, any other PEFT's folder.
+
+    Args:
+        form: the user's choice, if any.
+
+    Raises:
+        UserError: the choice and the name do not go together.
+    """
+    suffix = Path(path).suffix
+    allowed = {".ckpt": ("mindone",), ".safetensors": ("diffusers", "kohya")}.get(suffix, ("peft",))
+    if form is not None and form not in allowed:
+        wanted = {"mindone": "NAME.ckpt", "peft": "the name of a folder"}.get(form, "NAME.safetensors")
+        raise UserError(f"{path}: a LoRA in the form {form!r} wants {wanted} as its destination")
+    return form or allowed[0]
+
+
 def save(
-    path: str | Path, adapter: Adapter, form: str, dtype: str = "float32", scale: float = 1.0, **facts: str
+    path: str | Path, adapter: Adapter, form: str, dtype: str | None = "float32", scale: float = 1.0, **facts: str
 ) -> None:
     """Write an adapter, whole or not at all, in the place of one that is there.
 
     Args:
         path: PEFT's is a folder, the others are files.
         form: one of FORMS.
-        dtype: NumPy's name of the type of the matrices. Numbers that are too large for it stay as they are.
+        dtype: NumPy's name of the type of the matrices, None for their own. Matrices with numbers that are too large
+            for it are written in float32.
         scale: for MindONE's file, which holds no alpha: the --lora_scale that it is to be drawn with.
         facts: words beside those in `adapter.meta`, as in `checkpoint.save`.
 
@@ -41,6 +59,8 @@ def save(
     """
     if form not in FORMS:
         raise UserError(f"unknown form of a LoRA {form!r}; choose one of {', '.join(FORMS)}")
+    if not adapter.pairs:
+        raise ValueError("an adapter without layers")
     meta = {key: text for key, text in {**adapter.meta, **facts}.items() if key and text}
     pairs = {name: _as_type(pair, dtype) for name, pair in adapter.pairs.items()}
     if form == "mindone":
@@ -56,11 +76,11 @@ def save(
         formats.write(path, _tensors(pairs), {**meta, **described}, "safetensors")
 
 
-def _as_type(pair: Pair, dtype: str) -> Pair:
+def _as_type(pair: Pair, dtype: str | None) -> Pair:
     return pair._replace(down=_as(pair.down, dtype), up=_as(pair.up, dtype))
 
 
-def _as(array: np.ndarray, dtype: str) -> np.ndarray:
+def _as(array: np.ndarray, dtype: str | None) -> np.ndarray:
     return array.astype(stored_type(array, dtype), copy=False)
 
 
