@@ -131,8 +131,8 @@ def _adapters(folder: Path) -> dict:
     matrices = np.ones((2, 8), np.float32), np.ones((8, 2), np.float32)
     pairs = {module: lora.Pair(*matrices, 2.0 ** (1 + n)) for n, module in enumerate(modules)}
     base = {
-        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight": np.ones((8, 8), np.float32),
-        "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": np.ones((24, 8), np.float32),
+        UNET + "middle_block.1.transformer_blocks.0.attn1.to_q.weight": np.ones((8, 8), np.float32),
+        TEXT + "model.transformer.resblocks.0.attn.in_proj_weight": np.ones((24, 8), np.float32),
     }
 
     def read(path: Path) -> None:

@@ -21,14 +21,14 @@ from ldm import checkpoint, runtime
 from ldm.checkpoint import lora
 from ldm.config.versions import VERSIONS
 from ldm.weights import Choice, Weights, choose_config, open_weights, tensors_of, words_of
-from tools.convert_checkpoint import SUFFIXES, check_destination
+from tools.convert_checkpoint import destination_format
 
 log = logging.getLogger("merge_lora")
 
 
 def main() -> None:
     args = parse()
-    check_destination(args.destination)
+    destination_format(args.destination)
     if args.difference:
         take_difference(args)
     else:
@@ -80,7 +80,7 @@ def merge(args: argparse.Namespace) -> None:
     sums = lora.merged(tensors, list(zip(adapters, scales)), choice.config.text.variant)
     changed = sum(sums[name] is not tensors[name] for name in sums)
     meta = {**words_of(choice.config), **weights.checkpoint.meta}
-    form = SUFFIXES.get(args.destination.suffix, "diffusers")
+    form = destination_format(args.destination)
     checkpoint.save(args.destination, sums, meta, form, args.dtype)
     told = "%s (%s) is %s with %d LoRAs, %d tensors changed"
     log.info(told, args.destination, form, args.base, len(adapters), changed)
