@@ -21,7 +21,6 @@ from ldm.config.model import ModelConfig, add_set, changed, load_model_config, s
 from ldm.config.options import Parser, read_options, require_at_least, seed, steps_or_share, str2bool, whole
 from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
 from ldm.data.batches import Augment, Batches
-from ldm.data.captions import caption_warnings
 from ldm.data.dataset import ON_BAD_IMAGE
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import build_schedule
@@ -31,7 +30,6 @@ from ldm.errors import UserError
 from ldm.networks.adapter import PRESETS
 from ldm.pipeline import check_config
 from ldm.randomness import settled_seed
-from ldm.text.tokenizer import Tokenizer
 from ldm.train import adapters, finetune
 from ldm.train.ema import Ema
 from ldm.train.finetune import SUFFIXES, FineTune, ckpt_folder
@@ -228,8 +226,7 @@ def main() -> None:
     log.info(data.summary())
     if ranks.is_main:
         finetune.require_finite_weights(args, tensors)
-        for line in caption_warnings(data.samples, Tokenizer(config.text.vocab_size, config.text.context_length)):
-            log.warning(line)
+        finetune.warn_of_captions(data, config)
     if args.cache_only:
         finetune.fill_caches(args, config, dtype, (ranks.rank, ranks.size))
         ranks.barrier("caches full")

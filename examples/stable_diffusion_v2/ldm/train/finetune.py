@@ -19,6 +19,7 @@ from mindspore import Parameter, Tensor, nn
 from ldm import checkpoint, runtime
 from ldm.config.model import ModelConfig
 from ldm.data.batches import Batch
+from ldm.data.captions import caption_warnings
 from ldm.data.dataset import CaptionedImages
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
@@ -34,6 +35,7 @@ from ldm.parts import PARTS, TEXT, UNET, VAE
 from ldm.pictures import grid, make_folder, save_png
 from ldm.pipeline import Pipeline, Settings, sampler_of
 from ldm.signals import Stopped
+from ldm.text.tokenizer import Tokenizer
 from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
 from ldm.train.frozen import FrozenOutputs
@@ -125,6 +127,12 @@ def open_data(args: argparse.Namespace) -> CaptionedImages:
     """The pictures and captions; UserError where there are none, or one cannot be read."""
     in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # each picture is read once at most
     return CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)
+
+
+def warn_of_captions(data: CaptionedImages, config: ModelConfig) -> None:
+    """Say which captions are empty or too long for the text encoder."""
+    for line in caption_warnings(data.samples, Tokenizer(config.text.vocab_size, config.text.context_length)):
+        log.warning(line)
 
 
 def run_settings(args: argparse.Namespace, config: ModelConfig, dtype: str, ranks: Ranks) -> dict:
