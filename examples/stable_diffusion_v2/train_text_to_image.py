@@ -135,6 +135,7 @@ def _add_adapters(add: Callable) -> None:
     add("--lora_scale", type=float, default=1.0, help="the scale itself, in place of lora_alpha")
     add("--lora_dropout", type=float, default=0.0, help="share of the input features that a step leaves out")
     add("--lora_targets", nargs="+", default=["attention"], help=f"{', '.join(PRESETS)}, or regular expressions")
+    add("--lora_ckpt_path", help="adapters to start from, in any form")
     add("--lora_ft_unet", type=str2bool, default=True, help="adapters in the UNet")
     add("--lora_ft_text_encoder", type=str2bool, default=False, help="adapters in the text encoder")
     add("--lora_format", choices=list(adapters.SUFFIXES), default="mindone", help="of the files")
@@ -231,8 +232,7 @@ def main() -> None:
         finetune.fill_caches(args, config, dtype, (ranks.rank, ranks.size))
         ranks.barrier("caches full")
         return
-    kind = adapters.TrainAdapters if args.use_lora else FineTune
-    task = kind(args, config, tensors, data, dtype, ranks)
+    task = (adapters.TrainAdapters if args.use_lora else FineTune)(args, config, tensors, data, dtype, ranks)
     first = run.begin(task, {**settings, **data.facts(), **task.facts()})
     if ranks.is_main:
         save_model_config(config, run.folder / "model_config.yaml")

@@ -218,3 +218,26 @@ def test_a_killed_run_of_adapters_goes_on_bit_for_bit(small, tmp_path, monkeypat
 def test_adapters_that_cannot_be_trained(small, tmp_path, monkeypatch, capsys, words, message):
     line = refusal(monkeypatch, capsys, train_text_to_image, training(small, tmp_path, "--use_lora", True, *words))
     assert message in line
+
+
+def test_training_goes_on_with_adapters_of_any_form(small, tmp_path, monkeypatch, capsys):
+    """After a step so small that nothing moves, what comes out is what went in, at any scale of the run."""
+    base = checkpoint.load(small / "base.safetensors")
+    scheme, rng, pairs = lora.scheme_of(base.tensors), np.random.default_rng(0), {}
+    for name, weight in base.tensors.items():
+        if name.startswith("model.") and name.endswith(
+            (".to_q.weight", ".to_k.weight", ".to_v.weight", "to_out.0.weight")
+        ):
+            down, up = (rng.standard_normal(s).astype(np.float32) for s in ((2, weight.shape[1]), (weight.shape[0], 2)))
+            pairs[lora.module(name, "openclip", scheme=scheme)] = lora.Pair(down, up, 3.0)
+    lora.save(tmp_path / "start", lora.Adapter(pairs, base.meta, "peft"), "peft")
+    words = ["--use_lora", True, "--lora_ckpt_path", tmp_path / "start", "--lora_format", "kohya", "--train_steps", 1]
+    still = ["--lora_rank", 2, "--use_ema", False, "--start_learning_rate", 1e-12, "--end_learning_rate", 1e-12]
+    call(monkeypatch, train_text_to_image, training(small, tmp_path / "out", *words, *still))
+    made = lora.load(tmp_path / "out/ckpt/rank_0/sd-1.safetensors")
+    assert made.pairs.keys() == pairs.keys()
+    for module, pair in made.pairs.items():
+        np.testing.assert_allclose(pair.product(), pairs[module].product(), rtol=0, atol=1e-5)
+    for more, message in ((["--lora_rank", 3], "by --lora_rank 2"), (["--lora_targets", r"to_q$"], "in one of them")):
+        words = training(small, tmp_path / "no", *words[:6], *more)
+        assert message in refusal(monkeypatch, capsys, train_text_to_image, words)

@@ -17,7 +17,9 @@ from ldm.config.model import ModelConfig
 from ldm.data.batches import Batch
 from ldm.data.dataset import CaptionedImages
 from ldm.errors import UserError
+from ldm.files import quoted
 from ldm.networks import adapter
+from ldm.networks.layers import fill
 from ldm.parallel.ranks import Ranks
 from ldm.parts import TEXT, UNET
 from ldm.randomness import generator
@@ -67,8 +69,39 @@ class TrainAdapters(FineTune):
         names = adapter.chosen(self.model, args.lora_targets, under)
         self.places = adapter.attach(self.model, names, args.lora_rank, scale(args))
         adapter.initialize(self.places, args.seed)
+        if args.lora_ckpt_path:
+            self.start_from(args.lora_ckpt_path)
         runtime.set_compute_dtype(self.model, dtype)
         return list(adapter.parameters(self.places))
+
+    def start_from(self, path: str) -> None:
+        """Give the adapters the values of a file, of any form, which must hold the same layers in the same rank.
+
+        Raises:
+            UserError: it cannot be read, is for another prediction type, or has other layers, ranks or shapes.
+        """
+        args, start, places = self.args, lora.load(path), dict(zip(self.modules(), self.places))
+        lora.check_type(start, self.config.prediction_type)
+        other = sorted(places.keys() ^ start.pairs.keys())
+        if other:
+            raise UserError(
+                f"{path} has {len(start.pairs)} layers, this run trains {len(places)}: {len(other)} are in one of them "
+                f"alone, first {quoted(other[0])}; choose its layers by --lora_targets and --lora_ft_text_encoder"
+            )
+        for module, place in places.items():
+            pair, low_rank = start.pairs[module], place.adapter
+            if pair.rank != args.lora_rank:
+                raise UserError(f"{path} has rank {pair.rank} at {module}: go on with it by --lora_rank {pair.rank}")
+            if (pair.down.size, pair.up.size) != (low_rank.lora_A.size, low_rank.lora_B.size):
+                raise UserError(f"{path} has other shapes than the model at {module}: it is of another base")
+            factor = np.float32(pair.scale / scale(args))
+            fill(low_rank.lora_A, pair.down.reshape(low_rank.lora_A.shape), copy=True)
+            fill(low_rank.lora_B, pair.up.reshape(low_rank.lora_B.shape) * factor, copy=True)
+
+    def modules(self) -> list[str]:
+        """The name of each adapter's layer in `checkpoint.lora`."""
+        variant, scheme = self.config.text.variant, lora.scheme_of(self.model.shapes())
+        return [lora.module(place.weight, variant, place.which, scheme=scheme) for place in self.places]
 
     def untrained(self, tensors: dict) -> dict[str, np.ndarray]:
         return {**self.frozen, **{name: array for name, array in tensors.items() if name.startswith(UNET)}}
@@ -102,11 +135,10 @@ class TrainAdapters(FineTune):
         args, ema = self.args, self.step.ema
         trained = {param.name: param.asnumpy() for param in adapter.parameters(self.places)}
         trained.update(ema.tensors() if ema else {})
-        alpha, pairs, scheme = scale(args) * args.lora_rank, {}, lora.scheme_of(self.model.shapes())
-        for place in self.places:
+        alpha, pairs = scale(args) * args.lora_rank, {}
+        for module, place in zip(self.modules(), self.places):
             down, up = trained[place.adapter.lora_A.name], trained[place.adapter.lora_B.name]
             up = up.reshape(*up.shape, *(1 for _ in down.shape[2:]))
-            module = lora.module(place.weight, self.config.text.variant, place.which, scheme=scheme)
             pairs[module] = lora.Pair(down, up, alpha)
         lora.save(path, lora.Adapter(pairs, words_of(self.config), args.lora_format), args.lora_format, args.ckpt_dtype)
 
