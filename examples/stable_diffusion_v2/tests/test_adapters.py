@@ -239,5 +239,5 @@ def test_training_goes_on_with_adapters_of_any_form(small, tmp_path, monkeypatch
     for module, pair in made.pairs.items():
         np.testing.assert_allclose(pair.product(), pairs[module].product(), rtol=0, atol=1e-5)
     for more, message in ((["--lora_rank", 3], "by --lora_rank 2"), (["--lora_targets", r"to_q$"], "in one of them")):
-        words = training(small, tmp_path / "no", *words[:6], *more)
-        assert message in refusal(monkeypatch, capsys, train_text_to_image, words)
+        wrong = training(small, tmp_path / "no", *words[:6], *more)
+        assert message in refusal(monkeypatch, capsys, train_text_to_image, wrong)
