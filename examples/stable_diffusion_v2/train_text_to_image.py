@@ -229,7 +229,7 @@ def main() -> None:
         finetune.require_finite_weights(args, tensors)
         finetune.warn_of_captions(data, config)
     if args.cache_only:
-        finetune.fill_caches(args, config, dtype, (ranks.rank, ranks.size))
+        finetune.fill_caches(args, config, tensors, data, dtype, (ranks.rank, ranks.size))
         ranks.barrier("caches full")
         return
     task = (adapters.TrainAdapters if args.use_lora else FineTune)(args, config, tensors, data, dtype, ranks)

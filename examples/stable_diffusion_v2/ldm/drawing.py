@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm import runtime
-from ldm.checkpoint import content_key, lora
+from ldm.checkpoint import content_key
 from ldm.config.model import ModelConfig, changed, load_model_config
 from ldm.config.options import require_at_least
 from ldm.config.versions import VERSIONS, existing, find_checkpoint
@@ -26,7 +26,7 @@ from ldm.files import escaped
 from ldm.parallel.ranks import Ranks
 from ldm.pictures import grid, next_number, read_facts, read_png, save_drawn, save_png
 from ldm.text.tokenizer import Tokenizer
-from ldm.weights import choose_config, config_key, open_weights, tensors_of
+from ldm.weights import choose_config, config_key, each_with_scale, open_weights, tensors_of, with_adapters
 
 log = logging.getLogger(__name__)
 
@@ -98,34 +98,11 @@ def find_model(args: argparse.Namespace) -> Model:
         path = find_checkpoint(version, args.download, config.prediction_type)
     weights = open_weights(existing(path), args.pretrained_model_path)
     choice = choose_config(weights, args.config, version, args.set)
-    tensors = tensors_of(weights, choice, args.vae_path)
-    return Model(choice.config, path, with_adapters(args, choice.config, tensors))
-
-
-def with_adapters(
-    args: argparse.Namespace, config: ModelConfig, tensors: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The model's tensors with the adapters merged in; the weights that no adapter touches stay views of the file.
-
-    Raises:
-        UserError: an adapter cannot be read, does not fit, or was trained for another prediction type.
-    """
     if args.use_lora and not args.lora_ckpt_path:
         raise UserError("use_lora needs the adapter: give it as --lora_ckpt_path")
-    adapters = [(lora.load(path), scale) for path, scale in zip(args.lora_ckpt_path, lora_scales(args))]
-    for adapter, _ in adapters:
-        lora.check_type(adapter, config.prediction_type)
-    return lora.merged(tensors, adapters, config.text.variant) if adapters else tensors
-
-
-def lora_scales(args: argparse.Namespace) -> list[float]:
-    """The strength of each adapter; UserError where there are neither one nor as many as adapters."""
-    paths, scales = args.lora_ckpt_path, args.lora_scale
-    if len(scales) not in (1, len(paths) or 1) or not np.isfinite(scales).all():
-        raise UserError(
-            f"{len(scales)} values of --lora_scale for {len(paths)} adapters: give one for all, or one each"
-        )
-    return scales * len(paths) if len(scales) == 1 else scales
+    tensors = tensors_of(weights, choice, args.vae_path)
+    tensors = with_adapters(tensors, choice.config, args.lora_ckpt_path, args.lora_scale)
+    return Model(choice.config, path, tensors)
 
 
 def default_version(prediction_type: str | None, download: bool) -> str:
@@ -163,7 +140,7 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, sa
         "model_config": config_key(config),
         "dtype": runtime.compute_dtype(args.dtype, args.device_target),
         "checkpoint": Path(checkpoint).name,
-        "lora": [[Path(path).name, scale] for path, scale in zip(args.lora_ckpt_path, lora_scales(args))],
+        "lora": [[Path(path).name, by] for path, by in each_with_scale(args.lora_ckpt_path, args.lora_scale)],
     }
 
 

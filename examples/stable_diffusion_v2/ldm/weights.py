@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm import checkpoint
-from ldm.checkpoint import Checkpoint, metadata
+from ldm.checkpoint import Checkpoint, lora, metadata
 from ldm.config import mindone
 from ldm.config.model import ModelConfig, SamplingConfig, changed, from_yaml, load_model_config, to_yaml
 from ldm.config.versions import VERSIONS, published
@@ -265,6 +265,28 @@ def tensors_of(weights: Weights, choice: Choice, vae: str | None = None) -> dict
         check_words(weights.rest_path, weights.rest, config, origin, lacking)
         tensors = {**weights.rest.tensors, **tensors}
     return checkpoint.with_vae(tensors, vae, config.scale_factor) if vae else tensors
+
+
+def with_adapters(
+    tensors: dict[str, np.ndarray], config: ModelConfig, paths: Sequence[str], scales: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """A model's tensors with adapters merged in; the weights that no adapter touches stay the same arrays.
+
+    Raises:
+        UserError: an adapter cannot be read, does not fit, or was trained for another prediction type; or `scales` does
+            not go with them.
+    """
+    adapters = [(lora.load(path), scale) for path, scale in each_with_scale(paths, scales)]
+    for adapter, _ in adapters:
+        lora.check_type(adapter, config.prediction_type)
+    return lora.merged(tensors, adapters, config.text.variant) if adapters else tensors
+
+
+def each_with_scale(paths: Sequence[str], scales: Sequence[float]) -> list[tuple[str, float]]:
+    """The adapters, each with its strength; UserError where there are neither one strength nor one for each."""
+    if len(scales) not in (1, len(paths) or 1) or not np.isfinite(scales).all():
+        raise UserError(f"{len(scales)} --lora_scale for {len(paths)} LoRAs: give one for all or one each, all finite")
+    return list(zip(paths, [*scales] * len(paths) if len(scales) == 1 else scales))
 
 
 def words_of(config: ModelConfig) -> dict[str, str]:

@@ -20,7 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import checkpoint, runtime
 from ldm.checkpoint import lora
 from ldm.config.versions import VERSIONS
-from ldm.weights import Choice, Weights, choose_config, open_weights, tensors_of, words_of
+from ldm.errors import UserError
+from ldm.weights import (
+    Choice,
+    Weights,
+    choose_config,
+    each_with_scale,
+    open_weights,
+    tensors_of,
+    with_adapters,
+    words_of,
+)
 from tools.convert_checkpoint import destination_format
 
 log = logging.getLogger("merge_lora")
@@ -66,24 +76,22 @@ def misuse(args: argparse.Namespace) -> str | None:
         return "give --base and --lora_ckpt_path, or --difference"
     if not args.difference and (args.rank or args.lora_format):
         return "--rank and --lora_format belong to --difference"
-    if len(args.lora_scale) not in (1, len(args.lora_ckpt_path)):
-        return f"{len(args.lora_scale)} --lora_scale for {len(args.lora_ckpt_path)} LoRAs: give one for all or one each"
+    try:
+        each_with_scale(args.lora_ckpt_path, args.lora_scale)
+    except UserError as error:
+        return str(error)
     return None
 
 
 def merge(args: argparse.Namespace) -> None:
-    adapters = [lora.load(path) for path in args.lora_ckpt_path]
     weights, choice, tensors = read(args.base, args.config, args.version)
-    for adapter in adapters:
-        lora.check_type(adapter, choice.config.prediction_type)
-    scales = args.lora_scale * len(adapters) if len(args.lora_scale) == 1 else args.lora_scale
-    sums = lora.merged(tensors, list(zip(adapters, scales)), choice.config.text.variant)
+    sums = with_adapters(tensors, choice.config, args.lora_ckpt_path, args.lora_scale)
     changed = sum(sums[name] is not tensors[name] for name in sums)
     meta = {**words_of(choice.config), **weights.checkpoint.meta}
     form = destination_format(args.destination)
     checkpoint.save(args.destination, sums, meta, form, args.dtype)
     told = "%s (%s) is %s with %d LoRAs, %d tensors changed"
-    log.info(told, args.destination, form, args.base, len(adapters), changed)
+    log.info(told, args.destination, form, args.base, len(args.lora_ckpt_path), changed)
 
 
 def take_difference(args: argparse.Namespace) -> None:

@@ -105,34 +105,31 @@ def _native(name: str, out) -> ops.Custom:
     return ops.Custom(f"{native_library()}:{name}", out_shape=out, out_dtype=out, func_type="aot")
 
 
-class NativeGroupNorm(nn.Cell):
+class NativeNorm(nn.Cell):
+    """The operator `name` of x, weight and bias, with the gradient `name`_grad; `settings` are its constants."""
+
+    def __init__(self, name: str, *settings: float):
+        super().__init__()
+        self.settings = Tensor(np.array(settings, np.float32))
+        self.forward = _native(name, lambda x, w, b, s: x)
+        self.backward = _native(f"{name}_grad", lambda x, w, b, s, dy: (x, w, b))
+
+    def construct(self, x, weight, bias):
+        return self.forward(cast(x, ms.float32), weight, bias, self.settings)
+
+    def bprop(self, x, weight, bias, out, dout):
+        dx, dweight, dbias = self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
+        return dx.astype(x.dtype), dweight, dbias
+
+
+class NativeGroupNorm(NativeNorm):
     def __init__(self, groups: int, eps: float, silu: bool = False):
-        super().__init__()
-        self.settings = Tensor(np.array([groups, eps, silu], np.float32))
-        self.forward = _native("group_norm", lambda x, w, b, s: x)
-        self.backward = _native("group_norm_grad", lambda x, w, b, s, dy: (x, w, b))
-
-    def construct(self, x, weight, bias):
-        return self.forward(cast(x, ms.float32), weight, bias, self.settings)
-
-    def bprop(self, x, weight, bias, out, dout):
-        dx, dweight, dbias = self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
-        return dx.astype(x.dtype), dweight, dbias
+        super().__init__("group_norm", groups, eps, silu)
 
 
-class NativeLayerNorm(nn.Cell):
+class NativeLayerNorm(NativeNorm):
     def __init__(self, eps: float):
-        super().__init__()
-        self.settings = Tensor(np.array([eps], np.float32))
-        self.forward = _native("layer_norm", lambda x, w, b, s: x)
-        self.backward = _native("layer_norm_grad", lambda x, w, b, s, dy: (x, w, b))
-
-    def construct(self, x, weight, bias):
-        return self.forward(cast(x, ms.float32), weight, bias, self.settings)
-
-    def bprop(self, x, weight, bias, out, dout):
-        dx, dweight, dbias = self.backward(x.astype(ms.float32), weight, bias, self.settings, dout)
-        return dx.astype(x.dtype), dweight, dbias
+        super().__init__("layer_norm", eps)
 
 
 def _half_width(x):

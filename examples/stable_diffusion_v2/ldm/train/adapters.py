@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +101,6 @@ class TrainAdapters(FineTune):
         variant, scheme = self.config.text.variant, lora.scheme_of(self.model.shapes())
         return [lora.module(place.weight, variant, place.which, scheme=scheme) for place in self.places]
 
-    def untrained(self, tensors: dict) -> dict[str, np.ndarray]:
-        return {**self.frozen, **{name: array for name, array in tensors.items() if name.startswith(UNET)}}
-
     def changed_source(self) -> str | None:
         return checkpoint.changed(self.model.views.values())
 
@@ -114,12 +109,6 @@ class TrainAdapters(FineTune):
             for n, place in enumerate(self.places):
                 place.adapter.drop(generator(self.args.seed, "lora dropout", step, n), self.args.lora_dropout)
         return super().inputs(batch, step)
-
-    @contextmanager
-    def _without_dropout(self) -> Iterator[None]:
-        for place in self.places:
-            place.adapter.drop(None, 0.0)
-        yield
 
     def export_bytes(self) -> int:
         return 4 * sum(param.size for param in adapter.parameters(self.places))
@@ -148,5 +137,6 @@ class TrainAdapters(FineTune):
             self.write(Path(scratch) / f"sd-0{SUFFIXES[self.args.lora_format]}")
 
     def validate(self, step: int) -> None:
-        with self._without_dropout():
-            super().validate(step)
+        for place in self.places:
+            place.adapter.drop(None, 0.0)  # until the next step
+        super().validate(step)

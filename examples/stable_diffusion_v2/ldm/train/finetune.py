@@ -223,13 +223,20 @@ def child() -> None:
     args, config, dtype, share = pickle.load(sys.stdin.buffer)
     follow_parent()
     runtime.start(args.device_target, args.mode)
-    fill_caches(args, config, dtype, share)
-
-
-def fill_caches(args: argparse.Namespace, config: ModelConfig, dtype: str, share: tuple[int, int]) -> None:
-    """Compute a share (rank, number of ranks) of the entries that the caches lack."""
     tensors = start_tensors(args, config, open_weights(args.pretrained_model_path, raw=True))
-    caches, data = open_caches(args, config, tensors, dtype), open_data(args)
+    fill_caches(args, config, tensors, open_data(args), dtype, share)
+
+
+def fill_caches(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    tensors: dict[str, np.ndarray],
+    data: CaptionedImages,
+    dtype: str,
+    share: tuple[int, int],
+) -> None:
+    """Compute a share (rank, number of ranks) of the entries that the caches lack."""
+    caches = open_caches(args, config, tensors, dtype)
     caches.forget_damaged(data, share)
     if any(caches.missing(data, share)):
         model = build_model(args, config, tensors, (VAE, TEXT), dtype)
@@ -293,9 +300,7 @@ class FineTune(Task):
         self.step = build_train_step(args, config, self.model, self.trained_parameters(dtype), dtype, ranks)
         of_times = timestep_bias(args, config), timestep_weight(args, config)
         self.inputs_of = Inputs(self.model, data, args.seed, self.caches, trains_text(args), *of_times)
-        trained = {param.name for param in self.step.optimizer.params}
-        used = {name: array for name, array in self.untrained(tensors).items() if name not in trained}
-        self.frozen_key = settings_key(used)
+        self.frozen_key = settings_key(self.untrained(tensors))
 
     def trained_parameters(self, dtype: str) -> list[Parameter]:
         """The parameters that the optimizer moves."""
@@ -304,10 +309,10 @@ class FineTune(Task):
         return trained + (list(self.model.text_encoder.get_parameters()) if self.args.train_text_encoder else [])
 
     def untrained(self, tensors: dict) -> dict[str, np.ndarray]:
-        """The checkpoint's tensors that the run uses and a resume state may lack."""
-        if not self.args.trainable_modules:
-            return self.frozen
-        return {**self.frozen, **{name: array for name, array in tensors.items() if name.startswith(UNET)}}
+        """The checkpoint's tensors that the run uses and its resume state lacks."""
+        trained = {param.name for param in self.step.optimizer.params}
+        unet = {name: tensors[name] for name in self.model.shapes() if name.startswith(UNET) and name in tensors}
+        return {name: array for name, array in {**self.frozen, **unet}.items() if name not in trained}
 
     @property
     def needs_pictures(self) -> bool:
