@@ -30,7 +30,7 @@ from ldm.text.tokenizer import padding_of
 
 log = logging.getLogger(__name__)
 
-_SECTIONS = {UNET: "unet", VAE: "vae", TEXT: "text"}
+_SECTIONS = {UNET: ("unet",), VAE: ("vae",), TEXT: ("text", "text_2")}
 
 
 class Choice(NamedTuple):
@@ -153,6 +153,9 @@ def _check_published(path: str, name: str, choice: Choice) -> None:
 
 def pad_text(config: ModelConfig, path: str, weights: Weights) -> ModelConfig:
     """The config with its text padding said. Where it says none, that is SD's, or MindONE's for a file of MindONE's."""
+    if config.text_2 and not config.text_2.padding:
+        own = padding_of(config.text_2.variant)
+        config = replace(config, text_2=replace(config.text_2, padding=own))
     if config.text.padding:
         return config
     pad = padding_of(config.text.variant)
@@ -212,19 +215,23 @@ def _check_type(path: str, ckpt: Checkpoint, config: ModelConfig, origin: str) -
 
 def _differences(own: ModelConfig, config: ModelConfig, parts: tuple[str, ...]) -> Iterator[tuple]:
     """(key, the file's value, the config's value) of every difference in the wanted networks."""
-    for section in (_SECTIONS[part] for part in parts):
+    for section in (section for part in parts for section in _SECTIONS[part]):
         said, wanted = (_comparable(getattr(which, section)) for which in (own, config))
-        yield from ((f"{section}.{key}", said[key], wanted[key]) for key in said if said[key] != wanted[key])
+        for key in {**said, **wanted}:
+            if said.get(key) != wanted.get(key):
+                yield f"{section}.{key}", said.get(key), wanted.get(key)
 
 
-def _comparable(section: object) -> dict:
+def _comparable(section: object | None) -> dict:
     """A section's fields, so that equal networks have equal fields."""
-    fields = asdict(section)
+    fields = asdict(section) if section else {}
     fields.pop("use_checkpoint", None)  # it changes memory and time, not the result
     if "attention_resolutions" in fields:
         fields["attention_resolutions"] = tuple(sorted(fields["attention_resolutions"]))
     if "padding" in fields:
         fields["padding"] = padding_of(fields["variant"], fields["padding"])
+    if isinstance(fields.get("transformer_depth"), int):
+        fields["transformer_depth"] = section.transformer_depths
     return fields
 
 

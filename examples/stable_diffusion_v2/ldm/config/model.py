@@ -33,6 +33,7 @@ from ldm.text.tokenizer import PADDINGS
 
 LEAST_BETA = 1e-12  # 1 - beta has 16 digits
 GROUPS = 32  # of every group norm of Stable Diffusion
+SIZE_NUMBERS = (5, 6)  # that a UNet may be told of a picture's size: see `ldm.conditioning`
 
 # A larger size is a mistake or an attack: such a network would take all memory, or hours until it is built.
 LARGEST_SIZE = 16_384
@@ -98,7 +99,7 @@ class SamplingConfig:
     """How the model is sampled, where the command says nothing else.
 
     `ldm.diffusion.samplers` explains the words. None: the guidance scale is `ModelConfig.guidance_scale`, spacing and
-    final sigma are the sampler's own.
+    final sigma are the sampler's own, guidance is not rescaled.
     """
 
     sampler: str = DEFAULT_SAMPLER
@@ -106,9 +107,13 @@ class SamplingConfig:
     guidance_scale: float | None = None
     spacing: str | None = None
     final_sigma: str | None = None
+    guidance_rescale: float | None = None  # of arXiv 2305.08891, section 3.4; at most 1
+    zeros_for_empty_prompt: bool = False  # zeros in the place of an empty negative prompt's features, as in SDXL's base
 
     def __post_init__(self):
         _require_sizes(self, "model.sampling")
+        rescale = self.guidance_rescale or 0
+        _require(rescale <= 1, f"model.sampling.guidance_rescale must be between 0 and 1, got {rescale}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,8 @@ class UNetConfig:
     """The denoising network.
 
     Attention has `num_heads` heads (SD 1.x), or heads of the width `num_head_channels` (SD 2.x); the other one is None.
+    SDXL has `adm_in_channels`, the width of the vector that is joined to the time embedding: the pooled text, then
+    `size_channels` for each number of the picture's size and crop. None: there is no such vector.
     """
 
     in_channels: int = 4
@@ -127,9 +134,11 @@ class UNetConfig:
     num_heads: int | None = None
     num_head_channels: int | None = 64
     use_linear_in_transformer: bool = True  # False: 1x1 convolutions, as in SD 1.x
-    transformer_depth: int = 1
+    transformer_depth: int | tuple[int, ...] = 1  # of all levels, or of each; the middle has the last one's
     context_dim: int = 1024
     use_checkpoint: bool = False  # recompute activations while training: half the memory, a third more time
+    adm_in_channels: int | None = None
+    size_channels: int | None = None
 
     def __post_init__(self):
         where = "model.unet"
@@ -138,7 +147,10 @@ class UNetConfig:
         _require_sizes(self, where)
         width = self.model_channels
         levels = [width * mult for mult in self.channel_mult]
-        layers = len(levels) * self.num_res_blocks * (1 + self.transformer_depth)
+        depths = self.transformer_depths
+        fits = len(depths) == len(levels)
+        _require(fits, f"{where}.transformer_depth has {len(depths)} numbers for {len(levels)} levels")
+        layers = self.num_res_blocks * sum(1 + depth for depth in depths)
         _require_possible(where, layers, 36 * self.num_res_blocks * sum(level**2 for level in levels))
         _require(width % GROUPS == 0, f"{where}.model_channels must be a multiple of {GROUPS}, got {width}")
         factors = [2**level for level in range(len(self.channel_mult))]
@@ -149,6 +161,15 @@ class UNetConfig:
             if factor in self.attention_resolutions or factor == self.factor:  # the middle block always attends
                 name = "num_heads" if self.num_heads else "num_head_channels"
                 _require(width * mult % divisor == 0, f"{where}: {name} {divisor} does not divide width {width * mult}")
+        both = (self.adm_in_channels is None) == (self.size_channels is None)
+        _require(both, f"{where}: give both adm_in_channels and size_channels, or neither")
+        _require((self.size_channels or 2) % 2 == 0, f"{where}.size_channels must be even, got {self.size_channels}")
+
+    @property
+    def transformer_depths(self) -> tuple[int, ...]:
+        """The number of blocks in a transformer of each level."""
+        depth = self.transformer_depth
+        return depth if isinstance(depth, tuple) else (depth,) * len(self.channel_mult)
 
     @property
     def factor(self) -> int:
@@ -167,6 +188,7 @@ class VAEConfig:
     num_res_blocks: int = 2
     z_channels: int = 4
     embed_dim: int = 4
+    force_upcast: bool = False  # compute in float32 always: the activations of SDXL's own exceed float16
 
     def __post_init__(self):
         _require_sizes(self, "model.vae")
@@ -183,7 +205,11 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text encoder: "openclip" (SD 2.x, GELU) or "clip" (SD 1.x, quick GELU).
+    """A text encoder: "openclip" (SD 2.x, GELU) or "clip" (SD 1.x, quick GELU).
+
+    The features are the last block's output after the final norm, or the output of block `context_layer`, counted from
+    1, without the norm (SDXL). With `projection` the encoder gives a pooled vector of that width too: the last block's
+    output at the end token, after the final norm, projected.
 
     `padding` fills short prompts up: "zero", or "end", the end token. None is what the encoder was trained with
     (`ldm.text.tokenizer.padding_of`); MindONE trains and samples SD 2.x with "end".
@@ -197,6 +223,8 @@ class TextConfig:
     heads: int = 16
     mlp_ratio: int = 4
     padding: str | None = None
+    context_layer: int | None = None
+    projection: int | None = None
 
     def __post_init__(self):
         where = "model.text"
@@ -212,6 +240,8 @@ class TextConfig:
         _require_possible(where, self.layers, self.layers * (4 + 2 * self.mlp_ratio) * self.width**2)
         divides = self.width % self.heads == 0
         _require(divides, f"{where}: heads {self.heads} does not divide width {self.width}")
+        there = (self.context_layer or 1) <= self.layers
+        _require(there, f"{where}.context_layer {self.context_layer} is none of the {self.layers} layers")
 
 
 @dataclass(frozen=True)
@@ -219,7 +249,8 @@ class ModelConfig:
     """A whole model.
 
     `image_size` is the pictures' side in pixels, in training and in sampling, where the command says no other.
-    `scale_factor` brings the autoencoder's latents to unit variance.
+    `scale_factor` brings the autoencoder's latents to unit variance. SDXL has a second text encoder, `text_2`, whose
+    features follow the first one's, and which gives the pooled text.
     """
 
     prediction_type: str
@@ -230,23 +261,54 @@ class ModelConfig:
     unet: UNetConfig = UNetConfig()
     vae: VAEConfig = VAEConfig()
     text: TextConfig = TextConfig()
+    text_2: TextConfig | None = None
 
     def __post_init__(self):
         _require_sizes(self, "model")
-        unet, vae, text = self.unet, self.vae, self.text
-        fits = text.width == unet.context_dim
-        _require(fits, f"model.text.width {text.width} and model.unet.context_dim {unet.context_dim} must be equal")
+        unet, vae = self.unet, self.vae
+        width, of = sum(text.width for text in self.texts), "model.text.width"
+        of = of if self.text_2 is None else "the sum of model.text.width and model.text_2.width"
+        fits = width == unet.context_dim
+        _require(fits, f"{of}, {width}, and model.unet.context_dim {unet.context_dim} must be equal")
+        same = len({text.context_length for text in self.texts}) == 1
+        _require(same, "model.text.context_length and model.text_2.context_length must be equal")
+        self._require_vector()
         fits = unet.out_channels == vae.embed_dim == unet.in_channels
         _require(fits, "model.unet.in_channels and model.unet.out_channels must equal model.vae.embed_dim")
         step = vae.factor * unet.factor
         fits = self.image_size % step == 0
         _require(fits, f"model.image_size {self.image_size} must be a multiple of {step} (VAE's factor times UNet's)")
 
+    def _require_vector(self) -> None:
+        """UserError where the pooled text and the sizes do not make the vector that the UNet takes."""
+        pooled, width = self.texts[-1].projection, self.unet.adm_in_channels
+        if pooled is None and width is None:
+            return
+        _require(width is not None, "model.unet.adm_in_channels is missing: the text encoder has a projection")
+        _require(pooled is not None, "model.unet.adm_in_channels needs the projection of the last text encoder")
+        _require(
+            width - pooled in [n * self.unet.size_channels for n in SIZE_NUMBERS],
+            f"model.unet.adm_in_channels must be the projection {pooled} and {' or '.join(map(str, SIZE_NUMBERS))} times "
+            f"size_channels {self.unet.size_channels}, got {width}",
+        )
+
+    @property
+    def texts(self) -> tuple[TextConfig, ...]:
+        """The text encoders, in the order of their features."""
+        return (self.text,) if self.text_2 is None else (self.text, self.text_2)
+
+    @property
+    def size_numbers(self) -> int:
+        """How many numbers of the picture's size and crop the UNet is told: 0, 5 (SDXL's refiner) or 6 (SDXL)."""
+        if self.unet.adm_in_channels is None:
+            return 0
+        return (self.unet.adm_in_channels - self.texts[-1].projection) // self.unet.size_channels
+
     @property
     def guidance_scale(self) -> float:
-        """The model's own, or the usual scale of SD 1.x or 2.x."""
+        """The model's own, or the usual scale of SD 1.x, 2.x or SDXL."""
         usual = 7.5 if self.text.variant == "clip" else 9.0
-        return self.sampling.guidance_scale or usual
+        return self.sampling.guidance_scale or (5.0 if self.size_numbers else usual)
 
 
 _SECTIONS = {
@@ -256,6 +318,7 @@ _SECTIONS = {
     "model.unet": UNetConfig,
     "model.vae": VAEConfig,
     "model.text": TextConfig,
+    "model.text_2": TextConfig,
 }
 
 
@@ -278,6 +341,10 @@ def _is_number(value: Any) -> bool:
     return (_is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
+def _is_ints(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_int, value))
+
+
 _KINDS = {  # a field's type: what to call it, and whether a value is one
     "str": ("a word", lambda v: isinstance(v, str)),
     "str | None": ("a word", lambda v: v is None or isinstance(v, str)),
@@ -286,7 +353,8 @@ _KINDS = {  # a field's type: what to call it, and whether a value is one
     "int | None": ("a whole number", lambda v: v is None or _is_int(v)),
     "float": ("a number", _is_number),
     "float | None": ("a number", lambda v: v is None or _is_number(v)),
-    "tuple[int, ...]": ("a list of whole numbers", lambda v: isinstance(v, (list, tuple)) and all(map(_is_int, v))),
+    "tuple[int, ...]": ("a list of whole numbers", _is_ints),
+    "int | tuple[int, ...]": ("a whole number or a list of them", lambda v: _is_int(v) or _is_ints(v)),
 }
 
 
@@ -307,7 +375,7 @@ def _build(data: Any, where: str) -> Any:
 
 def _value(kind: str, value: Any, path: str) -> Any:
     if path in _SECTIONS:
-        return _build(value, path)
+        return None if value is None and kind.endswith("| None") else _build(value, path)
     name, is_one = _KINDS[kind]
     _require(is_one(value), f"{path} must be {name}, got {quoted(value)}")
     if kind.startswith("float") and value is not None:
