@@ -162,7 +162,7 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
     if device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS:
         model.compile_blockwise()
     pipeline = Pipeline(job.model.config, model)
-    warn_of_long_prompts(job.pictures, model.tokenizer)
+    warn_of_long_prompts(job.pictures, model.tokenizers[0])
     texts = {picture.prompt for picture in job.pictures}
     if job.settings.guidance_scale != 1:
         texts |= {picture.negative_prompt for picture in job.pictures}

@@ -10,7 +10,7 @@ state at the class token after the last layer norm, times `visual.proj`. Neither
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -158,8 +158,8 @@ class CLIP:
     def __init__(self, config: CLIPConfig):
         self.config = config
         self.tokenizer = Tokenizer(config.text.vocab_size, config.text.context_length)
-        self.image, self.text = ImageTower(config.image, config.features), OpenCLIPText(config.text)
-        self.text_projection = np.zeros((config.text.width, config.features), np.float32)
+        self.image = ImageTower(config.image, config.features)
+        self.text = OpenCLIPText(replace(config.text, projection=config.features))
         activation = getattr(kernels.select(), ACTIVATIONS[config.activation])
         for tower in (self.image, self.text):
             tower.set_train(False)
@@ -167,7 +167,7 @@ class CLIP:
                 block.mlp.gelu = activation()
 
     def parameters(self) -> dict[str, Parameter]:
-        """Every parameter but `text_projection` by OpenAI's name."""
+        """Every parameter by OpenAI's name."""
         image = {f"visual.{name}": weight for name, weight in self.image.parameters_and_names()}
         return {**image, **dict(self.text.parameters_and_names())}
 
@@ -175,10 +175,9 @@ class CLIP:
         """Set all weights, as views of the file where possible; UserError where names or shapes do not fit."""
         weights = self.parameters()
         shapes = {name: weight.shape for name, weight in weights.items()}
-        fitting = checkpoint.match(tensors, {**shapes, "text_projection": self.text_projection.shape}, path)
+        fitting = checkpoint.match(tensors, shapes, path)
         for name, weight in weights.items():
             fill(weight, fitting[name])
-        self.text_projection = fitting["text_projection"].astype(np.float32)
 
     def image_features(self, pixels: np.ndarray) -> np.ndarray:
         """Float32 [B, features] for pictures from `preprocess`, [B, 3, size, size]."""
@@ -186,10 +185,7 @@ class CLIP:
 
     def text_features(self, texts: list[str]) -> np.ndarray:
         """Float32 [B, features]; a text that is too long is cut, and the end token follows its first tokens."""
-        ids = self.tokenizer.encode(texts)  # [B, context_length]
-        states = self.text(Tensor(ids)).asnumpy()  # [B, context_length, width]
-        ends = (ids == self.tokenizer.end).argmax(1)  # a prompt may hold the end token: the first one counts
-        return states[np.arange(len(ids)), ends] @ self.text_projection
+        return self.text(Tensor(self.tokenizer.encode(texts)))[1].asnumpy()
 
     def is_cut(self, text: str) -> bool:
         """Whether a text has more tokens than the encoder sees."""

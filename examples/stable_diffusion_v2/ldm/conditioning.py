@@ -1,4 +1,4 @@
-"""The condition: what a network is given beside z and t, and how it is made from texts.
+"""The condition: what a network is given beside z and t, and how it is made from texts and sizes.
 
 Loss, denoiser and caches pass a `Condition` on as a whole; no sampler sees it.
 """
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mindspore import Tensor, nn
 
+from ldm.config.model import REFINER_NUMBERS
 from ldm.text.tokenizer import Tokenizer
 
 
@@ -18,7 +19,7 @@ class Condition(NamedTuple):
     """Arrays of a batch on the host, or tensors for a network. A field that the network does not take is None.
 
     context: [B, L, D], the encoded text.
-    vector: [B, V], joined to the time embedding.
+    vector: [B, V], joined to the time embedding: the pooled text and embedded sizes.
     """
 
     context: Any
@@ -27,6 +28,10 @@ class Condition(NamedTuple):
     def given(self) -> tuple:
         """The arguments of a network after z and t: the fields that are not None, in their order."""
         return tuple(field for field in self if field is not None)
+
+    def with_sizes(self, sizes: np.ndarray) -> Condition:
+        """The condition whose vector is the pooled text and then the sizes, as `embed_numbers` gives them."""
+        return self._replace(vector=np.concatenate((self.vector, sizes), 1))
 
     def map(self, function: Callable) -> Condition:
         """The function's results for all fields that are not None."""
@@ -39,17 +44,54 @@ class Condition(NamedTuple):
         return Condition(*(None if field[0] is None else np.concatenate(field) for field in fields))
 
 
-class Conditioner:
-    """Texts to a Condition.
+class Sizes(NamedTuple):
+    """What SDXL is told of a picture (arXiv 2307.01952, section 2.2). Sides are in pixels, heights before widths.
 
-    Args:
-        tokenizer: of the text encoder.
-        encoder: ids int32 [B, context_length] -> features [B, context_length, width].
+    original: of the picture's file, before it was scaled.
+    crop: (top, left), where the picture was cut out after it was scaled.
+    target: of the picture that the network sees or draws.
+    aesthetic_score: the refiner is told this number, from 1 to 10, in the place of the target.
     """
 
-    def __init__(self, tokenizer: Tokenizer, encoder: nn.Cell):
-        self.tokenizer, self.encoder = tokenizer, encoder
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+    aesthetic_score: float = 6.0
+
+    def numbers(self, count: int) -> tuple[float, ...]:
+        """The numbers in the network's order; `count` is `ModelConfig.size_numbers`."""
+        last = (self.aesthetic_score,) if count == REFINER_NUMBERS else self.target
+        return (*self.original, *self.crop, *last)
+
+
+class Conditioner:
+    """Texts to a Condition, which lacks the sizes.
+
+    Args:
+        tokenizers: of each text encoder.
+        encoder: ids, as `ids` gives them -> the condition's fields.
+    """
+
+    def __init__(self, tokenizers: Sequence[Tokenizer], encoder: nn.Cell):
+        self.tokenizers, self.encoder = tokenizers, encoder
+
+    def ids(self, texts: list[str]) -> np.ndarray:
+        """Token ids int32 [B, L], or [B, encoders, L] of several encoders."""
+        ids = [tokenizer.encode(texts) for tokenizer in self.tokenizers]
+        return ids[0] if len(ids) == 1 else np.stack(ids, 1)
 
     def __call__(self, texts: list[str]) -> Condition:
         """The condition of a batch of texts, float32 arrays."""
-        return Condition(self.encoder(Tensor(self.tokenizer.encode(texts))).asnumpy().astype(np.float32))
+        return Condition(*(field.asnumpy().astype(np.float32) for field in self.encoder(Tensor(self.ids(texts)))))
+
+
+def embed_numbers(numbers: np.ndarray, channels: int) -> np.ndarray:
+    """Cosines, then sines of each number at geometrically falling frequencies, float32 [B, n * channels].
+
+    Args:
+        numbers: [B, n].
+        channels: how many values stand for one number; even.
+    """
+    half = channels // 2
+    angles = np.asarray(numbers, np.float64)[..., None] * np.exp(-np.log(10000) * np.arange(half) / half)
+    return np.concatenate((np.cos(angles), np.sin(angles)), -1).reshape(len(numbers), -1).astype(np.float32)

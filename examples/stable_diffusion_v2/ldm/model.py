@@ -10,10 +10,12 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from ldm import checkpoint
-from ldm.conditioning import Conditioner
+from ldm.conditioning import Condition, Conditioner, embed_numbers
+from ldm.config.model import TextConfig
+from ldm.networks import text
 from ldm.networks.blockwise import BlockwiseText, BlockwiseUNet
 from ldm.networks.layers import fill
-from ldm.networks.text import VARIANTS, Under
+from ldm.networks.text import Under
 from ldm.networks.unet import UNet
 from ldm.networks.vae import AutoencoderKL, VAEEncode
 from ldm.parts import PARTS, TEXT, UNET, VAE
@@ -41,20 +43,19 @@ class StableDiffusion(nn.Cell):
 
     def __init__(self, config, parts: tuple[str, ...] = PARTS):
         super().__init__()
-        network, under_prefix = VARIANTS[config.text.variant]
         unet = UNet(config.unet) if UNET in parts else None
         vae = AutoencoderKL(config.vae) if VAE in parts else None
-        text_encoder = network(config.text) if TEXT in parts else None
+        text_encoder, named = text.build(config.texts) if TEXT in parts else (None, None)
         if unet:
             self.model = Under(diffusion_model=unet)
         if vae:
             self.first_stage_model = vae
         if text_encoder:
-            self.cond_stage_model = under_prefix(text_encoder)
-        padding = padding_of(config.text.variant, config.text.padding)
-        self.tokenizer = Tokenizer(config.text.vocab_size, config.text.context_length, padding)
+            self.cond_stage_model = named
+        self.tokenizers = tuple(map(tokenizer_of, config.texts))
         self.networks = Networks(unet, vae, text_encoder, VAEEncode(vae) if vae else None)
         self.scale_factor = config.scale_factor
+        self.size_numbers, self.size_channels = config.size_numbers, config.unet.size_channels
         self.channels, self.factor = config.vae.embed_dim, config.vae.factor
         self.views: dict[str, np.ndarray] = {}  # of a checkpoint's file; parameters share their memory
         self.set_train(False)
@@ -74,12 +75,16 @@ class StableDiffusion(nn.Cell):
     @property
     def conditioner(self) -> Conditioner:
         """Makes conditions for the UNet from texts."""
-        return Conditioner(self.tokenizer, self.networks.text)
+        return Conditioner(self.tokenizers, self.networks.text)
 
     def compile_blockwise(self) -> None:
         """Compile UNet and text encoder block by block, in a fraction of the time and the memory; for drawing alone."""
         unet, text = self.networks.unet, self.networks.text
         self.networks = self.networks._replace(unet=BlockwiseUNet(unet), text=BlockwiseText(text))
+
+    def told_sizes(self, condition: Condition, numbers: np.ndarray) -> Condition:
+        """The condition, with the sizes where the UNet is told them; `numbers`: [B, n], rows of `Sizes.numbers`."""
+        return condition.with_sizes(embed_numbers(numbers, self.size_channels)) if self.size_numbers else condition
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """[C, H / f, W / f] for a picture's height and width in pixels."""
@@ -155,6 +160,11 @@ class StableDiffusion(nn.Cell):
     def tensors(self) -> dict[str, np.ndarray]:
         """Every parameter by name, float32."""
         return {name: parameter.asnumpy() for name, parameter in self.parameters_and_names()}
+
+
+def tokenizer_of(config: TextConfig) -> Tokenizer:
+    """The tokenizer of a text encoder."""
+    return Tokenizer(config.vocab_size, config.context_length, padding_of(config.variant, config.padding))
 
 
 def is_finite(array: np.ndarray) -> bool:

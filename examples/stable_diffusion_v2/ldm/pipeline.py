@@ -9,7 +9,7 @@ from typing import Callable
 import numpy as np
 
 from ldm import checkpoint
-from ldm.conditioning import Condition
+from ldm.conditioning import Condition, Sizes
 from ldm.config.model import ModelConfig
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import get_prediction
@@ -58,7 +58,11 @@ def sampler_of(
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are drawn from prompts, the same for all of a run."""
+    """How pictures are drawn from prompts, the same for all of a run.
+
+    `sizes` and `negative_sizes` are what SDXL is told with the prompts and with the negative prompts. None: the whole
+    picture has the size that is drawn, and the negative side is told what the prompts' side is.
+    """
 
     sampler: Sampler
     steps: int
@@ -66,6 +70,14 @@ class Settings:
     height: int
     width: int
     seed: int
+    sizes: Sizes | None = None
+    negative_sizes: Sizes | None = None
+
+    def told(self) -> tuple[Sizes, Sizes]:
+        """The sizes of the prompts' side and of the negative side."""
+        side = self.height, self.width
+        sizes = self.sizes or Sizes(side, (0, 0), side)
+        return sizes, self.negative_sizes or sizes
 
 
 def normal_draws(seed: int, purpose: str, shape: tuple[int, ...], numbers: list[int]) -> Callable[[int], np.ndarray]:
@@ -90,6 +102,7 @@ class Pipeline:
         self.schedule = build_schedule(config.schedule)
         self.prediction = get_prediction(config.prediction_type)
         self.schedule.check(self.prediction)
+        self.zeros_for_empty = config.sampling.zeros_for_empty_prompt
         self.conditions: dict[str, Condition] = {}  # of single prompts
 
     def draw(
@@ -103,7 +116,7 @@ class Pipeline:
         """Pictures uint8 [B, H, W, 3]. Picture k of the run depends on the seed and on numbers[k], not on its batch."""
         shape = self.model.latent_shape(settings.height, settings.width)
         noise = normal_draws(settings.seed, "sampling noise", shape, numbers)
-        denoise = self.denoiser(prompts, negative_prompts, settings.guidance_scale)
+        denoise = self.denoiser(prompts, negative_prompts, settings.guidance_scale, settings.told())
         times = settings.sampler.times(self.schedule, settings.steps)
         latents = settings.sampler(denoise, noise(-1), times, self.schedule, noise, progress)
         self.model.give_back(UNET)
@@ -129,14 +142,35 @@ class Pipeline:
         times = settings.sampler.times(self.schedule, settings.steps)[skipped:]
         noise = normal_draws(settings.seed, "noise to redraw", x0.shape[1:], numbers)
         z = self.schedule.alpha(times[0]) * x0 + self.schedule.sigma(times[0]) * noise(-1)
-        denoise = self.denoiser(prompts, [""] * len(prompts), settings.guidance_scale)
+        denoise = self.denoiser(prompts, [""] * len(prompts), settings.guidance_scale, settings.told())
         return settings.sampler(denoise, z, times, self.schedule, noise)
 
-    def denoiser(self, prompts: list[str], negative_prompts: list[str], guidance_scale: float) -> Denoiser:
-        """The denoiser of this batch of prompts, for a sampler."""
-        cond = self.condition(prompts)
-        uncond = None if guidance_scale == 1 else self.condition(negative_prompts)
+    def denoiser(
+        self,
+        prompts: list[str],
+        negative_prompts: list[str],
+        guidance_scale: float,
+        told: tuple[Sizes | None, Sizes | None] = (None, None),
+    ) -> Denoiser:
+        """The denoiser of this batch of prompts, for a sampler; `told` as from `Settings.told`, for SDXL."""
+        cond, uncond = self.told(prompts, told[0]), None
+        if guidance_scale != 1:
+            uncond = self.told(negative_prompts, told[1], self.zeros_for_empty)
         return Denoiser(self.model.unet, self.schedule, self.prediction, cond, uncond, guidance_scale)
+
+    def told(self, prompts: list[str], sizes: Sizes | None, zeros_for_empty: bool = False) -> Condition:
+        """The condition of a batch of prompts, and of the same sizes for all of them where the UNet is told sizes.
+
+        Args:
+            zeros_for_empty: an empty prompt is zeros, not its text features.
+        """
+        condition = self.condition(prompts)
+        if zeros_for_empty:
+            filled = np.array([bool(prompt) for prompt in prompts], np.float32)
+            condition = condition.map(lambda field: field * filled.reshape(-1, *[1] * (field.ndim - 1)))
+        if not self.model.size_numbers:
+            return condition
+        return self.model.told_sizes(condition, np.array([sizes.numbers(self.model.size_numbers)] * len(prompts)))
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
         """Encode all prompts of a run, at most CACHED_PROMPTS, and free the text encoder."""
@@ -147,7 +181,7 @@ class Pipeline:
         give_back_memory()
 
     def condition(self, prompts: list[str]) -> Condition:
-        """The condition of a batch of prompts; those of the last CACHED_PROMPTS prompts are kept."""
+        """The condition of a batch of prompts, without sizes; those of the last CACHED_PROMPTS prompts are kept."""
         found = []
         for prompt in prompts:
             if prompt not in self.conditions:

@@ -91,8 +91,8 @@ def test_a_text_encoder_with_adapters_is_the_merged_one(variant):
     net = filled(VARIANTS[variant][0](config))
     places = adapted(net, ["all-linear"])
     assert len(places) == 6 * config.layers  # q, k, v, out and the two of the MLP, however the file joins them
-    wanted = merge(filled(VARIANTS[variant][0](config)), places)(ids).asnumpy()
-    np.testing.assert_allclose(net(ids).asnumpy(), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    wanted = merge(filled(VARIANTS[variant][0](config)), places)(ids)[0].asnumpy()
+    np.testing.assert_allclose(net(ids)[0].asnumpy(), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_gradients_of_adapters_and_the_same_layer_by_layer():

@@ -33,7 +33,7 @@ from ldm.text.tokenizer import PADDINGS
 
 LEAST_BETA = 1e-12  # 1 - beta has 16 digits
 GROUPS = 32  # of every group norm of Stable Diffusion
-SIZE_NUMBERS = (5, 6)  # that a UNet may be told of a picture's size: see `ldm.conditioning`
+REFINER_NUMBERS, BASE_NUMBERS = 5, 6  # that SDXL's UNets are told of a picture's size; see `ldm.conditioning.Sizes`
 
 # A larger size is a mistake or an attack: such a network would take all memory, or hours until it is built.
 LARGEST_SIZE = 16_384
@@ -287,9 +287,9 @@ class ModelConfig:
         _require(width is not None, "model.unet.adm_in_channels is missing: the text encoder has a projection")
         _require(pooled is not None, "model.unet.adm_in_channels needs the projection of the last text encoder")
         _require(
-            width - pooled in [n * self.unet.size_channels for n in SIZE_NUMBERS],
-            f"model.unet.adm_in_channels must be the projection {pooled} and {' or '.join(map(str, SIZE_NUMBERS))} times "
-            f"size_channels {self.unet.size_channels}, got {width}",
+            width - pooled in (REFINER_NUMBERS * self.unet.size_channels, BASE_NUMBERS * self.unet.size_channels),
+            f"model.unet.adm_in_channels must be the projection {pooled} and 5 or 6 times size_channels "
+            f"{self.unet.size_channels}, got {width}",
         )
 
     @property

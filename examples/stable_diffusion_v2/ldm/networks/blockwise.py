@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from mindspore import Parameter, Tensor, nn
 from mindspore.ops import Primitive
 
-from ldm.networks.text import encode
-from ldm.networks.unet import join, walk
+from ldm.networks.text import TextEncoders, both, encode
+from ldm.networks.unet import Embed, UNet, join, walk
 
 MANY_WEIGHTS = 50_000_000  # larger networks gain by going block by block; smaller ones lose a few percent of a step
 _OF_EVERY_CELL = frozenset(vars(nn.Cell()))
@@ -91,13 +91,20 @@ class Blocks:
 class BlockwiseUNet(Blocks):
     """Called like the UNet, with the same result."""
 
-    def __call__(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def __init__(self, network: UNet):
+        super().__init__(network)
+        self.embed = Embed(network)
+
+    def __call__(self, z: Tensor, t: Tensor, context: Tensor, *vector: Tensor) -> Tensor:
         net = self.network
-        return net.read_out(walk(net, z, net.time_embed(t), context, self.run, join))
+        return net.read_out(walk(net, z, self.embed(t, *vector), context, self.run, join))
 
 
 class BlockwiseText(Blocks):
-    """Called like one of the text encoders, with the same result."""
+    """Called like the text encoders, with the same result."""
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        return encode(self.network, ids, self.run)
+    def __call__(self, ids: Tensor) -> tuple[Tensor, ...]:
+        net = self.network
+        if isinstance(net, TextEncoders):
+            return both(*(encode(each, ids[:, n], self.run) for n, each in enumerate((net.first, net.second))))
+        return encode(net, ids, self.run)

@@ -1,8 +1,9 @@
-"""The text encoders: CLIP ViT-L of SD 1.x and OpenCLIP ViT-H of SD 2.x (arXiv 2103.00020, arXiv 2212.07143).
+"""The text encoders: CLIP's of SD 1.x, OpenCLIP's of SD 2.x, one of each in SDXL (arXiv 2103.00020, arXiv 2212.07143).
 
-Both are causal pre-norm transformers. They differ in the activation, in the layer that is read, and in the parameters'
+All are causal pre-norm transformers. They differ in the activation, in the layer that is read, and in the parameters'
 names. SD 2.x runs one block less than the file holds: its last output is the penultimate layer's, followed by the final
-norm all the same. The names are those in the files, hence two classes of blocks.
+norm all the same. SDXL reads the penultimate layers without the norm, and pools its second encoder's last layer. The
+names are those in the files, hence two classes of blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def causal_mask(length: int) -> Tensor:
 
 
 class TextEncoder(nn.Cell):
-    """ids [B, context_length] int32 to features [B, context_length, width].
+    """ids [B, context_length] int32 to (features [B, context_length, width], pooled [B, projection] if there is one).
 
     A subclass names the parts, and has `embed(ids)`, `blocks()` and `last_norm(x)`. `mask` is for its blocks.
     """
@@ -29,9 +30,24 @@ class TextEncoder(nn.Cell):
     def __init__(self, config):
         super().__init__()
         self.mask = causal_mask(config.context_length)
+        self.context_layer, self.pools = config.context_layer or 0, config.projection is not None
+        self.runs = config.layers if self.pools or not self.context_layer else self.context_layer  # blocks that run
+        if self.pools:
+            self.text_projection = parameter(config.width, config.projection)
+            self.project = ops.MatMul()
 
     def construct(self, ids):
         return encode(self, ids, run_block)
+
+    def reset(self, rng: np.random.Generator) -> None:
+        if self.pools:
+            shape = self.text_projection.shape
+            self.text_projection.set_data(normal(rng, shape, shape[0] ** -0.5))
+
+    def pooled(self, x, ids):
+        """The projected vector [B, projection] at the end token, which has the largest id, of the normed features."""
+        ends = ops.argmax(ids, 1)  # the first of several
+        return self.project(x[ops.arange(ids.shape[0]), ends], self.text_projection)
 
 
 def run_block(block, x, mask):
@@ -40,10 +56,37 @@ def run_block(block, x, mask):
 
 def encode(net: TextEncoder, ids, run):
     """The only way through a text encoder; `run`: (block, x, mask) -> the block's output, on the host or in a graph."""
-    x = net.embed(ids)
-    for block in net.blocks():
-        x = run(block, x, net.mask)
-    return net.last_norm(x)
+    x = context = net.embed(ids)
+    for number, block in enumerate(net.blocks()):
+        if number < net.runs:
+            x = run(block, x, net.mask)
+        if number + 1 == net.context_layer:
+            context = x
+    if net.context_layer and not net.pools:
+        return (context,)
+    x = net.last_norm(x)
+    if not net.context_layer:
+        context = x
+    return (context, net.pooled(x, ids)) if net.pools else (context,)
+
+
+class TextEncoders(nn.Cell):
+    """Two encoders, as in SDXL: ids [B, 2, context_length] int32, one row for each, to (features, pooled).
+
+    The features are those of both, side by side. The pooled vector is the second one's.
+    """
+
+    def __init__(self, first: TextEncoder, second: TextEncoder):
+        super().__init__(auto_prefix=False)  # the encoders' parameters keep their names
+        self.first, self.second = first, second
+
+    def construct(self, ids):
+        return both(self.first(ids[:, 0]), self.second(ids[:, 1]))
+
+
+def both(first, second):
+    """The condition's fields of two encoders, from each one's."""
+    return (ops.concat((first[0], second[0]), -1), *second[1:])
 
 
 class OpenCLIPText(TextEncoder):
@@ -66,6 +109,7 @@ class OpenCLIPText(TextEncoder):
         return self.ln_final(x)
 
     def reset(self, rng: np.random.Generator) -> None:
+        super().reset(rng)
         self.positional_embedding.set_data(normal(rng, self.positional_embedding.shape, 0.01))
 
 
@@ -199,6 +243,22 @@ class Under(nn.Cell):
         super().__init__()
         for name, cell in child.items():
             setattr(self, name, cell)
+
+
+def build(configs) -> tuple[TextEncoder | TextEncoders, nn.Cell]:
+    """The text encoders of a model, and the cell that gives their parameters the names in files.
+
+    Args:
+        configs: TextConfig of one encoder or of two.
+    """
+    encoders, named = [], []
+    for config in configs:
+        network, under_prefix = VARIANTS[config.variant]
+        encoders.append(network(config))
+        named.append(under_prefix(encoders[-1]))
+    if len(encoders) == 1:
+        return encoders[0], named[0]
+    return TextEncoders(*encoders), Under(embedders=nn.CellList(named))
 
 
 VARIANTS = {  # name: (the network, a wrapper that adds the file's prefix)

@@ -1,4 +1,4 @@
-"""The denoising network of Stable Diffusion 1.x and 2.x: a U-Net that attends to text (arXiv 2112.10752, section 3.3).
+"""The denoising network of Stable Diffusion: a U-Net that attends to text (arXiv 2112.10752, section 3.3).
 
 Layers are numbered as in Stability's files: `input_blocks`, `middle_block`, `output_blocks`, each a list of stages of
 one to three layers. Every layer takes (h, emb, context) and uses what it needs, so that a stage is a plain loop.
@@ -19,21 +19,27 @@ from ldm.networks.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear, Mat
 
 
 class UNet(nn.Cell):
-    """f(z_t, t, context), the raw prediction: eps, x0 or v, as the network was trained.
+    """f(z_t, t, context, vector), the raw prediction: eps, x0 or v, as the network was trained.
 
     Shapes: z [B, in_channels, H, W], t [B] (integer or float), context [B, L, context_dim] -> [B, out_channels, H, W].
-    H and W must be divisible by `config.factor`.
+    H and W must be divisible by `config.factor`. SDXL (arXiv 2307.01952, section 2.2) is told a vector
+    [B, adm_in_channels] too: the pooled text, and embedded numbers of the picture's size and crop.
     """
 
     def __init__(self, config):
         super().__init__()
         width, emb = config.model_channels, 4 * config.model_channels
-        self.time_embed = time_embedding(width, emb)
+        self.time_embed = in_order(frequencies=Frequencies(width), **mlp(width, emb))
+        self.told = config.adm_in_channels is not None
+        if self.told:
+            self.label_emb = nn.CellList([in_order(**mlp(config.adm_in_channels, emb))])
+        self.silu = kernels.select().SiLU()
+        depths = config.transformer_depths
 
         def residual(inputs, outputs, level):
             layers = [ResBlock(inputs, outputs, emb)]
             if 2**level in config.attention_resolutions:
-                layers.append(SpatialTransformer(outputs, config))
+                layers.append(SpatialTransformer(outputs, config, depths[level]))
             return layers
 
         stages, skips, channels = [[ConvIn(config.in_channels, width, 3)]], [width], width
@@ -47,8 +53,9 @@ class UNet(nn.Cell):
                 skips.append(channels)
         self.input_blocks = nn.CellList([nn.CellList(stage) for stage in stages])
 
+        transformer = SpatialTransformer(channels, config, depths[-1])
         self.middle_block = nn.CellList(
-            [ResBlock(channels, channels, emb), SpatialTransformer(channels, config), ResBlock(channels, channels, emb)]
+            [ResBlock(channels, channels, emb), transformer, ResBlock(channels, channels, emb)]
         )
 
         stages = []
@@ -65,8 +72,22 @@ class UNet(nn.Cell):
         if config.use_checkpoint:
             self.recompute_blocks()
 
-    def construct(self, z, t, context):
-        return self.read_out(walk(self, z, self.time_embed(t), context, run_layer, join))
+    def construct(self, z, t, context, vector=None):
+        return self.read_out(walk(self, z, self.embed(t, vector), context, run_layer, join))
+
+    def embed(self, t, vector=None):
+        """[B, 4 width], what every residual block is told: the time, and the vector if the network takes one.
+
+        It ends with the SiLU that every residual block would begin with.
+        """
+        emb = self.time_embed(t)
+        if self.told:
+            emb = add(emb, self.label_emb[0](vector))
+        return self.silu(emb)
+
+    def embeddings(self) -> list[nn.Cell]:
+        """The layers of `embed` with parameters."""
+        return [self.time_embed, *(self.label_emb if self.told else ())]
 
     def read_out(self, h):
         """The prediction, float32, from the last layer's output."""
@@ -83,11 +104,25 @@ class UNet(nn.Cell):
                 cell.recompute()
 
 
-def time_embedding(width: int, emb: int) -> nn.SequentialCell:
-    """Times [B] to [B, emb]. It ends with the SiLU that every residual block would begin with."""
-    silu = kernels.select().SiLU
-    layers = (Frequencies(width), Linear(width, emb), silu(), Linear(emb, emb), silu())
-    return nn.SequentialCell(OrderedDict(zip(("frequencies", "0", "1", "2", "3"), layers)))
+class Embed(nn.Cell):
+    """`UNet.embed` as a cell of its own, so that it is compiled."""
+
+    def __init__(self, net: UNet):
+        super().__init__(auto_prefix=False)
+        self.net = net
+
+    def construct(self, t, *vector):
+        return self.net.embed(t, *vector)
+
+
+def in_order(**layers: nn.Cell) -> nn.SequentialCell:
+    """Layers by name, one after the other."""
+    return nn.SequentialCell(OrderedDict(layers))
+
+
+def mlp(inputs: int, emb: int) -> dict[str, nn.Cell]:
+    """The layers of an embedding, by their names in files."""
+    return {"0": Linear(inputs, emb), "1": kernels.select().SiLU(), "2": Linear(emb, emb)}
 
 
 def run_layer(layer, h, emb, context):
@@ -192,14 +227,14 @@ class SpatialTransformer(nn.Cell):
     SD 2.x projects with linear layers, SD 1.x with 1×1 convolutions: the same map, other shapes in the file.
     """
 
-    def __init__(self, channels: int, config):
+    def __init__(self, channels: int, config, depth: int = 1):
         super().__init__()
         heads = config.num_heads or channels // config.num_head_channels
         self.norm = GroupNorm(channels, 1e-6)
         self.linear = config.use_linear_in_transformer
         self.proj_in = Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.CellList(
-            [TransformerBlock(channels, heads, config.context_dim) for _ in range(config.transformer_depth)]
+            [TransformerBlock(channels, heads, config.context_dim) for _ in range(depth)]
         )
         self.proj_out = (
             Linear(channels, channels, zero=True) if self.linear else Conv2d(channels, channels, 1, zero=True)

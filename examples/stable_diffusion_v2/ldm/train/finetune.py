@@ -275,7 +275,7 @@ class TextLoss(nn.Cell):
         self.text_encoder, self.loss = text_encoder, loss
 
     def construct(self, latents, eps, t, weight, ids):
-        return self.loss(latents, eps, t, weight, self.text_encoder(ids))
+        return self.loss(latents, eps, t, weight, *self.text_encoder(ids))
 
 
 class FineTune(Task):

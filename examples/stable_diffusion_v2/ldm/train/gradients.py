@@ -18,7 +18,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.networks.blockwise import Blocks, Kind
-from ldm.networks.unet import join, walk
+from ldm.networks.unet import Embed, join, walk
 
 Outputs = tuple[Tensor, ...]
 OfLayer = tuple[Sequence[Parameter], Sequence[Tensor]]  # parameters and their gradients
@@ -94,9 +94,10 @@ class LayerByLayer(Blocks):
         super().__init__(loss.network)
         self.params, self.arrays, self.grads = params, {}, ()
         self.trained = {id(param) for param in params}
-        time_embed, out = loss.network.time_embed, loss.network.out
-        self.noisy, self.head = _Noisy(loss), _Head(time_embed, self.of_trained(time_embed))
-        self.tail = _Tail(loss, self.of_trained(out))
+        net = loss.network
+        self.embed, self.noisy = Embed(net), _Noisy(loss)
+        self.head = _Head(self.embed, [each for layer in net.embeddings() for each in self.of_trained(layer)])
+        self.tail = _Tail(loss, self.of_trained(net.out))
 
     def of_trained(self, layer: nn.Cell) -> list[Parameter]:
         """The layer's parameters that are trained."""
@@ -123,7 +124,7 @@ class LayerByLayer(Blocks):
         return outputs, self.grads
 
     def layers(
-        self, scale: Tensor, latents: Tensor, eps: Tensor, t: Tensor, weight: Tensor, context: Tensor
+        self, scale: Tensor, latents: Tensor, eps: Tensor, t: Tensor, weight: Tensor, context: Tensor, *vector: Tensor
     ) -> tuple[Outputs, Iterator[OfLayer]]:
         """(outputs of the loss, the backward pass: (parameters, gradients) of one layer after the other, last first).
 
@@ -131,12 +132,12 @@ class LayerByLayer(Blocks):
         end.
         """
         self.weights.clear()  # parameters may have other memory now, for example after validation with the average
-        emb, tape = self.network.time_embed(t), Tape(self.run)
+        emb, tape = self.embed(t, *vector), Tape(self.run)
         h = walk(self.network, self.noisy(latents, eps, t), emb, context, tape.run, tape.join)
         (_, outputs), (dh, of_tail) = self.tail(h, scale, latents, eps, t, weight)
-        return outputs, self.way_back(tape.entries, dh, of_tail, t, emb, context)
+        return outputs, self.way_back(tape.entries, dh, of_tail, (t, *vector), emb, context)
 
-    def way_back(self, entries: list[Ran | Joined], dh: Tensor, of_tail, t, emb, context) -> Iterator[OfLayer]:
+    def way_back(self, entries: list[Ran | Joined], dh: Tensor, of_tail, told, emb, context) -> Iterator[OfLayer]:
         """The backward pass over the tape's entries, from the gradient `dh` of the last layer's output."""
         yield self.tail.weights, of_tail
         demb, of_skips = ops.zeros_like(emb), {}  # gradients of skips, by the number of the entry that made the skip
@@ -151,7 +152,7 @@ class LayerByLayer(Blocks):
                 demb = demb + part
                 yield self.of_trained(entry.layer), grads
         if self.head.weights:
-            yield self.head.weights, self.head(t, demb)
+            yield self.head.weights, self.head(demb, *told)
         for kind in self.kinds.values():  # the optimizer updates these layers' parameters: give back their own values
             self.with_weights_of(kind.layer)
 
@@ -211,15 +212,15 @@ class _Backward(nn.Cell):
 
 
 class _Head(nn.Cell):
-    """(t, gradient of the time embedding) -> gradients of its trained parameters; only where there are any."""
+    """(gradient of the embedding, t, vector) -> gradients of its trained parameters; only where there are any."""
 
-    def __init__(self, time_embed: nn.Cell, params: Sequence[Parameter]):
+    def __init__(self, embed: nn.Cell, params: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
-        self.time_embed, self.weights = time_embed, ParameterTuple(params)
+        self.embed, self.weights = embed, ParameterTuple(params)
         self.grad = ops.GradOperation(get_by_list=True, sens_param=True)
 
-    def construct(self, t, demb):
-        return self.grad(self.time_embed, self.weights)(t, demb)
+    def construct(self, demb, *told):
+        return self.grad(self.embed, self.weights)(*told, demb)
 
 
 class _Noisy(nn.Cell):

@@ -64,7 +64,7 @@ class Inputs:
 
     def _condition(self, texts: list[str]) -> tuple[np.ndarray, ...]:
         if self.token_ids:
-            return (self.model.tokenizer.encode(texts),)
+            return (self.model.conditioner.ids(texts),)
         if self.frozen.features is not None:
             return Condition(self.frozen.features.take(map(text_key, texts))).given()
         condition = self.model.conditioner(texts)
