@@ -208,17 +208,32 @@ def described(folder):
     return from_yaml(checkpoint.load(folder).meta["model_config"], str(folder))
 
 
-@pytest.mark.parametrize("name", ["tiny-vpred", "v1-inference", "v2-inference", "v2-vpred-inference"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tiny-vpred", "v1-inference", "v2-inference", "v2-vpred-inference"),
+        *("sdxl-inference", "sdxl-vpred-inference", "sdxl-refiner-inference"),
+    ],
+)
 def test_a_config_survives_diffusers_files(tmp_path, name):
     config = load_model_config(f"configs/{name}.yaml")
     for path, text in configs.files(to_dict(config)["model"]).items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text)
-    tables = [configs.Table(tmp_path / path) for path in (configs.UNET, configs.VAE, configs.TEXT, configs.SCHEDULER)]
-    for check, table in zip((configs.check_unet, configs.check_vae, configs.check_text_encoder), tables):
-        check(table)
-    read = from_dict({"model": configs.model_config(*tables)}, name)
-    assert read == replace(config, unet=replace(config.unet, use_checkpoint=False), sampling=SamplingConfig())
+    unet, vae, scheduler = (configs.Table(tmp_path / p) for p in (configs.UNET, configs.VAE, configs.SCHEDULER))
+    places = (tmp_path / path for path in (configs.TEXT, configs.TEXT_2))
+    texts = [configs.Table(place) for place in places if place.exists()]
+    configs.check_unet(unet)
+    configs.check_vae(vae)
+    for table in texts:
+        configs.check_text_encoder(table)
+    index = configs.Table(tmp_path / configs.INDEX)
+    read = from_dict({"model": configs.model_config(unet, vae, texts, scheduler, index)}, name)
+    kept = SamplingConfig(
+        spacing=config.sampling.spacing if "xl" in name else None,
+        zeros_for_empty_prompt=config.sampling.zeros_for_empty_prompt,
+    )
+    assert read == replace(config, unet=replace(config.unet, use_checkpoint=False), sampling=kept)
 
 
 def test_a_folder_by_others_has_the_whole_config(folder):
@@ -256,13 +271,16 @@ FOREIGN = [
     (configs.UNET, "mid_block_scale_factor", 2),
     (configs.UNET, "mid_block_type", "UNetMidBlock2D"),
     (configs.UNET, "downsample_padding", 0),
-    (configs.UNET, "addition_embed_type", "text_time"),
+    (configs.UNET, "addition_embed_type", "text_image"),
+    (configs.UNET, "addition_embed_type", ["text_time", "image"]),
+    (configs.UNET, "projection_class_embeddings_input_dim", 2816),
     (configs.UNET, "class_embed_type", "projection"),
     (configs.UNET, "resnet_time_scale_shift", "scale_shift"),
     (configs.UNET, "down_block_types", ["AttnDownBlock2D"] * 4),
     (configs.UNET, "up_block_types", ["CrossAttnUpBlock2D"] * 4),
     (configs.UNET, "attention_head_dim", [1, 2, 3, 4]),
-    (configs.UNET, "transformer_layers_per_block", [1, 2, 4, 4]),
+    (configs.UNET, "transformer_layers_per_block", [1, 2, 4]),
+    (configs.UNET, "transformer_layers_per_block", [[1, 2], 2, 4, 4]),
     (configs.UNET, "something_new", 3),
     (configs.VAE, "act_fn", "relu"),
     (configs.VAE, "norm_num_groups", 16),
@@ -276,6 +294,7 @@ FOREIGN = [
     (configs.TEXT, "intermediate_size", 500),
     (configs.SCHEDULER, "trained_betas", [0.1, 0.2]),
     (configs.SCHEDULER, "beta_schedule", "sigmoid"),
+    (configs.SCHEDULER, "_class_name", "EDMDPMSolverMultistepScheduler"),
 ]
 
 
@@ -397,9 +416,9 @@ def test_the_average_of_a_trainer_is_drawn_with_and_its_weights_are_trained(fold
 
 
 def test_other_folders_are_named(folder):
-    (folder / "text_encoder_2").mkdir()
-    change(folder, "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(UserError, match="is a StableDiffusionXLPipeline, with a text_encoder_2/: choose a pipeline of"):
+    (folder / "text_encoder_3").mkdir()
+    change(folder, "model_index.json", _class_name="StableDiffusion3Pipeline")
+    with pytest.raises(UserError, match="is a StableDiffusion3Pipeline, with a text_encoder_3/: choose a pipeline of"):
         checkpoint.load(folder)
     (folder / "unet/adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="unet holds a LoRA: give it"):

@@ -11,9 +11,9 @@
 All other keys (model config, step, ...) are kept as they are.
 
 .safetensors files also describe themselves in the ways of other programs: Stability's ModelSpec 1.0.0
-(https://github.com/Stability-AI/ModelSpec), and the empty tensors ``v_pred`` and ``ztsnr``. ComfyUI reads these tensors
-for SDXL alone. It takes an SD 2.x file for v where a norm's biases are spread as in Stability's v model, and never an
-SD 1.x file. In MindSpore's files the table is strings among the parameters, as
+(https://github.com/Stability-AI/ModelSpec), and the empty tensors ``v_pred`` and ``ztsnr``, as NoobAI-XL has them.
+ComfyUI reads these tensors for SDXL alone. It takes an SD 2.x file for v where a norm's biases are spread as in
+Stability's v model, and never an SD 1.x file. In MindSpore's files the table is strings among the parameters, as
 ``mindspore.save_checkpoint(append_dict=...)`` writes them; MindONE's loader ignores them.
 """
 
@@ -98,7 +98,8 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
     kind = kinds.recognise(tensors, meta)
     if kind and not kind.serves:
         raise UserError(f"{path} is {kind.name}: {kind.advice}")
-    by_mindone = form == "mindspore" and not ours and names.text_variant(tensors) == "openclip"
+    sd2 = names.text_variant(tensors) == "openclip" and not names.is_xl(tensors)
+    by_mindone = form == "mindspore" and not ours and sd2
     return Checkpoint(tensors, meta, form, by_mindone)
 
 
@@ -151,7 +152,7 @@ def check_names(ckpt: Checkpoint, path: str | Path) -> None:
     if strange or not known:
         first = ", ".join(escaped(name) for name in strange[:3]) or "none"
         raise UserError(
-            f"{path} is no model of Stable Diffusion 1.x or 2.x: {len(strange)} of its {len(ckpt.tensors)} tensors "
+            f"{path} is no model of Stable Diffusion 1.x, 2.x or XL: {len(strange)} of its {len(ckpt.tensors)} tensors "
             f"have names that are not known here (first: {first})"
         )
 
@@ -188,13 +189,14 @@ def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: 
     if format == "diffusers":
         diffusers_folder.write(path, tensors, meta, dtype)
     elif format == "mindspore":
-        variant = names.text_variant(tensors)
+        variant = None if names.is_xl(tensors) else names.text_variant(tensors)
         strings = {**meta, _VARIANT: variant} if variant else meta
         formats.write(path, names.to_mindone(tensors), strings, format, dtype)
     else:
         kind = metadata.architecture(tensors, meta.get("prediction_type"))
         strings = {**meta, **metadata.modelspec(kind, meta, path)}
-        formats.write(path, {**tensors, **metadata.marks(path, meta)}, strings, format, dtype)
+        theirs = names.to_conditioner(tensors)
+        formats.write(path, {**theirs, **metadata.marks(path, meta)}, strings, format, dtype)
 
 
 def content_key(path: str | Path) -> str:
