@@ -452,9 +452,13 @@ def to_diffusers(tensors: Tensors, text_layers: int = _SD2_BLOCKS - 1) -> dict[s
     used = (last,) if text_layers >= _SD2_BLOCKS else ()
     used += (_OPENCLIP + _PROJECTION, f"{_EMBEDDERS}1.model.{_PROJECTION}") if is_xl(tensors) else ()
     tensors = {n: array for n, array in tensors.items() if n.startswith(used) or not is_extra(n)}
-    texts = {part: _encoder_to_diffusers(encoder) for part, encoder in _encoders(tensors).items()}
+    prefixes = _encoders(tensors)
+    texts = {"text_encoder": {}}
+    for part, prefix in prefixes.items():
+        own = {TEXT + n[len(prefix) :]: array for n, array in tensors.items() if n.startswith(prefix)}
+        texts[part] = _encoder_to_diffusers(own)
     unet, vae = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in (UNET, VAE))
-    lost = [name for name in tensors if not name.startswith((UNET, VAE, TEXT))]
+    lost = [name for name in tensors if not name.startswith((UNET, VAE, *prefixes.values()))]
     lost += [name for text in texts.values() for name in text if name.startswith(TEXT)]
     if lost:
         first = ", ".join(map(escaped, lost[:3]))
@@ -467,19 +471,11 @@ def to_diffusers(tensors: Tensors, text_layers: int = _SD2_BLOCKS - 1) -> dict[s
     return {"unet": unet, "vae": _renamed(vae, by_module(_vae_modules(levels, depth))), **texts}
 
 
-def _encoders(tensors: Tensors) -> dict[str, Tensors]:
-    """{diffusers' part: a text encoder's tensors by the names of a model's only text encoder}."""
-    text = {name: array for name, array in tensors.items() if name.startswith(TEXT)}
-    if not is_xl(tensors):
-        return {"text_encoder": text}
-    if not any(name.startswith(_EMBEDDERS) for name in text):
-        return {"text_encoder": {}, "text_encoder_2": text}
-    one, two = f"{_EMBEDDERS}0.", f"{_EMBEDDERS}1."
-    others = {name: array for name, array in text.items() if not name.startswith(two)}
-    return {
-        "text_encoder": _renamed(others, lambda name: TEXT + name[len(one) :] if name.startswith(one) else name),
-        "text_encoder_2": {TEXT + n[len(two) :]: array for n, array in text.items() if n.startswith(two)},
-    }
+def _encoders(tensors: Tensors) -> dict[str, str]:
+    """{diffusers' part: the beginning of our names} of the text encoders that a model has."""
+    if any(name.startswith(_EMBEDDERS) for name in tensors):
+        return {part: f"{_EMBEDDERS}{n}." for n, part in enumerate(("text_encoder", "text_encoder_2"))}
+    return {"text_encoder_2" if is_xl(tensors) else "text_encoder": TEXT}
 
 
 def _encoder_to_diffusers(tensors: Tensors) -> Tensors:
