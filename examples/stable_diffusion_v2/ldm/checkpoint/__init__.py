@@ -1,7 +1,8 @@
 """Reading and writing checkpoints: files, foreign names, and the descriptions in files.
 
-``load`` reads a file of any format and returns Stability's names, ``match`` checks them against a network's parameters,
-``save`` writes one of FORMATS. A checkpoint's ``meta`` is a table of strings. These keys have a meaning here:
+``load`` reads a file of any format and returns our names: Stability's, but for SDXL's text encoders (see ``names``).
+``match`` checks them against a network's parameters, ``save`` writes one of FORMATS. A checkpoint's ``meta`` is a table
+of strings. These keys have a meaning here:
 
 * ``prediction_type``: a name of ldm.diffusion.prediction. ``load`` translates the file's word for it; the key is absent
   where the file says nothing.
@@ -61,7 +62,7 @@ _VARIANT = "checkpoint.text_encoder"  # in MindSpore's files, where the names of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``tensors`` by Stability's names, ``meta`` as the file describes itself, and the file's format.
+    """``tensors`` by our names, ``meta`` as the file describes itself, and the file's format.
 
     `by_mindone`: MindONE has written the file, and its text encoder is that of SD 2.x.
     """
@@ -104,7 +105,7 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
 
 
 def _named(path: str | Path, tensors: Tensors, strings: Strings, raw: bool) -> tuple[Tensors, Strings]:
-    """(the tensors of a file by Stability's names, its table ``meta``)."""
+    """(the tensors of a file by our names, its table ``meta``)."""
     variant = strings.pop(_VARIANT, None)
     meta = metadata.stated(tensors, strings)
     tensors = {name: array for name, array in tensors.items() if name not in metadata.MARKS}
@@ -179,7 +180,7 @@ def require_finite(tensors: Tensors, path: str | Path, prefixes: tuple[str, ...]
 
 
 def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: str | None = None) -> None:
-    """Write ``tensors`` (Stability's names) and ``meta`` to ``path``, whole or not at all.
+    """Write ``tensors`` (our names) and ``meta`` to ``path``, whole or not at all.
 
     ``dtype`` is NumPy's name of the type that floating-point numbers are written in; without it each tensor keeps its
     own type. ``format`` is "mindspore" (MindONE's names, ``.ckpt``), "safetensors" (Stability's names) or "diffusers"

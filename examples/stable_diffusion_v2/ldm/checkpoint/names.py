@@ -1,4 +1,4 @@
-"""The names that each project gives to the same parameters. Ours are those of Stability's single-file checkpoints.
+"""The names that each project gives to the same parameters. Ours are those of Stability's files of SD 1.x and 2.x.
 
 * Stable Diffusion XL: its single files begin the names of text encoders with ``conditioner.embedders.N.``. Here they
   begin with ``parts.TEXT`` as all others do: those of the base's two encoders go on with ``embedders.N.``, those of the
@@ -262,7 +262,7 @@ def text_variant(tensors: Tensors) -> str | None:
 
 
 def from_mindone(tensors: Tensors, variant: str | None = None) -> Tensors:
-    """The tensors by Stability's names, from MindONE's names and near variants; Stability's own names stay.
+    """The tensors by our names, from MindONE's names, Stability's and near variants.
 
     MindONE gives both text encoders the same names. Without ``variant`` the width decides: 768 is SD 1.x's.
     """
@@ -335,7 +335,7 @@ def _product_shape(up: np.ndarray, down: np.ndarray) -> tuple[int, ...] | None:
 
 
 def to_mindone(tensors: Tensors) -> Tensors:
-    """The tensors by MindONE's names, from Stability's names."""
+    """The tensors by MindONE's names, from ours."""
     if is_xl(tensors):
         return _renamed(to_conditioner(tensors), STABILITY_MINDONE_XL.to_right)
     tensors = _renamed(_merged(tensors), OPENCLIP_CLIP.to_left)
