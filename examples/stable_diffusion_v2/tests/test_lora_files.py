@@ -220,6 +220,7 @@ def test_mindones_form_keeps_every_product(tmp_path, model, caplog):
     assert tensors.get("lora_rank") == (None if model == "sdxl" else 9)
     assert {len(array) for name, array in tensors.items() if down in name} == {rank}
     read = lora.load(tmp_path / "x.ckpt")
+    assert lora.is_adapter(tmp_path / "x.ckpt")
     assert read.form == "mindone" and read.pairs.keys() == part.pairs.keys()
     assert all(read.pairs[name].rank == each.rank for name, each in part.pairs.items())
     for name, each in list(part.pairs.items())[::5]:
@@ -440,6 +441,11 @@ def test_a_misfit_is_one_line(tiny):
         tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in weights(other).items()}
         with pytest.raises(UserError, match=f"^the LoRA is a LoRA of {said}: choose a LoRA of this model$"):
             lora.merged(tensors, [(adapter(model), 1.0)])
+    said = json.dumps({"model": {"unet": {"adm_in_channels": 2816}}})
+    for meta in ({"model_config": said}, {"ss_base_model_version": "sdxl_base_v1-0"}):  # where the layers do not tell
+        with pytest.raises(UserError, match="is a LoRA of SDXL, the model is of Stable Diffusion"):
+            lora.check_family(Adapter({Q_PROJ: pair(4, 4)}, meta, "kohya"), lora.layout_of(tiny.tensors))
+    lora.check_family(Adapter({Q_PROJ: pair(4, 4)}, {}, "kohya"), lora.layout_of(tiny.tensors))
     v = Adapter({}, {"prediction_type": "v"}, "peft", "x")
     lora.check_type(v, "v")
     with pytest.raises(UserError, match="x was trained with prediction_type 'v', the model with 'eps'"):

@@ -12,6 +12,7 @@ from ldm.checkpoint.arrays import Tensors, release, widened
 from ldm.checkpoint.lora import naming
 from ldm.checkpoint.lora.adapter import Adapter, Pair
 from ldm.checkpoint.lora.naming import Layout
+from ldm.checkpoint.lora.reading import family
 from ldm.checkpoint.names import is_extra
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
@@ -58,11 +59,11 @@ def merged(tensors: Tensors, adapters: Sequence[tuple[Adapter, float]]) -> Tenso
 
 def check_family(adapter: Adapter, layout: Layout) -> None:
     """UserError where an adapter is of SDXL and the model is not, or the reverse. An adapter need not tell."""
-    xl = naming.is_xl(adapter.pairs)
+    xl = family(adapter.origin, adapter.pairs, adapter.meta)
     if xl is not None and xl != layout.xl:
-        family = {True: "SDXL", False: "Stable Diffusion 1.x or 2.x"}
+        words = {True: "SDXL", False: "Stable Diffusion 1.x or 2.x"}
         raise UserError(
-            f"{adapter.origin} is a LoRA of {family[xl]}, the model is of {family[layout.xl]}: "
+            f"{adapter.origin} is a LoRA of {words[xl]}, the model is of {words[layout.xl]}: "
             "choose a LoRA of this model"
         )
 

@@ -50,7 +50,8 @@ def layout_of(parameters: Collection[str]) -> Layout:
 
 def _text_part(encoder: re.Match, xl: bool) -> str:
     """diffusers' name of a text encoder. SDXL's refiner has one encoder, which is the base's second one."""
-    return f"text_encoder{'_2' if encoder[1] == '1' or (xl and not encoder[1]) else ''}"
+    second = encoder[1] == "1" or (xl and encoder[1] is None)
+    return "text_encoder_2" if second else "text_encoder"
 
 
 def parameter(module: str, layout: Layout) -> tuple[str, int | None]:

@@ -194,15 +194,24 @@ def stated_layout(path: str | Path, modules: Collection[str], meta: Strings, dep
     Raises:
         UserError: the config in it cannot be read.
     """
-    model = metadata.model_section(path, meta) or {}
+    xl, model = bool(family(path, modules, meta)), metadata.model_section(path, meta) or {}
     unet = model.get("unet")
     if not isinstance(unet, dict):
-        said = meta.get("ss_base_model_version", "").startswith("sdxl")
-        return naming.file_layout(depth, xl=said or bool(naming.is_xl(modules)))
+        return naming.file_layout(depth, xl)
     blocks = unet.get("num_res_blocks", 2)
-    xl = unet.get("adm_in_channels") is not None
     usable = type(blocks) is int and 0 < blocks < 10
     return naming.file_layout(blocks if usable else depth, xl, refiner=xl and model.get("text_2") is None)
+
+
+def family(path: str | Path, modules: Collection[str], meta: Strings) -> bool | None:
+    """Whether an adapter is of SDXL's family, by its words or by the names of its modules; None where none tell.
+
+    UserError where the config in it cannot be read.
+    """
+    unet = (metadata.model_section(path, meta) or {}).get("unet")
+    if isinstance(unet, dict):
+        return unet.get("adm_in_channels") is not None
+    return meta.get("ss_base_model_version", "").startswith("sdxl") or naming.is_xl(modules)
 
 
 def _part(groups: dict[str, Tensors]) -> str:
