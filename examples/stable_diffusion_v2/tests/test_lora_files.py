@@ -124,8 +124,12 @@ def test_the_refiners_only_text_encoder_is_the_second_one(tmp_path):
     one = Adapter({layer: pair(1280, 1280), TO_Q: pair(8, 8)}, {"model_config": json.dumps(config)}, "peft")
     lora.save(tmp_path / "x.ckpt", one, "mindone")
     inside_file = "conditioner.embedders.0.model.transformer.resblocks.3.attn.out_proj.lora_A.weight"
-    assert inside_file in formats.read(tmp_path / "x.ckpt")[0]
+    tensors, strings, _ = formats.read(tmp_path / "x.ckpt")
+    assert inside_file in tensors
     equal(lora.load(tmp_path / "x.ckpt"), one)
+    wrapped = {name.replace(".lora_", "._backbone.lora_"): array for name, array in tensors.items()}
+    formats.write(tmp_path / "wrapped.ckpt", wrapped, strings, "mindspore")
+    equal(lora.load(tmp_path / "wrapped.ckpt"), one)
     lora.save(tmp_path / "k", one, "kohya")
     assert formats.read(tmp_path / "k")[1]["modelspec.architecture"] == "stable-diffusion-xl-v1-refiner/lora"
 

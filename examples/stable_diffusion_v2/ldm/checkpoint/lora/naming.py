@@ -211,7 +211,7 @@ def kohya_name(module: str, layout: Layout) -> str:
 
 
 _CONDITIONER = "conditioner."  # before the names of text encoders in SDXL's files
-_ONLY_ENCODER = "embedders.0.model."  # of SDXL's refiner, in files
+_ONLY_ENCODER = "conditioner.embedders.0.model."  # of SDXL's refiner, in files
 
 
 def mindone_name(module: str, layout: Layout) -> tuple[str, int | None]:
@@ -219,18 +219,20 @@ def mindone_name(module: str, layout: Layout) -> tuple[str, int | None]:
     weight, which = parameter(module, layout)
     if not layout.xl:
         weight = STABILITY_MINDONE.to_right(weight)
+    elif weight.startswith(_OPENCLIP):
+        weight = weight.replace(_OPENCLIP, _ONLY_ENCODER, 1)
     elif weight.startswith(TEXT):
-        rest = weight.removeprefix(TEXT)
-        weight = _CONDITIONER + (_ONLY_ENCODER + rest.removeprefix("model.") if rest.startswith("model.") else rest)
+        weight = weight.replace(TEXT, _CONDITIONER, 1)
     return weight.removesuffix(".weight"), which
 
 
 def _from_mindone(name: str) -> str:
-    """Our name of the weight of a layer in a MindONE file."""
+    """Our name of the weight of a layer in a MindONE file. Mixed precision puts ``_backbone`` into its names."""
     name = f"{name.replace('._backbone', '')}.weight"
+    if name.startswith(_ONLY_ENCODER):
+        return name.replace(_ONLY_ENCODER, _OPENCLIP, 1)
     if name.startswith(_CONDITIONER):
-        rest = name.removeprefix(_CONDITIONER)
-        return TEXT + (f"model.{rest.removeprefix(_ONLY_ENCODER)}" if rest.startswith(_ONLY_ENCODER) else rest)
+        return name.replace(_CONDITIONER, TEXT, 1)
     (weight,) = names.from_mindone({name: np.empty(0)})
     return weight
 
@@ -240,8 +242,6 @@ def _from_mindone(name: str) -> str:
 _MOST_BLOCKS = 9
 _COUNTED = re.compile(r".*(input|output)_blocks[._](\d{1,2})[._]")
 _LEVELLED = re.compile(r"unet\.(down|up)_blocks\.\d+\.(?:attentions|resnets)\.(\d)\.")
-
-
 _XL_NAMES = re.compile(r"text_encoder_2\.|lora_te[12]_|conditioner\.embedders\.|.*transformer_blocks[._][1-9]")
 _SD_NAMES = re.compile(r"(?:unet\.|lora_unet_)(?:down_blocks[._]0|up_blocks[._]3)[._]attentions[._]")
 _SD_TEXTS = {"text_encoder": _OPENCLIP}  # both encoders have OpenCLIP's names in MindONE's files
