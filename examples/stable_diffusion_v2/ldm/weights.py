@@ -330,7 +330,7 @@ def with_adapters(
     adapters = [(lora.load(path), scale) for path, scale in each_with_scale(paths, scales)]
     for adapter, _ in adapters:
         lora.check_type(adapter, config.prediction_type)
-    return lora.merged(tensors, adapters, config.text.variant) if adapters else tensors
+    return lora.merged(tensors, adapters) if adapters else tensors
 
 
 def each_with_scale(paths: Sequence[str], scales: Sequence[float]) -> list[tuple[str, float]]:

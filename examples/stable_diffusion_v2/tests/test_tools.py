@@ -332,7 +332,7 @@ def test_loras_are_merged_and_found_again_as_a_difference(monkeypatch, tmp_path,
     lora.save(tmp_path / "x", lora.Adapter({text: pair}, {"prediction_type": "v"}, "peft"), "peft")
     words = ("--base", base, "--lora_ckpt_path", tmp_path / "x", tmp_path / "x", "--lora_scale", "0.5", "-0.25")
     merge(monkeypatch, tmp_path / "m.ckpt", *words)
-    name, _ = lora.parameter(text, "openclip", lora.scheme_of(tiny.tensors))
+    name, _ = lora.parameter(text, lora.layout_of(tiny.tensors))
     tuned = checkpoint.load(tmp_path / "m.ckpt")
     wanted = tiny.tensors[name] + 0.25 * pair.product()
     assert np.allclose(tuned.tensors[name], wanted, atol=1e-6) and tuned.meta["prediction_type"] == "v"
