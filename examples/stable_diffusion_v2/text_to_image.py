@@ -163,7 +163,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
         refiner = find_refiner(args, model.config) if args.refiner else None
     config = model.config
     height, width = args.H or config.image_size, args.W or config.image_size
-    check_config(config, height, width)
+    for found in filter(None, (model, refiner)):
+        check_config(found.config, height, width)
     sampler, steps = chosen_sampler(args, config), args.sampling_steps or config.sampling.steps
     sampler.times(build_schedule(config.schedule), steps)  # raises for a wrong number of steps
     with ranks.main_first("folder"):

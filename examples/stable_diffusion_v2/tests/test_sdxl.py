@@ -154,7 +154,7 @@ def files(tmp_path_factory):
 def call(monkeypatch, place, out, *more) -> dict:
     """The facts of the one picture that the command draws."""
     words = ["--ckpt_path", place / "base.safetensors", "--output_path", out, "--n_iter", 1, "--n_samples", 1]
-    words += ["--H", 32, "--W", 64, "--sampling_steps", 4, "--prompt", "a fox", "--skip_grid", *more]
+    words += ["--H", 64, "--W", 128, "--sampling_steps", 4, "--prompt", "a fox", "--skip_grid", *more]
     monkeypatch.setattr(sys, "argv", [text_to_image.__file__, *map(str, words)])
     runtime.run(text_to_image.main)
     return read_facts(out / "samples/00000.png")
@@ -162,14 +162,14 @@ def call(monkeypatch, place, out, *more) -> dict:
 
 def test_a_command_draws_with_base_and_refiner(monkeypatch, files, tmp_path):
     plain = call(monkeypatch, files, tmp_path / "a")
-    assert plain["sizes"] == [[32, 64], [0, 0], [32, 64], 6.0] and plain["refiner"] is None
+    assert plain["sizes"] == [[64, 128], [0, 0], [64, 128], 6.0] and plain["refiner"] is None
     assert plain["zeros_for_empty_prompt"] is True  # the model's own
     words = ["--original_size", 90, 80, "--negative_crop", 3, 4, "--refiner", files / "refiner.safetensors"]
     refined = call(monkeypatch, files, tmp_path / "b", *words, "--refiner_start", 0.5)
     assert refined["sizes"][0] == [90, 80] and refined["negative_sizes"][:2] == [[90, 80], [3, 4]]
     assert refined["refiner"] == ["refiner.safetensors", 0.5] and len(refined["refiner_sha256"]) == 64
     pictures = [np.asarray(Image.open(tmp_path / name / "samples/00000.png")) for name in "ab"]
-    assert pictures[0].shape == (32, 64, 3) and (pictures[0] != pictures[1]).any()
+    assert pictures[0].shape == (64, 128, 3) and (pictures[0] != pictures[1]).any()
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,7 @@ def test_a_command_draws_with_base_and_refiner(monkeypatch, files, tmp_path):
         (["--guidance_rescale", 1.5], "--guidance_rescale must be between 0 and 1"),
         (["--refiner_start", -0.1], "--refiner_start must be between 0 and 1"),
         (["--refiner", "BASE"], "is no refiner of SDXL"),
+        (["--refiner", "REFINER", "--H", 96], "image size 96 is not divisible by 64"),
         (
             ["--ckpt_path", "models/tiny-vpred.safetensors", "--H", 64, "--crop", 1, 1],
             "--crop is for Stable Diffusion XL",
@@ -187,7 +188,8 @@ def test_a_command_draws_with_base_and_refiner(monkeypatch, files, tmp_path):
     ],
 )
 def test_what_sdxl_cannot_be_told(monkeypatch, capsys, files, tmp_path, more, words):
-    more = [files / "base.safetensors" if word == "BASE" else word for word in more]
+    names = {"BASE": files / "base.safetensors", "REFINER": files / "refiner.safetensors"}
+    more = [names.get(word, word) for word in more]
     with pytest.raises(SystemExit) as caught:
         call(monkeypatch, files, tmp_path / "out", *more)
     said = str(caught.value.code) + capsys.readouterr().err
