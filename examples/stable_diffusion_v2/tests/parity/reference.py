@@ -77,35 +77,10 @@ def reference(config: ModelConfig) -> tuple:
             eos_token_id=text.vocab_size - 1,
         )
     )
-    return _random_vectors(unet, vae, text_model)
+    return with_random_vectors(unet, vae, text_model)
 
 
-def tiny_sdxl_reference() -> tuple:
-    """(UNet, the two text encoders) of a tiny SDXL, every weight random: norms, biases and the projection too."""
-    torch.manual_seed(0)
-    down = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64, 128),
-        down_block_types=down,
-        up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
-        cross_attention_dim=96,
-        attention_head_dim=[1, 2, 4],
-        use_linear_projection=True,
-        transformer_layers_per_block=[1, 1, 2],
-        addition_embed_type="text_time",
-        addition_time_embed_dim=16,
-        projection_class_embeddings_input_dim=64 + 6 * 16,
-    )
-    tokens = {"vocab_size": 1000, "bos_token_id": 998, "eos_token_id": 999, "pad_token_id": 999}
-    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 1}
-    config = transformers.CLIPTextConfig(hidden_act="quick_gelu", projection_dim=32, **sizes, **tokens)
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 11, "num_attention_heads": 2}
-    config_2 = transformers.CLIPTextConfig(hidden_act="gelu", projection_dim=64, **sizes, **tokens)
-    text, text_2 = transformers.CLIPTextModel(config), transformers.CLIPTextModelWithProjection(config_2)
-    return _random_vectors(unet, text, text_2)
-
-
-def _random_vectors(*networks: torch.nn.Module) -> tuple:
+def with_random_vectors(*networks: torch.nn.Module) -> tuple:
     networks = tuple(network.eval() for network in networks)
     for network in networks:
         for name, parameter in network.named_parameters():

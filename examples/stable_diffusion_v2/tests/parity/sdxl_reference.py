@@ -11,6 +11,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from reference import with_random_vectors
 
 TABLES = json.loads((Path(__file__).parents[1] / "data/reference/tiny_sdxl.json").read_text())
 REFINER = {
@@ -41,10 +42,7 @@ def networks(refiner: bool = False) -> dict[str, torch.nn.Module]:
             if part == "text_encoder_2" or not refiner
         },
     }
-    for network in parts.values():
-        for name, parameter in network.eval().named_parameters():
-            if parameter.ndim == 1:
-                torch.nn.init.normal_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.1)
+    with_random_vectors(*parts.values())
     return parts
 
 

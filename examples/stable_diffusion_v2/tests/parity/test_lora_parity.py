@@ -12,13 +12,13 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed:
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 peft = pytest.importorskip("peft", reason="PEFT is not installed: make parity")
 
-from reference import CONFIGS, reference, relative_rms, states, tiny_sdxl_reference
+import sdxl_reference
+from reference import CONFIGS, reference, relative_rms, states
 from transformers.integrations import peft as transformers_peft
 
 from ldm.checkpoint import lora
 from ldm.checkpoint.lora import Adapter, Pair
 from ldm.checkpoint.names import from_diffusers
-from ldm.parts import TEXT
 
 pytestmark = pytest.mark.parity
 LAYERS = re.compile(r".*(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|proj_in|proj_out|self_attn\.\w+|mlp\.fc[12])")
@@ -28,7 +28,8 @@ FOLDERS = {"unet": "unet", "text_encoder": "text_encoder_one", "text_encoder_2":
 def networks(kind):
     """UNet and text encoders of the base by diffusers' names of the parts, anew: adding an adapter changes them."""
     if kind == "sdxl":
-        return dict(zip(FOLDERS, tiny_sdxl_reference()))
+        parts = sdxl_reference.networks()
+        return {part: parts[part] for part in FOLDERS}
     unet, _, text = reference(CONFIGS[kind])
     return {"unet": unet, "text_encoder": text}
 
@@ -38,12 +39,7 @@ def tensors_of(kind):
     unet, *texts = states(tuple(networks(kind).values()))
     if kind != "sdxl":
         return from_diffusers(unet, {}, *texts, CONFIGS[kind].text.variant)
-    tensors = from_diffusers(unet, {}, {}, "openclip")
-    for n, (text, variant) in enumerate(zip(texts, ("clip", "openclip"))):
-        text.pop("text_projection.weight", None)  # no adapter changes it
-        named = from_diffusers({}, {}, text, variant)
-        tensors.update({f"{TEXT}embedders.{n}.{name.removeprefix(TEXT)}": array for name, array in named.items()})
-    return tensors
+    return from_diffusers(unet, {}, texts[0], "clip", texts[1])
 
 
 def random_adapter(tensors):
