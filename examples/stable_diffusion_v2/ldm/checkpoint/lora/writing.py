@@ -227,7 +227,7 @@ def _check_mindone_layers(path: str | Path, layers: Collection[str], layout: Lay
     allowed = naming.MINDONE_XL_LAYERS if layout.xl else naming.MINDONE_LAYERS
     foreign = [name for name in layers if not name.endswith(allowed)]
     if foreign:
-        but = ", of SDXL's second text encoder out_proj alone" if layout.xl else ""
+        but = " (of SDXL's second text encoder: out_proj alone)" if layout.xl else ""
         raise UserError(
             f"{path}: MindONE's LoRA has attention layers alone{but}, and {len(foreign)} of {len(layers)} are others "
             f"(first: {escaped(foreign[0])}); choose another --lora_format"
