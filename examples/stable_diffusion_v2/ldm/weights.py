@@ -233,7 +233,8 @@ def _check_kind(path: str, ckpt: Checkpoint, config: ModelConfig, origin: str, p
     if width in (None, config.unet.adm_in_channels or 0):
         return
     kind = kinds.of_unet(ckpt.tensors)
-    name, advice = (kind.name, kind.advice) if kind else ("a model of another kind", "choose its own config")
+    like = "Stable Diffusion XL, of other widths" if width else "Stable Diffusion 1.x or 2.x"
+    name, advice = (kind.name, kind.advice) if kind else (f"a model like {like}", "choose its own config")
     raise UserError(f"{path} is {name}, {origin} is for {_CALLED[config.size_numbers]}: {advice}")
 
 

@@ -22,6 +22,7 @@ from ldm.checkpoint.arrays import BFLOAT16
 from ldm.config.model import load_model_config
 from ldm.errors import UserError
 from ldm.networks.layers import ALIGNMENT
+from ldm.weights import words_of
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 FORMATS = ["mindspore", "safetensors"]
@@ -252,8 +253,8 @@ def test_diffusers_names_of_sdxl(table, number, different, config):
         if change.startswith("rows"):
             array[:] = [[10 * n], [10 * n + 1], [10 * n + 2]]
         changed = {"squeeze 1x1": array.reshape(-1, 2), "transpose": array.T}.get(change, array)
-        pieces = np.split(changed, 3) if change.startswith("rows") else [changed] * (theirs != ["-"])
-        for name, piece in zip(theirs, pieces):
+        pieces = np.split(changed, 3) if change.startswith("rows") else [changed]
+        for name, piece in zip(theirs if theirs != ["-"] else [], pieces):
             part, _, name = name.partition("/")
             parts.setdefault(part, {})[name] = piece
     written = names.to_diffusers(tensors, 32)
@@ -264,6 +265,26 @@ def test_diffusers_names_of_sdxl(table, number, different, config):
         parts["unet"], parts["vae"], parts.get("text_encoder", {}), "clip", parts["text_encoder_2"]
     )
     assert_same(read, {name: array for name, array in tensors.items() if not name.endswith("logit_scale")})
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_files_of_sdxl_hold_beside_parameters(tmp_path, form):
+    """The numbers of positions and a scale, which no network has, stay in a file and have no place in a folder."""
+    config = tiny_sdxl.tiny_sdxl_config()
+    extras = {
+        f"{TEXT}embedders.0.transformer.text_model.embeddings.position_ids": np.arange(77)[None],
+        f"{TEXT}embedders.1.model.logit_scale": np.array(4.6052, np.float32),
+    }
+    tensors = tiny_sdxl.random_tensors(config)
+    checkpoint.save(tmp_path / "xl", {**tensors, **extras}, words_of(config), form)
+    inside = [name for name in formats.read(tmp_path / "xl")[0] if name.endswith(("position_ids", "logit_scale"))]
+    assert sorted(inside) == [name.replace(TEXT, "conditioner.") for name in sorted(extras)]
+    read = checkpoint.load(tmp_path / "xl")
+    assert_same({name: read.tensors[name] for name in sorted(read.tensors)}, dict(sorted((tensors | extras).items())))
+    checkpoint.check_names(read, "xl")
+    assert checkpoint.match(read.tensors, tiny_sdxl.parameters(config), "xl").keys() == tensors.keys()
+    checkpoint.save(tmp_path / "folder", read.tensors, read.meta, "diffusers")
+    assert checkpoint.load(tmp_path / "folder").tensors.keys() == tensors.keys()
 
 
 def test_sd2_by_stabilitys_newer_program_is_no_refiner():
