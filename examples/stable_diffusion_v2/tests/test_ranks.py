@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ import test_train_parts as train_parts
 import text_to_image
 import train_text_to_image
 from steps_on_ranks import STEPS
-from test_scripts import CONFIG, call, fill_place, quickly, refusal, run, sampling, tensors, training
+from test_scripts import SMALLER, call, fill_place, quickly, refusal, run, sampling, tensors, training
 
 from ldm import checkpoint
 from ldm.errors import UserError
@@ -327,8 +326,7 @@ with_mpirun = pytest.mark.skipif(not shutil.which("mpirun"), reason="mpirun is n
 def small(tmp_path_factory) -> Path:
     """What `test_scripts.place` has, with the smallest UNet, and prompts."""
     folder = tmp_path_factory.mktemp("ranks")
-    unet = replace(CONFIG.unet, channel_mult=(1,), attention_resolutions=(1,))
-    fill_place(folder, replace(CONFIG, image_size=16, unet=unet))
+    fill_place(folder, SMALLER)
     (folder / "prompts.txt").write_text("a cat\na dog\nan apple\n")
     return folder
 
@@ -494,9 +492,9 @@ def test_rank_0_killed_while_it_saves(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["msrun", pytest.param("mpirun", marks=with_mpirun)])
-def test_pictures_of_two_ranks_are_those_of_one(small, tmp_path, name):
+def test_pictures_of_two_ranks_are_those_of_one(small, tmp_path, monkeypatch, name):
     words = sampling(small, tmp_path / "one", "--data_path", small / "prompts.txt", "--n_iter", 1, "--n_samples", 2)
-    run("text_to_image.py", *words)
+    call(monkeypatch, text_to_image, words)
     words[words.index(str(tmp_path / "one"))] = str(tmp_path / "two")
     words = [*launcher(name, "--log_dir", tmp_path / "logs"), *words]
     assert distributed("run_infer_distributed.sh", words, tmp_path).wait(250) == 0, (

@@ -63,6 +63,17 @@ CONFIG = ModelConfig(
     vae=VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1),
     text=TextConfig(vocab_size=1024, width=32, layers=1, heads=2, padding="zero"),
 )
+SMALLER = replace(  # without a second level, for what does not depend on the network
+    CONFIG, image_size=16, unet=replace(CONFIG.unet, channel_mult=(1,), attention_resolutions=(1,))
+)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """What `fill_place` makes, with the smallest UNet."""
+    folder = tmp_path_factory.mktemp("tiny")
+    fill_place(folder, SMALLER)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -192,11 +203,8 @@ def test_a_killed_run_goes_on_bit_for_bit(trained, place):
     assert len((output / "result.log").read_text().splitlines()) == 21
 
 
-def test_precision_recomputation_and_mode_change_no_loss(tmp_path, monkeypatch):
-    unet = replace(CONFIG.unet, channel_mult=(1,), attention_resolutions=(1,))
-    config = replace(CONFIG, image_size=16, unet=unet)
-    fill_place(tmp_path, config)
-    save_model_config(replace(config, unet=replace(unet, use_checkpoint=True)), tmp_path / "recompute.yaml")
+def test_precision_recomputation_and_mode_change_no_loss(tiny, tmp_path, monkeypatch):
+    save_model_config(replace(SMALLER, unet=replace(SMALLER.unet, use_checkpoint=True)), tmp_path / "recompute.yaml")
     monkeypatch.setattr(finetune, "LayerByLayer", None)  # so small a UNet is not trained block by block
     shared = ["--cache_path", tmp_path / "cache"]
     ways = {
@@ -207,21 +215,21 @@ def test_precision_recomputation_and_mode_change_no_loss(tmp_path, monkeypatch):
     }
     losses = {}
     for way, more in ways.items():
-        call(monkeypatch, train_text_to_image, training(tmp_path, tmp_path / way, "--train_steps", 2, *more))
+        call(monkeypatch, train_text_to_image, training(tiny, tmp_path / way, "--train_steps", 2, *more))
         losses[way] = read_log(tmp_path / way / "result.log")["loss"]
     for way, tolerance in (("recompute", 1e-5), ("pynative", 1e-5), ("half", 1e-2)):
         np.testing.assert_allclose(losses[way], losses["plain"], rtol=tolerance, err_msg=way)
 
 
-def test_timestep_bias_chooses_what_is_trained(place, tmp_path, monkeypatch, capsys):
-    steps, output = ["--step_mode", True, "--train_steps", 2, *quickly(place)], tmp_path / "biased"
+def test_timestep_bias_chooses_what_is_trained(tiny, tmp_path, monkeypatch, capsys):
+    steps, output = ["--step_mode", True, "--train_steps", 2, *quickly(tiny)], tmp_path / "biased"
     only = ["--timestep_bias_strategy", "range", "--timestep_bias_begin", 600, "--timestep_bias_end", 601]
     only += ["--timestep_bias_multiplier", 1e9]
-    call(monkeypatch, train_text_to_image, training(place, output, *steps, *only))
+    call(monkeypatch, train_text_to_image, training(tiny, output, *steps, *only))
     snr = np.exp(build_schedule(CONFIG.schedule).log_snr(np.array([600])))
     log = read_log(output / "result.log")
     np.testing.assert_allclose(log["eps_loss"] / log["x0_loss"], [*snr, *snr], rtol=1e-4)
-    line = refusal(monkeypatch, capsys, train_text_to_image, training(place, output, *steps, "--resume", True))
+    line = refusal(monkeypatch, capsys, train_text_to_image, training(tiny, output, *steps, "--resume", True))
     assert "other settings: timestep_bias_begin was 600" in line
 
 
@@ -251,13 +259,13 @@ def test_only_the_chosen_modules_are_trained(place, tmp_path, monkeypatch, capsy
     assert "unet_initialize_random" in complaint("--trainable_modules", "attn2", "--unet_initialize_random", True)
 
 
-def test_caches_change_no_loss_and_stand_in_for_the_networks(place, tmp_path, monkeypatch):
+def test_caches_change_no_loss_and_stand_in_for_the_networks(tiny, tmp_path, monkeypatch):
     steps = ["--train_steps", 2, "--caption_dropout", 0.5, "--trainable_modules", r"^out\."]
     shared = ["--cache_path", tmp_path / "cache"]
     off = ["--cache_latents", False, "--cache_text", False]
 
     def losses(name, *more):
-        call(monkeypatch, train_text_to_image, training(place, tmp_path / name, *steps, *more))
+        call(monkeypatch, train_text_to_image, training(tiny, tmp_path / name, *steps, *more))
         rows = (tmp_path / name / "result.log").read_text().splitlines()[1:]
         return np.array([float(row.split("\t")[2]) for row in rows])
 
@@ -283,22 +291,22 @@ def only_unet(network):
     return checked
 
 
-def test_filling_the_caches_names_what_is_wrong_and_goes_on(monkeypatch, capsys, place, broken, tmp_path, caplog):
+def test_filling_the_caches_names_what_is_wrong_and_goes_on(monkeypatch, capsys, tiny, broken, tmp_path, caplog):
     """A picture that is damaged in the middle shows when it is decoded: by then the others may be there."""
     picture = sorted(broken.glob("*.png"))[-1]
     data = bytearray(picture.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
     picture.write_bytes(data)
-    more = [*quickly(place), "--data_path", broken, "--cache_path", tmp_path / "cache", "--train_steps", 1]
-    assert picture.name in refused_training(monkeypatch, capsys, place, tmp_path, *more)
+    more = [*quickly(tiny), "--data_path", broken, "--cache_path", tmp_path / "cache", "--train_steps", 1]
+    assert picture.name in refused_training(monkeypatch, capsys, tiny, tmp_path, *more)
     call(
         monkeypatch,
         train_text_to_image,
-        training(place, tmp_path / "out", *more, "--on_bad_image", "skip", "--cache_only", True),
+        training(tiny, tmp_path / "out", *more, "--on_bad_image", "skip", "--cache_only", True),
     )
     assert not list(tmp_path.glob("out/**/*.ckpt"))
     with caplog.at_level("INFO"):
-        call(monkeypatch, train_text_to_image, training(place, tmp_path / "out", *more, "--on_bad_image", "skip"))
+        call(monkeypatch, train_text_to_image, training(tiny, tmp_path / "out", *more, "--on_bad_image", "skip"))
     assert "1 unreadable pictures are skipped" in caplog.text
     assert (tmp_path / "out/ckpt/rank_0").exists()
 
@@ -651,15 +659,15 @@ def test_data_that_cannot_be_trained_on(monkeypatch, capsys, place, tmp_path, br
     assert "does not exist" in refused_training(monkeypatch, capsys, place, tmp_path, "--data_path", tmp_path / "no")
 
 
-def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, place, broken, tmp_path):
+def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, tiny, broken, tmp_path):
     table = broken / "img_txt.csv"
     table.write_text(table.read_text().replace("drawing", "drawing " * 100))
     picture = next(iter(broken.glob("*.png")))
     picture.write_bytes(picture.read_bytes()[:200])
     more = ["--data_path", broken, "--on_bad_image", "skip", "--train_steps", 1, "--ckpt_dtype", "float16"]
-    more += quickly(place)
+    more += quickly(tiny)
     with caplog.at_level("INFO"):
-        call(monkeypatch, train_text_to_image, training(place, tmp_path / "out", *more))
+        call(monkeypatch, train_text_to_image, training(tiny, tmp_path / "out", *more))
     assert "11 captioned pictures" in caplog.text and "1 unreadable skipped" in caplog.text
     assert caplog.text.count("11 of 11 captions have more than 75 tokens") == 1
     saved = tensors(tmp_path / "out/ckpt/rank_0/sd-1.ckpt")
@@ -759,13 +767,13 @@ def test_wrong_numbers_are_noticed_before_the_data_is_read(monkeypatch, capsys, 
     assert word in refusal(monkeypatch, capsys, train_text_to_image, words)
 
 
-def test_a_run_goes_on_with_its_own_data_and_weights_alone(monkeypatch, capsys, place, broken, tmp_path):
+def test_a_run_goes_on_with_its_own_data_and_weights_alone(monkeypatch, capsys, tiny, broken, tmp_path):
     """Files of the same names and numbers, but other captions, or another checkpoint behind what is not trained."""
-    base, steps = tmp_path / "base.safetensors", ["--step_mode", True, *quickly(place)]
-    shutil.copy(place / "base.safetensors", base)
+    base, steps = tmp_path / "base.safetensors", ["--step_mode", True, *quickly(tiny)]
+    shutil.copy(tiny / "base.safetensors", base)
     words = ["--pretrained_model_path", base, "--data_path", broken, *steps]
-    call(monkeypatch, train_text_to_image, training(place, tmp_path / "out", *words, "--train_steps", 1))
-    again = training(place, tmp_path / "out", *words, "--train_steps", 2, "--resume", True)
+    call(monkeypatch, train_text_to_image, training(tiny, tmp_path / "out", *words, "--train_steps", 1))
+    again = training(tiny, tmp_path / "out", *words, "--train_steps", 2, "--resume", True)
 
     table = (broken / "img_txt.csv").read_text()
     picture = next(broken.glob("*.png"))
@@ -776,22 +784,22 @@ def test_a_run_goes_on_with_its_own_data_and_weights_alone(monkeypatch, capsys, 
     assert "other settings: data was" in line and ", picture_contents was" in line
     (broken / "img_txt.csv").write_text(table)
     picture.write_bytes(original)
-    ckpt = checkpoint.load(place / "base.safetensors")
+    ckpt = checkpoint.load(tiny / "base.safetensors")
     name = "model.diffusion_model.time_embed.2.bias"
     assert name in ckpt.tensors
     checkpoint.save(base, {**ckpt.tensors, name: ckpt.tensors[name] + 1}, ckpt.meta, "safetensors")
     assert "other settings: frozen was" in refusal(monkeypatch, capsys, train_text_to_image, again)
-    shutil.copy(place / "base.safetensors", base)
+    shutil.copy(tiny / "base.safetensors", base)
     call(monkeypatch, train_text_to_image, again)
     assert len(read_log(tmp_path / "out/result.log")["step"]) == 2
 
 
-def test_changes_of_the_command_belong_to_the_run(monkeypatch, capsys, place, tmp_path):
+def test_changes_of_the_command_belong_to_the_run(monkeypatch, capsys, tiny, tmp_path):
     """They are saved with it, it samples with them, and it does not go on with others that matter."""
     change = ["--set", "model.unet.use_checkpoint=true", "model.sampling.steps=2", "model.schedule.beta_end=0.02"]
-    checkpoint.save(tmp_path / "base.safetensors", tensors(place / "base.safetensors"), {}, "safetensors")
+    checkpoint.save(tmp_path / "base.safetensors", tensors(tiny / "base.safetensors"), {}, "safetensors")
     more = ["--pretrained_model_path", tmp_path / "base.safetensors", "--step_mode", True, "--train_steps", 1]
-    words = training(place, tmp_path, *more, *quickly(place))
+    words = training(tiny, tmp_path, *more, *quickly(tiny))
     call(monkeypatch, train_text_to_image, [*words, *change])
     saved = load_model_config(tmp_path / "model_config.yaml")
     assert (saved.unet.use_checkpoint, saved.sampling.steps, saved.schedule.beta_end) == (True, 2, 0.02)
@@ -802,7 +810,7 @@ def test_changes_of_the_command_belong_to_the_run(monkeypatch, capsys, place, tm
     call(monkeypatch, train_text_to_image, [*again, "--set", change[-1]])
 
     path = str(tmp_path / "ckpt/rank_0/sd-2.ckpt")
-    for more, steps, size in ((), 20, 32), (("--set", "model.sampling.steps=3", "model.image_size=64"), 3, 64):
+    for more, steps, size in ((), 20, 16), (("--set", "model.sampling.steps=3", "model.image_size=64"), 3, 64):
         args = read_options(text_to_image.build_parser(), ["--ckpt_path", path, *more])
         config = text_to_image.find_model(args).config
         assert (config.sampling.steps, config.image_size, config_key(config)) == (steps, size, config_key(saved))
