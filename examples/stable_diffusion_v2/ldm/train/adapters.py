@@ -114,8 +114,14 @@ class TrainAdapters(FineTune):
         return 4 * sum(param.size for param in adapter.parameters(self.places))
 
     def export(self, step: int, plan: Plan) -> Path:
-        """Write the adapters sd-{number}, averaged where there are averages; returns the path."""
+        """Write the adapters, averaged where there are averages; returns the path.
+
+        They are sd-{number} among the checkpoints. PEFT's folders of SDXL are where DiffEngine has them: in step{step} in
+        the run's own folder.
+        """
         path = ckpt_folder(self.args) / f"sd-{plan.number(step)}{SUFFIXES[self.args.lora_format]}"
+        if self.args.lora_format == "peft" and self.config.size_numbers:
+            path = Path(self.args.output_path) / f"step{step}"
         self.write(path)
         return path
 
