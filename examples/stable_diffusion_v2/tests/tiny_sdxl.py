@@ -61,7 +61,7 @@ def smaller_sdxl_config() -> ModelConfig:
             attention_resolutions=(2,),
             channel_mult=(1, 2),
             num_head_channels=32,
-            transformer_depth=(1, 2),
+            transformer_depth=(1, 1),
             context_dim=64,
             adm_in_channels=32 + 6 * 8,
             size_channels=8,

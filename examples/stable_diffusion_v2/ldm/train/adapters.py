@@ -116,8 +116,8 @@ class TrainAdapters(FineTune):
     def export(self, step: int, plan: Plan) -> Path:
         """Write the adapters, averaged where there are averages; returns the path.
 
-        They are sd-{number} among the checkpoints. PEFT's folders of SDXL are where DiffEngine has them: in step{step} in
-        the run's own folder.
+        They are sd-{number} among the checkpoints. PEFT's folders of SDXL are where DiffEngine has them, in step{step}
+        of the run's own folder.
         """
         path = ckpt_folder(self.args) / f"sd-{plan.number(step)}{SUFFIXES[self.args.lora_format]}"
         if self.args.lora_format == "peft" and self.config.size_numbers:
