@@ -1,4 +1,4 @@
-"""Pictures from prompts with Stable Diffusion 1.x, 2.x or the embedded tiny model.
+"""Pictures from prompts with Stable Diffusion 1.x, 2.x, XL or the embedded tiny model.
 
 python text_to_image.py --version tiny --prompt "a drawing of a red apple, noto style"
 """
@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm import runtime
+from ldm.conditioning import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from ldm.config.mindone import IGNORED_DRAW_OPTIONS, REFUSED_DRAW_OPTIONS
 from ldm.config.model import ModelConfig, SamplingConfig, add_set
 from ldm.config.options import Parser, read_options, seed, str2bool
@@ -29,6 +30,8 @@ from ldm.drawing import (
     batches,
     file_facts,
     find_model,
+    find_refiner,
+    guidance_scale,
     in_background,
     missing,
     noise_number,
@@ -36,12 +39,14 @@ from ldm.drawing import (
     run_facts,
     warn_of_long_prompts,
     warn_of_plain_words,
+    with_sdxl,
 )
 from ldm.errors import UserError
 from ldm.files import claimed
 from ldm.model import StableDiffusion
 from ldm.networks.blockwise import MANY_WEIGHTS
 from ldm.parallel.ranks import Ranks
+from ldm.parts import PARTS, TEXT, UNET
 from ldm.pictures import make_folder, next_number
 from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, sampler_of
 from ldm.randomness import settled_seed
@@ -74,6 +79,7 @@ def build_parser() -> Parser:
     add("--lora_ckpt_path", nargs="+", default=[], help="adapters (LoRA) to draw with: files or folders of any form")
     add("--lora_scale", type=float, nargs="+", default=[1.0], help="strength of the adapters: one for all, or one each")
     _add_ways_to_draw(add)
+    _add_sdxl(parser.add_argument_group("Stable Diffusion XL").add_argument)
     _add_output(add)
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--mode", "--ms_mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
@@ -94,6 +100,7 @@ def _add_ways_to_draw(add: Callable) -> None:
     add("--final_sigma", choices=list(FINAL_SIGMAS), help="noise that is left (default: the model's, or the sampler's)")
     add("--ddim_eta", type=float, help="fresh noise per step, 0 to 1 (default: the sampler's own)")
     add("--scale", type=float, help="guidance scale; 1 is none (default: the model's)")
+    add("--guidance_rescale", type=float, help="0 to 1, against too much contrast by guidance (default: the model's)")
     add("--n_iter", type=int, default=2, help="batches per prompt")
     add("--n_samples", type=int, default=4, help="pictures per batch and prompt")
     add(
@@ -103,6 +110,22 @@ def _add_ways_to_draw(add: Callable) -> None:
     add("--W", type=int, help="width in pixels")
     add("--seed", type=seed, default=42, help="picture k depends on the seed and k alone")
     add("--fixed_code", action="store_true", help="the same starting noises for every batch of n_samples")
+
+
+def _add_sdxl(add: Callable) -> None:
+    """Add what this model is told of the picture's size, and its refiner."""
+    hw, place = {"type": int, "nargs": 2, "metavar": ("H", "W")}, {"type": int, "nargs": 2, "metavar": ("TOP", "LEFT")}
+    add("--original_size", **hw, help="of the file that the picture would be from (default: the size that is drawn)")
+    add("--crop", **place, help="where the picture would be cut out of it (default: 0 0)")
+    add("--target_size", **hw, help="of the picture (default: the size that is drawn)")
+    for name, options in (("original_size", hw), ("crop", place), ("target_size", hw)):
+        add(f"--negative_{name}", **options, help="the same for the negative prompt (default: as for the prompt)")
+    usual = "as the model says"
+    add("--zeros_for_empty_prompt", type=str2bool, help=f"zeros in the place of an empty negative prompt ({usual})")
+    add("--refiner", help="the checkpoint of SDXL's refiner, which draws the last steps")
+    add("--refiner_start", type=float, default=0.8, help="share of the time that is drawn before the refiner")
+    add("--aesthetic_score", type=float, default=AESTHETIC_SCORE, help="the refiner is told, 0 to 10")
+    add("--negative_aesthetic_score", type=float, default=NEGATIVE_AESTHETIC_SCORE, help="for the negative prompt")
 
 
 def _add_output(add: Callable) -> None:
@@ -120,10 +143,11 @@ def chosen_sampler(args: argparse.Namespace, config: ModelConfig) -> Sampler:
 
 
 class Job(NamedTuple):
-    """The pictures that are not drawn yet, the model, and the settings."""
+    """The pictures that are not drawn yet, the models, and the settings."""
 
     pictures: list[Picture]
     model: Model
+    refiner: Model | None
     settings: Settings
     facts: dict
     samples: Path
@@ -136,9 +160,11 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
         raise UserError("several processes make the grid from the saved pictures: leave out --skip_save")
     with ranks.main_first("checkpoint"):
         model = find_model(args)
+        refiner = find_refiner(args, model.config) if args.refiner else None
     config = model.config
     height, width = args.H or config.image_size, args.W or config.image_size
-    check_config(config, height, width)
+    for found in filter(None, (model, refiner)):
+        check_config(found.config, height, width)
     sampler, steps = chosen_sampler(args, config), args.sampling_steps or config.sampling.steps
     sampler.times(build_schedule(config.schedule), steps)  # raises for a wrong number of steps
     with ranks.main_first("folder"):
@@ -146,22 +172,31 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
         if ranks.is_main:
             runtime.until_end(claimed(args.output_path, "drawing"))
     ranks.check_shared(samples)
-    facts = run_facts(args, config, model.path, sampler)
+    settings = Settings(sampler, steps, guidance_scale(args, config), height, width, args.seed)
+    settings = with_sdxl(settings, args, config)
+    facts = run_facts(args, config, model.path, settings)
     if args.resume:
         if next_number(samples):
             facts.update(file_facts(args, model.path))
         pictures = missing(pictures, samples, args, facts)
-    return Job(pictures, model, Settings(sampler, steps, facts["scale"], height, width, args.seed), facts, samples)
+    return Job(pictures, model, refiner, settings, facts, samples)
 
 
 def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
     """Build the networks, and encode the prompts if they are few."""
-    model = StableDiffusion(job.model.config)
-    model.load(job.model.tensors, job.model.path)
-    runtime.set_compute_dtype(model, job.facts["dtype"])
-    if device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS:
-        model.compile_blockwise()
-    pipeline = Pipeline(job.model.config, model)
+
+    def networks(found: Model, parts: tuple[str, ...]) -> StableDiffusion:
+        model = StableDiffusion(found.config, parts)
+        blockwise = device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS
+        model.load(found.tensors, found.path, parts, as_stored=blockwise)
+        model.compute_in(job.facts["dtype"])
+        if blockwise:
+            model.compile_blockwise()
+        return model
+
+    refiner = Pipeline(job.refiner.config, networks(job.refiner, (UNET, TEXT))) if job.refiner else None
+    model = networks(job.model, PARTS)
+    pipeline = Pipeline(job.model.config, model, refiner)
     warn_of_long_prompts(job.pictures, model.tokenizers[0])
     texts = {picture.prompt for picture in job.pictures}
     if job.settings.guidance_scale != 1:

@@ -48,19 +48,22 @@ class Condition(NamedTuple):
         return Condition(*(None if field[0] is None else np.concatenate(field) for field in fields))
 
 
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # that Stability's refiner is drawn with
+
+
 class Sizes(NamedTuple):
     """What SDXL is told of a picture (arXiv 2307.01952, section 2.2). Sides are in pixels, heights before widths.
 
     original: of the picture's file, before it was scaled.
     crop: (top, left), where the picture was cut out after it was scaled.
     target: of the picture that the network sees or draws.
-    aesthetic_score: the refiner is told this number, from 1 to 10, in the place of the target.
+    aesthetic_score: the refiner is told this number, from 0 to 10, in the place of the target.
     """
 
     original: tuple[int, int]
     crop: tuple[int, int]
     target: tuple[int, int]
-    aesthetic_score: float = 6.0
+    aesthetic_score: float = AESTHETIC_SCORE
 
     def numbers(self, count: int) -> tuple[float, ...]:
         """The numbers in the network's order; `count` is `ModelConfig.size_numbers`."""

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
@@ -15,18 +16,27 @@ import numpy as np
 
 from ldm import runtime
 from ldm.checkpoint import content_key
-from ldm.config.model import ModelConfig, changed, load_model_config
+from ldm.conditioning import Sizes
+from ldm.config.model import REFINER_NUMBERS, ModelConfig, changed, load_model_config
 from ldm.config.options import require_at_least
 from ldm.config.versions import VERSIONS, existing, find_checkpoint
 from ldm.config.yaml_file import search
 from ldm.data.prompts import paired, read_lines
-from ldm.diffusion.samplers import Sampler
 from ldm.errors import UserError
 from ldm.files import escaped
 from ldm.parallel.ranks import Ranks
 from ldm.pictures import grid, next_number, read_facts, read_png, save_drawn, save_png
+from ldm.pipeline import Settings
 from ldm.text.tokenizer import Tokenizer
-from ldm.weights import choose_config, config_key, each_with_scale, open_weights, tensors_of, with_adapters
+from ldm.weights import (
+    choose_config,
+    config_key,
+    each_with_scale,
+    open_weights,
+    own_config,
+    tensors_of,
+    with_adapters,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +45,7 @@ SPECIAL_ELSEWHERE = {  # patterns that mean something in the prompts of other pr
     r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)": "prompts have no weights here",
 }
 DEFAULT_VERSION = "2.1"  # where neither a checkpoint nor a version is named; MindONE's
+WITHOUT = {"lora": [], "guidance_rescale": 0.0}  # facts that pictures once had not, and how they were drawn
 IN_GRID = 64  # the most pictures: those of a long prompt file would fill the memory
 
 
@@ -96,13 +107,63 @@ def find_model(args: argparse.Namespace) -> Model:
         version = version or default_version(config.prediction_type if config else None, args.download)
         config = config or changed(load_model_config(VERSIONS[version].config), args.set)
         path = find_checkpoint(version, args.download, config.prediction_type)
-    weights = open_weights(existing(path), args.pretrained_model_path)
+    weights = open_weights(existing(path), args.pretrained_model_path, widen=False)
     choice = choose_config(weights, args.config, version, args.set)
     if args.use_lora and not args.lora_ckpt_path:
         raise UserError("use_lora needs the adapter: give it as --lora_ckpt_path")
     tensors = tensors_of(weights, choice, args.vae_path)
     tensors = with_adapters(tensors, choice.config, args.lora_ckpt_path, args.lora_scale)
     return Model(choice.config, path, tensors)
+
+
+def find_refiner(args: argparse.Namespace, base: ModelConfig) -> Model:
+    """SDXL's refiner, which draws the last steps; UserError where the file is none, or does not go with the base."""
+    weights = open_weights(existing(args.refiner), widen=False)
+    config = choose_config(weights, version=None if own_config(args.refiner, weights.checkpoint) else "xl-refiner")
+    if config.config.size_numbers != REFINER_NUMBERS:
+        raise UserError(f"--refiner {args.refiner} is no refiner of SDXL: give it as --ckpt_path to draw with it alone")
+    if (config.config.scale_factor, config.config.schedule) != (base.scale_factor, base.schedule):
+        raise UserError(
+            f"--refiner {args.refiner} has other latents or another noise schedule than the model, so it cannot go on "
+            "with its pictures: leave it out"
+        )
+    return Model(config.config, args.refiner, tensors_of(weights, config))
+
+
+def guidance_scale(args: argparse.Namespace, config: ModelConfig) -> float:
+    return config.guidance_scale if args.scale is None else args.scale
+
+
+def with_sdxl(settings: Settings, args: argparse.Namespace, config: ModelConfig) -> Settings:
+    """The settings with what SDXL is told, and what guidance does; UserError for values that mean nothing."""
+    own = config.sampling
+    rescale = (own.guidance_rescale or 0.0) if args.guidance_rescale is None else args.guidance_rescale
+    if not 0 <= rescale <= 1:
+        raise UserError(f"--guidance_rescale must be between 0 and 1, got {rescale}")
+    zeros = own.zeros_for_empty_prompt if args.zeros_for_empty_prompt is None else args.zeros_for_empty_prompt
+    settings = replace(settings, guidance_rescale=rescale, zeros_for_empty=zeros)
+    names = [f"{side}{name}" for side in ("", "negative_") for name in ("original_size", "crop", "target_size")]
+    given = [name for name in names if getattr(args, name)]
+    if not config.size_numbers:
+        if given or args.refiner:
+            raise UserError(f"--{[*given, 'refiner'][0]} is for Stable Diffusion XL: this model is told no sizes")
+        return settings
+    for name in given:
+        if min(getattr(args, name)) < (0 if name.endswith("crop") else 1):
+            raise UserError(f"--{name} must be two numbers of pixels, got {' '.join(map(str, getattr(args, name)))}")
+    if not 0 <= args.refiner_start <= 1:
+        raise UserError(f"--refiner_start must be between 0 and 1, got {args.refiner_start}")
+    side = settings.height, settings.width
+    sizes = _sizes(args, "", Sizes(side, (0, 0), side))
+    negative = _sizes(args, "negative_", sizes)
+    return replace(settings, sizes=sizes, negative_sizes=negative, refiner_start=args.refiner_start)
+
+
+def _sizes(args: argparse.Namespace, side: str, default: Sizes) -> Sizes:
+    """What an option of that side says, else the default."""
+    fields = zip(("original_size", "crop", "target_size"), default)
+    said = [tuple(getattr(args, side + name) or usual) for name, usual in fields]
+    return Sizes(*said, getattr(args, f"{side}aesthetic_score"))
 
 
 def default_version(prediction_type: str | None, download: bool) -> str:
@@ -124,29 +185,42 @@ def batches(pictures: list[Picture], size: int) -> Iterator[tuple[list[Picture],
         yield batch, batch + batch[-1:] * (size - len(batch))
 
 
-def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, sampler: Sampler) -> dict:
+def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, settings: Settings) -> dict:
     """The facts that decide the pictures, beside prompts and numbers, as written into their files."""
+    sampler, told = settings.sampler, {}
+    if config.size_numbers:
+        told = {"sizes": _plain(settings.sizes), "negative_sizes": _plain(settings.negative_sizes)}
+        told["zeros_for_empty_prompt"] = settings.zeros_for_empty
+        told["refiner"] = [Path(args.refiner).name, settings.refiner_start] if args.refiner else None
     return {
         "seed": args.seed,
         "sampler": sampler.name,
         "eta": sampler.eta,
         "spacing": sampler.spacing,
         "final_sigma": sampler.final_sigma,
-        "sampling_steps": args.sampling_steps or config.sampling.steps,
-        "scale": config.guidance_scale if args.scale is None else args.scale,
-        "H": args.H or config.image_size,
-        "W": args.W or config.image_size,
+        "sampling_steps": settings.steps,
+        "scale": settings.guidance_scale,
+        "guidance_rescale": settings.guidance_rescale,
+        "H": settings.height,
+        "W": settings.width,
         "prediction_type": config.prediction_type,
         "model_config": config_key(config),
         "dtype": runtime.compute_dtype(args.dtype, args.device_target),
         "checkpoint": Path(checkpoint).name,
         "lora": [[Path(path).name, by] for path, by in each_with_scale(args.lora_ckpt_path, args.lora_scale)],
+        **told,
     }
+
+
+def _plain(sizes: Sizes) -> list:
+    """Sizes as JSON has them."""
+    return [*map(list, sizes[:3]), sizes.aesthetic_score]
 
 
 def file_facts(args: argparse.Namespace, checkpoint: str) -> dict[str, str]:
     """The sha256 of the checkpoints, which tells files of one name apart; reads them whole."""
     files = {"checkpoint": checkpoint, "pretrained_model": args.pretrained_model_path, "vae": args.vae_path}
+    files["refiner"] = args.refiner
     facts = {f"{name}_sha256": content_key(path) for name, path in files.items() if path}
     if args.lora_ckpt_path:
         facts["lora_sha256"] = [content_key(path) for path in args.lora_ckpt_path]
@@ -186,7 +260,7 @@ def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, ru
         if not path.exists():
             left.append(picture)
             continue
-        said, wanted = {"lora": [], **read_facts(path)}, picture_facts(picture, args, run)  # once without adapters
+        said, wanted = {**WITHOUT, **read_facts(path)}, picture_facts(picture, args, run)
         known = [key for key in wanted if key in said or not key.endswith("_sha256")]  # old pictures lack these
         other = next((key for key in known if said.get(key) != wanted[key]), None)
         if other:

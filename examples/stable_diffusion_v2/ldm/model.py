@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from mindspore import Tensor, nn
 
-from ldm import checkpoint
+from ldm import checkpoint, runtime
 from ldm.conditioning import Condition, Conditioner, embed_numbers
 from ldm.config.model import TextConfig
 from ldm.networks import text
-from ldm.networks.blockwise import BlockwiseText, BlockwiseUNet
+from ldm.networks.blockwise import BlockwiseText, BlockwiseUNet, lent_parameters
 from ldm.networks.layers import fill
 from ldm.networks.text import Under
 from ldm.networks.unet import UNet
@@ -55,6 +55,7 @@ class StableDiffusion(nn.Cell):
         self.tokenizers = tuple(map(tokenizer_of, config.texts))
         self.networks = Networks(unet, vae, text_encoder, VAEEncode(vae) if vae else None)
         self.scale_factor = config.scale_factor
+        self.vae_in_float32 = config.vae.force_upcast
         self.size_numbers, self.size_channels = config.size_numbers, config.unet.size_channels
         self.channels, self.factor = config.vae.embed_dim, config.vae.factor
         self.views: dict[str, np.ndarray] = {}  # of a checkpoint's file; parameters share their memory
@@ -124,20 +125,35 @@ class StableDiffusion(nn.Cell):
         """Every parameter's name and shape."""
         return {name: parameter.shape for name, parameter in self.parameters_and_names()}
 
+    def compute_in(self, dtype: str) -> None:
+        """Let the networks multiply in this type; the autoencoder stays in float32 where it must."""
+        for part in (self.networks.unet, self.networks.text, None if self.vae_in_float32 else self.networks.vae):
+            if part:
+                runtime.set_compute_dtype(part, dtype)
+
     def load(
-        self, tensors: dict[str, np.ndarray], path: str, prefixes: tuple[str, ...] = ("",), copy: bool = False
+        self,
+        tensors: dict[str, np.ndarray],
+        path: str,
+        prefixes: tuple[str, ...] = ("",),
+        copy: bool = False,
+        as_stored: bool = False,
     ) -> None:
         """Set the parameters under these prefixes, all of them or none; UserError where names or shapes do not fit.
 
-        Without `copy` they are views of the file where possible, for short runs: the file must not change then. NaN or
-        infinity gives a warning. A thread checks the views while this one goes on. It reads the file ahead, in the
-        order in which the networks are used.
+        Without `copy` they are views of the file where possible, for short runs: the file must not change then. With
+        `as_stored` the weights of layers that are run one by one stay in the file in its own type, and each layer gets
+        them in float32 for as long as it runs: see ldm.networks.blockwise. NaN or infinity gives a warning. A thread
+        checks the views while this one goes on. It reads the file ahead, in the order in which the networks are used.
         """
         fitting, bad, views = checkpoint.match(tensors, self.shapes(), path, prefixes), [], {}
+        lent = lent_parameters(self.networks.unet, self.networks.text) if as_stored else set()
         for name, parameter in self.parameters_and_names():
             if name not in fitting:
                 continue
-            if fill(parameter, fitting[name], copy):
+            if id(parameter) in lent and fitting[name].dtype != np.float32:
+                parameter.stored = views[name] = fitting[name]
+            elif fill(parameter, fitting[name], copy):
                 if not is_finite(fitting[name]):
                     bad.append(name)
                 checkpoint.release(fitting[name])
@@ -168,4 +184,4 @@ def tokenizer_of(config: TextConfig) -> Tokenizer:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    return bool(np.isfinite(array.sum(dtype=np.float32)))
+    return bool(np.isfinite(checkpoint.widened(array).sum(dtype=np.float32)))

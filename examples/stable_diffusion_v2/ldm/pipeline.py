@@ -9,9 +9,9 @@ from typing import Callable
 import numpy as np
 
 from ldm import checkpoint
-from ldm.conditioning import Condition, Sizes
+from ldm.conditioning import NEGATIVE_AESTHETIC_SCORE, Condition, Sizes
 from ldm.config.model import ModelConfig
-from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.denoiser import Denoiser, Relay
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.samplers import Sampler, get_sampler
 from ldm.diffusion.schedule import build_schedule
@@ -61,7 +61,7 @@ class Settings:
     """How pictures are drawn from prompts, the same for all of a run.
 
     `sizes` and `negative_sizes` are what SDXL is told with the prompts and with the negative prompts. None: the whole
-    picture has the size that is drawn, and the negative side is told what the prompts' side is.
+    picture has the size that is drawn, and the negative side is told the same but the aesthetic score.
     """
 
     sampler: Sampler
@@ -72,12 +72,15 @@ class Settings:
     seed: int
     sizes: Sizes | None = None
     negative_sizes: Sizes | None = None
+    guidance_rescale: float = 0.0
+    zeros_for_empty: bool = False  # an empty negative prompt is zeros, not its text features
+    refiner_start: float = 1.0  # the share of the time that is drawn before the refiner, where there is one
 
     def told(self) -> tuple[Sizes, Sizes]:
         """The sizes of the prompts' side and of the negative side."""
         side = self.height, self.width
         sizes = self.sizes or Sizes(side, (0, 0), side)
-        return sizes, self.negative_sizes or sizes
+        return sizes, self.negative_sizes or sizes._replace(aesthetic_score=NEGATIVE_AESTHETIC_SCORE)
 
 
 def normal_draws(seed: int, purpose: str, shape: tuple[int, ...], numbers: list[int]) -> Callable[[int], np.ndarray]:
@@ -93,16 +96,20 @@ def normal_draws(seed: int, purpose: str, shape: tuple[int, ...], numbers: list[
 class Pipeline:
     """Prompts to pictures with one model.
 
+    Args:
+        config: the model's.
+        model: its networks.
+        refiner: the pipeline of SDXL's refiner, which draws the last steps. Its noise schedule is this one's.
+
     Raises:
         UserError: unknown prediction type or schedule, or two that do not go together.
     """
 
-    def __init__(self, config: ModelConfig, model: StableDiffusion):
-        self.model = model
+    def __init__(self, config: ModelConfig, model: StableDiffusion, refiner: Pipeline | None = None):
+        self.model, self.refiner = model, refiner
         self.schedule = build_schedule(config.schedule)
         self.prediction = get_prediction(config.prediction_type)
         self.schedule.check(self.prediction)
-        self.zeros_for_empty = config.sampling.zeros_for_empty_prompt
         self.conditions: dict[str, Condition] = {}  # of single prompts
 
     def draw(
@@ -116,10 +123,10 @@ class Pipeline:
         """Pictures uint8 [B, H, W, 3]. Picture k of the run depends on the seed and on numbers[k], not on its batch."""
         shape = self.model.latent_shape(settings.height, settings.width)
         noise = normal_draws(settings.seed, "sampling noise", shape, numbers)
-        denoise = self.denoiser(prompts, negative_prompts, settings.guidance_scale, settings.told())
+        denoise = self.guided(prompts, negative_prompts, settings)
         times = settings.sampler.times(self.schedule, settings.steps)
         latents = settings.sampler(denoise, noise(-1), times, self.schedule, noise, progress)
-        self.model.give_back(UNET)
+        (self.refiner or self).model.give_back(UNET)
         images = self.model.decode(latents)
         self.model.give_back(VAE)
         if file := checkpoint.changed(self.model.views.values()):
@@ -142,8 +149,17 @@ class Pipeline:
         times = settings.sampler.times(self.schedule, settings.steps)[skipped:]
         noise = normal_draws(settings.seed, "noise to redraw", x0.shape[1:], numbers)
         z = self.schedule.alpha(times[0]) * x0 + self.schedule.sigma(times[0]) * noise(-1)
-        denoise = self.denoiser(prompts, [""] * len(prompts), settings.guidance_scale, settings.told())
+        denoise = self.guided(prompts, [""] * len(prompts), settings)
         return settings.sampler(denoise, z, times, self.schedule, noise)
+
+    def guided(self, prompts: list[str], negative_prompts: list[str], settings: Settings) -> Denoiser | Relay:
+        """The denoiser of a batch of prompts, for a sampler, with the refiner's after it."""
+        words = prompts, negative_prompts, settings.guidance_scale, settings.told(), settings.guidance_rescale
+        denoise = self.denoiser(*words, settings.zeros_for_empty)
+        if self.refiner is None:
+            return denoise
+        until = round(len(self.schedule) * (1 - settings.refiner_start))
+        return Relay(denoise, self.refiner.denoiser(*words), until, lambda: self.model.give_back(UNET))
 
     def denoiser(
         self,
@@ -151,12 +167,15 @@ class Pipeline:
         negative_prompts: list[str],
         guidance_scale: float,
         told: tuple[Sizes | None, Sizes | None] = (None, None),
+        guidance_rescale: float = 0.0,
+        zeros_for_empty: bool = False,
     ) -> Denoiser:
-        """The denoiser of this batch of prompts, for a sampler; `told` as from `Settings.told`, for SDXL."""
+        """This model's denoiser of a batch of prompts; `told` as from `Settings.told`, the rest as in `Settings`."""
         cond, uncond = self.told(prompts, told[0]), None
         if guidance_scale != 1:
-            uncond = self.told(negative_prompts, told[1], self.zeros_for_empty)
-        return Denoiser(self.model.unet, self.schedule, self.prediction, cond, uncond, guidance_scale)
+            uncond = self.told(negative_prompts, told[1], zeros_for_empty)
+        network = self.model.unet
+        return Denoiser(network, self.schedule, self.prediction, cond, uncond, guidance_scale, guidance_rescale)
 
     def told(self, prompts: list[str], sizes: Sizes | None, zeros_for_empty: bool = False) -> Condition:
         """The condition of a batch of prompts, and of the same sizes for all of them where the UNet is told sizes.
@@ -173,7 +192,9 @@ class Pipeline:
         return self.model.told_sizes(condition, np.array([sizes.numbers(self.model.size_numbers)] * len(prompts)))
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
-        """Encode all prompts of a run, at most CACHED_PROMPTS, and free the text encoder."""
+        """Encode all prompts of a run, at most CACHED_PROMPTS, and free the text encoder; those of the refiner too."""
+        if self.refiner:
+            self.refiner.encode_ahead(prompts)
         for prompt in prompts:
             self.condition([prompt])
         self.model.forget_text_encoder()

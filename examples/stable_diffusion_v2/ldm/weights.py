@@ -1,8 +1,9 @@
 """The files that a model's weights come from, what they say of the model, and which model a command means.
 
 The first of these that is there decides: --config; the config that the checkpoint carries; a YAML file of its name
-beside it; --version; its name, where that is a published model's. If none is there, the user is asked; nothing is
-guessed. --set changes the chosen config, and the file is then compared with the result.
+beside it; --version; its name, where that is a published model's; the marks of a file of SDXL that predicts v. If none
+is there, the user is asked; nothing is guessed. --set changes the chosen config, and the file is then compared with the
+result.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm import checkpoint
-from ldm.checkpoint import Checkpoint, lora, metadata
+from ldm.checkpoint import Checkpoint, kinds, lora, metadata
 from ldm.config import mindone
 from ldm.config.model import ModelConfig, SamplingConfig, changed, from_yaml, load_model_config, to_yaml
-from ldm.config.versions import VERSIONS, published
+from ldm.config.versions import VERSIONS, XL_VPRED, published
 from ldm.diffusion.prediction import get_prediction
 from ldm.errors import UserError
 from ldm.files import quoted
@@ -97,12 +98,37 @@ def _choose(path: str, ckpt: Checkpoint, config_path: str | None, version: str |
         return Choice(own, "its config")
     if beside:
         return _by_sidecar(path, beside, version)
-    version = version or published(path)
+    version, marked = version or published(path), by_marks(ckpt)
+    if marked and version in (None, XL_VPRED):
+        return Choice(marked, f"the config of {XL_VPRED}")
     if version:
         return Choice(load_model_config(VERSIONS[version].config), f"--version {version}")
-    raise UserError(
-        f"{path} does not say which model it is: add --version ({', '.join(VERSIONS)}), or its YAML file as config"
-    )
+    kind, known = kinds.of_unet(ckpt.tensors), ", ".join(_versions_of(ckpt))
+    begin = f"{path} is {kind.name} and" if kind else path
+    raise UserError(f"{begin} does not say which model it is: add --version ({known}), or its YAML file as config")
+
+
+def by_marks(ckpt: Checkpoint) -> ModelConfig | None:
+    """The config of a file of SDXL's base that says by its marks that it predicts v; None for any other file.
+
+    Without the mark of zero terminal SNR the schedule is the plain one, drawn with as SDXL is.
+    """
+    schedule = metadata.schedule("the file", ckpt.meta)
+    said = ckpt.meta.get("prediction_type"), "zero_terminal_snr" in schedule
+    if said != ("v", True) or kinds.of_unet(ckpt.tensors) is not kinds.XL:
+        return None
+    config = load_model_config(VERSIONS[XL_VPRED].config)
+    if schedule["zero_terminal_snr"]:
+        return config
+    sampling = replace(config.sampling, spacing=None, guidance_rescale=None)
+    return replace(config, schedule=replace(config.schedule, zero_terminal_snr=False), sampling=sampling)
+
+
+def _versions_of(ckpt: Checkpoint) -> list[str]:
+    """The published models whose UNets take as much beside time and texts as the file's UNet does."""
+    width = kinds.label_width(ckpt.tensors)
+    widths = {word: load_model_config(known.config).unet.adm_in_channels or 0 for word, known in VERSIONS.items()}
+    return [word for word in VERSIONS if widths[word] == width] or list(VERSIONS)
 
 
 def sidecar(path: str) -> str | None:
@@ -181,6 +207,7 @@ def check_words(
     Raises:
         UserError: it was trained with another latent scale, prediction type or schedule, or for another architecture.
     """
+    _check_kind(path, ckpt, config, origin, parts)
     scale = metadata.scale_factor(path, ckpt.meta)
     if scale is not None and abs(scale / config.scale_factor - 1) > 1e-4:
         raise UserError(f"{path} has latents scaled by {scale}, {origin} says scale_factor {config.scale_factor}")
@@ -192,6 +219,23 @@ def check_words(
         raise UserError(
             f"{path} was trained with {key} {quoted(said)}, {origin} says {quoted(wanted)}: it is of another model"
         )
+
+
+_CALLED = {0: "Stable Diffusion 1.x or 2.x", 5: "the refiner of Stable Diffusion XL", 6: "Stable Diffusion XL"}
+
+
+def _check_kind(path: str, ckpt: Checkpoint, config: ModelConfig, origin: str, parts: tuple[str, ...]) -> None:
+    """UserError where one of the file's UNet and the config's is told of sizes, and the other one is not, or of others.
+
+    Networks of billions of parameters would be built before anybody noticed.
+    """
+    width = kinds.label_width(ckpt.tensors) if UNET in parts else None
+    if width in (None, config.unet.adm_in_channels or 0):
+        return
+    kind = kinds.of_unet(ckpt.tensors)
+    like = "Stable Diffusion XL, of other widths" if width else "Stable Diffusion 1.x or 2.x"
+    name, advice = (kind.name, kind.advice) if kind else (f"a model like {like}", "choose its own config")
+    raise UserError(f"{path} is {name}, {origin} is for {_CALLED[config.size_numbers]}: {advice}")
 
 
 def _check_type(path: str, ckpt: Checkpoint, config: ModelConfig, origin: str) -> None:
@@ -225,7 +269,8 @@ def _differences(own: ModelConfig, config: ModelConfig, parts: tuple[str, ...]) 
 def _comparable(section: object | None) -> dict:
     """A section's fields, so that equal networks have equal fields."""
     fields = asdict(section) if section else {}
-    fields.pop("use_checkpoint", None)  # it changes memory and time, not the result
+    for key in ("use_checkpoint", "force_upcast"):  # they change memory, time and rounding, not the result
+        fields.pop(key, None)
     if "attention_resolutions" in fields:
         fields["attention_resolutions"] = tuple(sorted(fields["attention_resolutions"]))
     if "padding" in fields:
@@ -286,7 +331,7 @@ def with_adapters(
     adapters = [(lora.load(path), scale) for path, scale in each_with_scale(paths, scales)]
     for adapter, _ in adapters:
         lora.check_type(adapter, config.prediction_type)
-    return lora.merged(tensors, adapters, config.text.variant) if adapters else tensors
+    return lora.merged(tensors, adapters) if adapters else tensors
 
 
 def each_with_scale(paths: Sequence[str], scales: Sequence[float]) -> list[tuple[str, float]]:

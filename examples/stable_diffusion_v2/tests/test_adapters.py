@@ -219,7 +219,7 @@ def test_adapters_are_trained_resumed_and_drawn_with(small, tmp_path, monkeypatc
     told = json.loads((with_one / "samples/prompts.jsonl").read_text())
     assert told["lora"] == [["sd-10.ckpt", 0.8]] and len(told["lora_sha256"][0]) == 64
     assert (plain / "samples/00000.png").read_bytes() != (with_one / "samples/00000.png").read_bytes()
-    merged = lora.merged(checkpoint.load(small / "base.safetensors").tensors, [(made, 0.8)], "openclip")
+    merged = lora.merged(checkpoint.load(small / "base.safetensors").tensors, [(made, 0.8)])
     meta = checkpoint.load(small / "base.safetensors").meta
     checkpoint.save(tmp_path / "merged.safetensors", merged, meta, "safetensors")
     swap = sampling(small, tmp_path / "swapped", *draw)
@@ -260,13 +260,13 @@ def test_adapters_that_cannot_be_trained(small, tmp_path, monkeypatch, capsys, w
 def test_training_goes_on_with_adapters_of_any_form(small, tmp_path, monkeypatch, capsys):
     """After a step so small that nothing moves, what comes out is what went in, at any scale of the run."""
     base = checkpoint.load(small / "base.safetensors")
-    scheme, rng, pairs = lora.scheme_of(base.tensors), np.random.default_rng(0), {}
+    layout, rng, pairs = lora.layout_of(base.tensors), np.random.default_rng(0), {}
     for name, weight in base.tensors.items():
         if name.startswith("model.") and name.endswith(
             (".to_q.weight", ".to_k.weight", ".to_v.weight", "to_out.0.weight")
         ):
             down, up = (rng.standard_normal(s).astype(np.float32) for s in ((2, weight.shape[1]), (weight.shape[0], 2)))
-            pairs[lora.module(name, "openclip", scheme=scheme)] = lora.Pair(down, up, 3.0)
+            pairs[lora.module(name, layout)] = lora.Pair(down, up, 3.0)
     lora.save(tmp_path / "start", lora.Adapter(pairs, base.meta, "peft"), "peft")
     words = ["--use_lora", True, "--lora_ckpt_path", tmp_path / "start", "--lora_format", "kohya", "--train_steps", 1]
     still = ["--lora_rank", 2, "--use_ema", False, "--start_learning_rate", 1e-12, "--end_learning_rate", 1e-12]

@@ -13,17 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_sdxl
 from full_disk import files_of_at_most
 
 from ldm import checkpoint
 from ldm.checkpoint import formats, metadata, mindspore_file, names, safetensors_file
 from ldm.checkpoint.arrays import BFLOAT16
+from ldm.config.model import load_model_config
 from ldm.errors import UserError
 from ldm.networks.layers import ALIGNMENT
+from ldm.weights import words_of
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 FORMATS = ["mindspore", "safetensors"]
-UNET = "model.diffusion_model."
+UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 
 
 def rows(name):
@@ -195,6 +198,108 @@ def test_two_names_for_one_parameter_are_refused(tmp_path):
     formats.write(path, {norm + "weight": np.ones(2), norm + "gamma": np.ones(2)}, {}, "mindspore")
     with pytest.raises(UserError, match="twice, under two names"):
         checkpoint.load(path)
+
+
+# ---- names of SDXL ----
+
+XL = [
+    ("sdxl_base_parameters", 2514, 799, "sdxl-inference"),
+    ("sdxl_refiner_parameters", 1858, None, "sdxl-refiner-inference"),
+]
+
+
+def xl_rows(table):
+    """(Stability's name, diffusers' names, MindONE's name, what becomes of the numbers) of every parameter."""
+    with gzip.open(REFERENCE / f"{table}.tsv.gz", "rt") as file:
+        return [
+            (row[0], row[1].split("+"), row[3], row[4]) for row in (line.rstrip("\n").split("\t") for line in file)
+        ][1:]
+
+
+def inside(table):
+    """{Stability's name in the file: our name}: the base's encoders keep their numbers, the refiner's has none."""
+    theirs, ours = ("conditioner.", TEXT) if "base" in table else ("conditioner.embedders.0.", TEXT)
+    return {row[0]: row[0].replace(theirs, ours) for row in xl_rows(table)}
+
+
+@pytest.mark.parametrize(("table", "number", "different", "config"), XL, ids=["base", "refiner"])
+def test_names_of_sdxl_both_ways(table, number, different, config):
+    rows, ours = xl_rows(table), inside(table)
+    named = {ours[row[0]]: np.array(n) for n, row in enumerate(rows)}
+    stability, mindone = ({row[which]: n for n, row in enumerate(rows)} for which in (0, 2))
+    assert len(named) == len(stability) == len(mindone) == number
+    for table_, way in ((stability, names.to_conditioner), (mindone, names.to_mindone)):
+        assert {name: int(array) for name, array in way(named).items()} == table_
+        assert_same(names.from_mindone({name: np.array(n) for name, n in table_.items()}), named)
+    assert_same(names.from_mindone(named), named)
+    if different:
+        assert sum(row[0] != row[2] for row in rows) == different
+    wrapped = {name.replace(".gamma", "._backbone.gamma"): np.array(n) for name, n in mindone.items()}
+    assert wrapped.keys() != mindone.keys()
+    assert_same(names.from_mindone(names.without_wrappers(wrapped)), named)
+    known = tiny_sdxl.parameters(load_model_config(f"configs/{config}.yaml"))
+    assert named.keys() - known.keys() == {ours[row[0]] for row in rows if row[1] == ["-"]}  # logit_scale
+    assert all(map(names.is_parameter, known)) and all(map(names.is_extra, named.keys() - known.keys()))
+
+
+@pytest.mark.parametrize(("table", "number", "different", "config"), XL, ids=["base", "refiner"])
+def test_diffusers_names_of_sdxl(table, number, different, config):
+    """Every name and what becomes of its numbers, which are few here and told apart by their values."""
+    ours, tensors, parts = inside(table), {}, {}
+    for n, (stability, theirs, _, change) in enumerate(xl_rows(table)):
+        array = np.full({"squeeze 1x1": (2, 2, 1, 1), "transpose": (2, 2)}.get(change, (3, 2)), 10 * n)
+        array[0, 1] += 1
+        tensors[ours[stability]] = array
+        if change.startswith("rows"):
+            array[:] = [[10 * n], [10 * n + 1], [10 * n + 2]]
+        changed = {"squeeze 1x1": array.reshape(-1, 2), "transpose": array.T}.get(change, array)
+        pieces = np.split(changed, 3) if change.startswith("rows") else [changed]
+        for name, piece in zip(theirs if theirs != ["-"] else [], pieces):
+            part, _, name = name.partition("/")
+            parts.setdefault(part, {})[name] = piece
+    written = names.to_diffusers(tensors, 32)
+    assert written.keys() == parts.keys() | {"text_encoder"}
+    for part, arrays in written.items():
+        assert_same(arrays, parts.get(part, {}))
+    read = names.from_diffusers(
+        parts["unet"], parts["vae"], parts.get("text_encoder", {}), "clip", parts["text_encoder_2"]
+    )
+    assert_same(read, {name: array for name, array in tensors.items() if not name.endswith("logit_scale")})
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_files_of_sdxl_hold_beside_parameters(tmp_path, form):
+    """The numbers of positions and a scale, which no network has, stay in a file and have no place in a folder."""
+    config = tiny_sdxl.tiny_sdxl_config()
+    extras = {
+        f"{TEXT}embedders.0.transformer.text_model.embeddings.position_ids": np.arange(77)[None],
+        f"{TEXT}embedders.1.model.logit_scale": np.array(4.6052, np.float32),
+    }
+    tensors = tiny_sdxl.random_tensors(config)
+    checkpoint.save(tmp_path / "xl", {**tensors, **extras}, words_of(config), form)
+    inside = [name for name in formats.read(tmp_path / "xl")[0] if name.endswith(("position_ids", "logit_scale"))]
+    assert sorted(inside) == [name.replace(TEXT, "conditioner.") for name in sorted(extras)]
+    read = checkpoint.load(tmp_path / "xl")
+    assert_same({name: read.tensors[name] for name in sorted(read.tensors)}, dict(sorted((tensors | extras).items())))
+    checkpoint.check_names(read, "xl")
+    assert checkpoint.match(read.tensors, tiny_sdxl.parameters(config), "xl").keys() == tensors.keys()
+    checkpoint.save(tmp_path / "folder", read.tensors, read.meta, "diffusers")
+    assert checkpoint.load(tmp_path / "folder").tensors.keys() == tensors.keys()
+
+
+def test_sd2_by_stabilitys_newer_program_is_no_refiner():
+    name = "model.transformer.resblocks.3.ln_1.weight"
+    sd2 = {UNET + "input_blocks.0.0.weight": blank((8, 4, 3, 3)), f"conditioner.embedders.0.{name}": blank(8)}
+    read = names.from_mindone(sd2)
+    assert TEXT + name in read and not names.is_xl(read)
+    assert names.to_conditioner(read).keys() == read.keys()  # in its files it has the older name
+
+
+def test_a_parameter_without_a_place_in_diffusers_is_named():
+    tensors = tiny_sdxl.random_tensors(tiny_sdxl.tiny_sdxl_config())
+    for name in ("embedders.2.model.positional_embedding", "embedders.0.transformer.strange", "model.ln_final.bias"):
+        with pytest.raises(UserError, match=f"1 parameters have no place .*{name.rpartition('.')[2]}"):
+            names.to_diffusers({**tensors, TEXT + name: np.ones(2)})
 
 
 # ---- round trips ----
@@ -553,6 +658,9 @@ def test_unreadable_schedule_is_an_error(tmp_path, schedule):
 
 
 def test_architecture_is_named_for_model_browsers():
+    for config, expected in (("", "stable-diffusion-xl-v1-base"), ("refiner-", "stable-diffusion-xl-v1-refiner")):
+        wanted = tiny_sdxl.parameters(load_model_config(f"configs/sdxl-{config}inference.yaml"))
+        assert metadata.architecture({name: blank(shape) for name, shape in wanted.items()}, "v") == expected
     for table, prediction_type, expected in (
         ("sd1_parameters_stability", "eps", "stable-diffusion-v1"),
         ("sd1_parameters_stability", "v", "stable-diffusion-v1"),

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_sdxl
 
 from ldm import checkpoint
 from ldm.checkpoint import diffusers_config as configs
 from ldm.checkpoint import diffusers_folder, formats
 from ldm.config.model import SamplingConfig, from_dict, from_yaml, load_model_config, to_dict
 from ldm.errors import UserError
-from ldm.weights import read_checkpoint
+from ldm.weights import read_checkpoint, words_of
 
 TINY = "models/tiny-vpred.safetensors"
 
@@ -208,17 +209,32 @@ def described(folder):
     return from_yaml(checkpoint.load(folder).meta["model_config"], str(folder))
 
 
-@pytest.mark.parametrize("name", ["tiny-vpred", "v1-inference", "v2-inference", "v2-vpred-inference"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tiny-vpred", "v1-inference", "v2-inference", "v2-vpred-inference"),
+        *("sdxl-inference", "sdxl-vpred-inference", "sdxl-refiner-inference"),
+    ],
+)
 def test_a_config_survives_diffusers_files(tmp_path, name):
     config = load_model_config(f"configs/{name}.yaml")
     for path, text in configs.files(to_dict(config)["model"]).items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text)
-    tables = [configs.Table(tmp_path / path) for path in (configs.UNET, configs.VAE, configs.TEXT, configs.SCHEDULER)]
-    for check, table in zip((configs.check_unet, configs.check_vae, configs.check_text_encoder), tables):
-        check(table)
-    read = from_dict({"model": configs.model_config(*tables)}, name)
-    assert read == replace(config, unet=replace(config.unet, use_checkpoint=False), sampling=SamplingConfig())
+    unet, vae, scheduler = (configs.Table(tmp_path / p) for p in (configs.UNET, configs.VAE, configs.SCHEDULER))
+    places = (tmp_path / path for path in (configs.TEXT, configs.TEXT_2))
+    texts = [configs.Table(place) for place in places if place.exists()]
+    configs.check_unet(unet)
+    configs.check_vae(vae)
+    for table in texts:
+        configs.check_text_encoder(table)
+    index = configs.Table(tmp_path / configs.INDEX)
+    read = from_dict({"model": configs.model_config(unet, vae, texts, scheduler, index)}, name)
+    kept = SamplingConfig(
+        spacing=config.sampling.spacing if "xl" in name else None,
+        zeros_for_empty_prompt=config.sampling.zeros_for_empty_prompt,
+    )
+    assert read == replace(config, unet=replace(config.unet, use_checkpoint=False), sampling=kept)
 
 
 def test_a_folder_by_others_has_the_whole_config(folder):
@@ -256,13 +272,16 @@ FOREIGN = [
     (configs.UNET, "mid_block_scale_factor", 2),
     (configs.UNET, "mid_block_type", "UNetMidBlock2D"),
     (configs.UNET, "downsample_padding", 0),
-    (configs.UNET, "addition_embed_type", "text_time"),
+    (configs.UNET, "addition_embed_type", "text_image"),
+    (configs.UNET, "addition_embed_type", ["text_time", "image"]),
+    (configs.UNET, "projection_class_embeddings_input_dim", 2816),
     (configs.UNET, "class_embed_type", "projection"),
     (configs.UNET, "resnet_time_scale_shift", "scale_shift"),
     (configs.UNET, "down_block_types", ["AttnDownBlock2D"] * 4),
     (configs.UNET, "up_block_types", ["CrossAttnUpBlock2D"] * 4),
     (configs.UNET, "attention_head_dim", [1, 2, 3, 4]),
-    (configs.UNET, "transformer_layers_per_block", [1, 2, 4, 4]),
+    (configs.UNET, "transformer_layers_per_block", [1, 2, 4]),
+    (configs.UNET, "transformer_layers_per_block", [[1, 2], 2, 4, 4]),
     (configs.UNET, "something_new", 3),
     (configs.VAE, "act_fn", "relu"),
     (configs.VAE, "norm_num_groups", 16),
@@ -276,6 +295,7 @@ FOREIGN = [
     (configs.TEXT, "intermediate_size", 500),
     (configs.SCHEDULER, "trained_betas", [0.1, 0.2]),
     (configs.SCHEDULER, "beta_schedule", "sigmoid"),
+    (configs.SCHEDULER, "_class_name", "EDMDPMSolverMultistepScheduler"),
 ]
 
 
@@ -365,6 +385,99 @@ def test_the_last_text_block_is_written_where_it_runs(tmp_path, tiny, layers):
     same(read, kept)
 
 
+# ---- SDXL ----
+
+
+@pytest.fixture(params=["base", "refiner"])
+def xl(request, tmp_path):
+    """(config, tensors, folder) of a tiny model of SDXL's kind; no word of ours is in the folder."""
+    config = {"base": tiny_sdxl.tiny_sdxl_config, "refiner": tiny_sdxl.tiny_refiner_config}[request.param]()
+    tensors = tiny_sdxl.random_tensors(config)
+    checkpoint.save(tmp_path / "xl", tensors, words_of(config), "diffusers")
+    strip(tmp_path / "xl")
+    return config, tensors, tmp_path / "xl"
+
+
+def test_a_pipeline_of_sdxl_says_what_it_is(xl):
+    config, tensors, folder = xl
+    same(checkpoint.load(folder).tensors, tensors)
+    kept = replace(config, sampling=replace(SamplingConfig(), **vars_of(config.sampling)))
+    assert described(folder) == kept
+    zeros = config.sampling.zeros_for_empty_prompt
+    index = json.loads((folder / configs.INDEX).read_text())
+    assert index["force_zeros_for_empty_prompt"] is zeros and list(index) == sorted(index)
+    change(folder, configs.INDEX, force_zeros_for_empty_prompt=not zeros)
+    assert described(folder).sampling.zeros_for_empty_prompt is not zeros
+    change(folder, configs.INDEX, force_zeros_for_empty_prompt=None)
+    assert described(folder).sampling.zeros_for_empty_prompt is True  # diffusers' default
+    change(folder, configs.VAE, force_upcast=False)
+    change(folder, configs.SCHEDULER, timestep_spacing="leading")
+    assert (described(folder).vae.force_upcast, described(folder).sampling.spacing) == (False, None)
+
+
+def vars_of(sampling):
+    """What diffusers' files say of the sampling."""
+    return {"spacing": sampling.spacing, "zeros_for_empty_prompt": sampling.zeros_for_empty_prompt}
+
+
+def test_each_tokenizer_of_sdxl_pads_in_its_own_way(xl):
+    config, _, folder = xl
+    tokens = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
+    places = [folder / name for name in tokens if (folder / name).exists()]
+    assert len(places) == len(config.texts)
+    for place in places:
+        assert json.loads((place / "special_tokens_map.json").read_text())["pad_token"] == tokens[place.name]
+        (place / "special_tokens_map.json").unlink()  # as transformers 5 leaves it out
+    assert [text.padding for text in described(folder).texts] == [None] * len(places)
+    for place, pad in zip(places, ("!", "<|endoftext|>")[-len(places) :]):
+        change(folder, f"{place.name}/tokenizer_config.json", pad_token={"content": pad})
+    assert [text.padding for text in described(folder).texts] == ["zero", "end"][-len(places) :]
+
+
+def test_what_a_pipeline_of_sdxl_lacks_is_one_line(xl):
+    config, _, folder = xl
+    with pytest.raises(
+        UserError, match="text_encoder_2 is a text encoder of Stable Diffusion XL alone: give the whole"
+    ):
+        checkpoint.load(folder / "text_encoder_2")
+    for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"):
+        was = json.loads((folder / configs.UNET).read_text())[key]
+        change(folder, configs.UNET, **{key: None})
+        with pytest.raises(UserError, match=f"unet/config.json: {key} is missing, though addition_embed_type is"):
+            checkpoint.load(folder)
+        change(folder, configs.UNET, **{key: was})
+    change(folder, configs.TEXT_2, projection_dim=50)
+    with pytest.raises(UserError, match="adm_in_channels must be the projection 50"):
+        described(folder)
+    shutil.rmtree(folder / "text_encoder_2")
+    if config.text_2:
+        with pytest.raises(UserError, match="model.text.width, 32, and model.unet.context_dim 96 must be equal"):
+            described(folder)
+    else:
+        assert "model_config" not in checkpoint.load(folder).meta
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda c: replace(c, text=replace(c.text, context_layer=1)),
+            "context_layer is 1, and diffusers' is 2 of its 3",
+        ),
+        (lambda c: replace(c, text=replace(c.text, context_layer=None)), "context_layer is None, and diffusers' is 2"),
+        (lambda c: replace(c, text_2=replace(c.text_2, variant="clip")), "the projection is no openclip"),
+    ],
+)
+def test_sdxl_that_diffusers_cannot_hold_is_not_written(tmp_path, change, said):
+    config = tiny_sdxl.tiny_sdxl_config()
+    tensors = tiny_sdxl.random_tensors(config)
+    with pytest.raises(UserError, match=f"diffusers has no network like this one: .*{said}"):
+        checkpoint.save(tmp_path / "p", tensors, words_of(change(config)), "diffusers")
+    with pytest.raises(UserError, match="of another model than the weights: model.unet.context_dim is 64"):
+        checkpoint.save(tmp_path / "p", tensors, words_of(tiny_sdxl.tiny_refiner_config()), "diffusers")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- folders that are no whole pipeline ----
 
 
@@ -397,9 +510,9 @@ def test_the_average_of_a_trainer_is_drawn_with_and_its_weights_are_trained(fold
 
 
 def test_other_folders_are_named(folder):
-    (folder / "text_encoder_2").mkdir()
-    change(folder, "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(UserError, match="is a StableDiffusionXLPipeline, with a text_encoder_2/: choose a pipeline of"):
+    (folder / "text_encoder_3").mkdir()
+    change(folder, "model_index.json", _class_name="StableDiffusion3Pipeline")
+    with pytest.raises(UserError, match="is a StableDiffusion3Pipeline, with a text_encoder_3/: choose a pipeline of"):
         checkpoint.load(folder)
     (folder / "unet/adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="unet holds a LoRA: give it"):

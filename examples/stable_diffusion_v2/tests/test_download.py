@@ -148,6 +148,25 @@ def test_nothing_is_fetched_without_being_asked(server, tmp_path, monkeypatch):
     assert (tmp_path / "models/model.ckpt").read_bytes() == CONTENT
 
 
+def test_models_of_others_are_not_fetched_but_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(versions, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(versions, "search", lambda path: tmp_path / path if (tmp_path / path).exists() else None)
+    page = "no models/sd_xl_base_1.0.safetensors for --version xl, .*get it from https://huggingface.co/stabilityai/"
+    for fetch in (False, True):
+        with pytest.raises(UserError, match=page):
+            versions.find_checkpoint("xl", fetch)
+        with pytest.raises(UserError, match="xl-vpred is no single published file: give the path of such a model"):
+            versions.find_checkpoint("xl-vpred", fetch)
+    with pytest.raises(
+        UserError, match="sd_xl_refiner_1.0.safetensors does not exist: get it from https://huggingface"
+    ):
+        versions.existing(str(tmp_path / "sd_xl_refiner_1.0.safetensors"))
+    (tmp_path / "models").mkdir()
+    for name in ("sd_xl_base_1.0_ms.ckpt", "sd_xl_base_1.0_0.9vae.safetensors", "sd_xl_base_1.0.safetensors"):
+        (tmp_path / "models" / name).touch()
+        assert versions.find_checkpoint("xl", prediction_type="eps") == str(tmp_path / "models" / name)
+
+
 def test_a_login_page_is_no_checkpoint(server, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "CONTENT", b"\n<!DOCTYPE html><title>log in</title>")
     with pytest.raises(UserError, match="answered with a web page"):

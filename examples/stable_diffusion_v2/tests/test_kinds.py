@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_sdxl
 
 from ldm import checkpoint
 from ldm.checkpoint import arrays, formats, kinds, names
@@ -14,6 +15,7 @@ from ldm.parts import PARTS, TEXT, UNET, VAE
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 TINY = "models/tiny-vpred.safetensors"
+XL, REFINER = (load_model_config(f"configs/sdxl-{name}inference.yaml") for name in ("", "refiner-"))
 BLOCK = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 THEIRS = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -71,7 +73,8 @@ NAMES = [
     ("double_blocks.0.img_attn.qkv.weight", "a model of Flux' kind"),
     (f"{UNET}joint_blocks.0.context_block.attn.qkv.weight", "a model of Stable Diffusion 3's kind"),
     ("transformer_blocks.0.attn1.to_q.weight", "a diffusion transformer"),
-    ("conditioner.embedders.1.model.ln_final.weight", "Stable Diffusion XL"),
+    ("edm_vpred.sigma_max", "a model of EDM's kind"),
+    ("edm_mean", "a model of EDM's kind"),
     ("vision_model.embeddings.class_embedding", "a CLIP model"),
     ("visual.conv1.weight", "a CLIP model"),
     ("text_model.embeddings.token_embedding.weight", "a text encoder alone"),
@@ -109,8 +112,23 @@ def test_relatives_are_known_by_their_shapes():
     for channels, what in ((9, "an inpainting model"), (5, "a depth-to-image model")):
         assert kinds.recognise({**sd2, first: blank(320, channels, 3, 3)}).name.startswith(what)
     label = UNET + "label_emb.0.0.weight"
-    for width, what in ((2816, "Stable Diffusion XL"), (2560, "the refiner"), (2048, "an unCLIP model")):
+    for width, what in ((2816, "a model of Stable Diffusion XL"), (2560, "the refiner"), (2048, "an unCLIP model")):
         assert kinds.recognise({**sd2, label: blank(1280, width)}).name.startswith(what)
+    inpainting = kinds.recognise({**sd2, label: blank(1280, 2816), first: blank(320, 9, 3, 3)})
+    assert inpainting.name.startswith("an inpainting model") and not inpainting.serves
+
+
+def test_sdxl_is_a_model_and_so_are_its_parts():
+    for config, name in ((XL, "a model of Stable Diffusion XL"), (REFINER, "the refiner of Stable Diffusion XL")):
+        tensors = {name: blank(*shape) for name, shape in tiny_sdxl.parameters(config).items()}
+        assert kinds.recognise(tensors).name == name and kinds.recognise(tensors).serves
+        assert all(map(names.is_parameter, tensors))
+        assert kinds.label_width(tensors) == config.unet.adm_in_channels
+        for prefix in PARTS:
+            part = {name: array for name, array in tensors.items() if name.startswith(prefix)}
+            assert kinds.recognise(part).name.endswith("alone") and kinds.recognise(part).serves
+    tiny = dict.fromkeys(tiny_sdxl.parameters(tiny_sdxl.tiny_sdxl_config()), blank(1))
+    assert kinds.recognise(tiny) is None and all(map(names.is_parameter, tiny))
 
 
 def test_the_models_here_are_not_refused(tiny):
@@ -174,9 +192,24 @@ def test_a_config_of_another_model_is_noticed(tiny):
     assert kinds.contradiction(model("sd2_parameters"), sd2) is None
     sd1 = model("sd1_parameters_stability")
     assert kinds.contradiction(sd1, sd2) == "model.unet.context_dim is 1024, the weights have 768"
-    for section, key, *_ in kinds._SIZES:
-        other = {**own, section: {**own[section], key: 5}}
-        assert kinds.contradiction(tiny.tensors, other).startswith(f"model.{section}.{key} is 5, the weights have")
+    xl = to_dict(tiny_sdxl.tiny_sdxl_config())["model"]
+    refiner = to_dict(tiny_sdxl.tiny_refiner_config())["model"]
+    told = set()
+    for model_, tensors in (
+        (own, tiny.tensors),
+        (xl, {name: blank(*shape) for name, shape in tiny_sdxl.parameters(tiny_sdxl.tiny_sdxl_config()).items()}),
+        (
+            refiner,
+            {name: blank(*shape) for name, shape in tiny_sdxl.parameters(tiny_sdxl.tiny_refiner_config()).items()},
+        ),
+    ):
+        assert kinds.contradiction(tensors, model_) is None
+        for section, key, *_ in kinds._SIZES:
+            if (model_.get(section) or {}).get(key) is not None:
+                told.add((section, key))
+                other = {**model_, section: {**model_[section], key: 5}}
+                assert kinds.contradiction(tensors, other).startswith(f"model.{section}.{key} is 5, the weights have")
+    assert told == {(section, key) for section, key, *_ in kinds._SIZES}
 
 
 # ---- autoencoders alone ----

@@ -19,8 +19,20 @@ from ldm.errors import UserError
 from ldm.parts import UNET
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
-VARIANTS = {"sd1": "clip", "sd2": "openclip"}
 SD = names.Scheme(4, 2, (False, True, True, True))
+XL = names.Scheme(3, 2, (True, True, False))
+LAYOUTS = {
+    "sd1": lora.Layout(SD, {"text_encoder": "cond_stage_model.transformer.text_model."}, False),
+    "sd2": lora.Layout(SD, {"text_encoder": "cond_stage_model.model."}, False),
+    "sdxl": lora.Layout(
+        XL,
+        {
+            "text_encoder": "cond_stage_model.embedders.0.transformer.text_model.",
+            "text_encoder_2": "cond_stage_model.embedders.1.model.",
+        },
+        True,
+    ),
+}
 SUFFIXES = {"peft": "", "diffusers": ".safetensors", "kohya": ".safetensors", "mindone": ".ckpt"}
 TINY = "models/tiny-vpred.safetensors"
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -72,54 +84,93 @@ def tiny():
 # ---- names ----
 
 
-@pytest.mark.parametrize("model", VARIANTS)
-def test_every_module_is_our_parameter_and_back(model):
-    table = "sd1_parameters_stability" if model == "sd1" else "sd2_parameters"
+def weights(model):
+    """Our names of a model's weights that a LoRA changes, and of those that tell its layout, with their shapes."""
+    if model == "sdxl":
+        scaffold = ("label_emb.0.0", "input_blocks.3.0.op", "output_blocks.0.1.norm", "output_blocks.3.1.norm")
+        shapes = {f"{UNET}{name}.weight": () for name in scaffold}
+        for row in rows(model):
+            name, merged, _ = row["stability_module"].partition(" rows")
+            name = name.replace("conditioner.", "cond_stage_model.", 1) + ("" if merged else ".weight")
+            shapes[name] = (int(row["out"]) * (3 if merged else 1), int(row["in"]))
+        return shapes
+    table = {"sd1": "sd1_parameters_stability", "sd2": "sd2_parameters"}[model]
     with gzip.open(REFERENCE / f"{table}.tsv.gz", "rt") as file:
         shapes = dict(line.rstrip("\n").split("\t")[-2:] for line in file)
-    scheme = names.scheme_of(shapes)
-    assert scheme == SD
+    return {name: tuple(int(n) for n in shape.split(",")) for name, shape in shapes.items() if shape != "shape"}
+
+
+@pytest.mark.parametrize("model", LAYOUTS)
+def test_every_module_is_our_parameter_and_back(model):
+    shapes = weights(model)
+    layout = lora.layout_of(shapes)
+    assert layout == LAYOUTS[model]
     for row in rows(model):
-        name, which = lora.parameter(module(row), VARIANTS[model], scheme)
-        shape = [int(n) for n in shapes[name].split(",")]
-        assert shape[0] == int(row["out"]) * (1 if which is None else 3) and shape[1] == int(row["in"])
+        name, which = lora.parameter(module(row), layout)
+        assert shapes[name][:2] == (int(row["out"]) * (1 if which is None else 3), int(row["in"]))
         if which is None:
-            assert name == f"{row['stability_module']}.weight"
-        assert lora.module(name, VARIANTS[model], which, scheme=scheme) == module(row)
+            ours = row["stability_module"].replace("conditioner.", "cond_stage_model.", 1)
+            assert name == f"{ours}.weight"
+        assert lora.module(name, layout, which) == module(row)
 
 
-@pytest.mark.parametrize("model", ["sd1", "sd2"])
+def test_the_refiners_only_text_encoder_is_the_second_one(tmp_path):
+    name = "cond_stage_model.model.transformer.resblocks.3.attn.out_proj.weight"
+    layout = lora.layout_of([f"{UNET}label_emb.0.0.weight", name])
+    layer = lora.module(name, layout)
+    assert layer == "text_encoder_2.text_model.encoder.layers.3.self_attn.out_proj"
+    assert lora.parameter(layer, layout) == (name, None)
+    config = {"model": {"unet": {"adm_in_channels": 2560, "num_res_blocks": 2}, "text_2": None}}
+    one = Adapter({layer: pair(1280, 1280), TO_Q: pair(8, 8)}, {"model_config": json.dumps(config)}, "peft")
+    lora.save(tmp_path / "x.ckpt", one, "mindone")
+    inside_file = "conditioner.embedders.0.model.transformer.resblocks.3.attn.out_proj.lora_A.weight"
+    tensors, strings, _ = formats.read(tmp_path / "x.ckpt")
+    assert inside_file in tensors
+    equal(lora.load(tmp_path / "x.ckpt"), one)
+    wrapped = {name.replace(".lora_", "._backbone.lora_"): array for name, array in tensors.items()}
+    formats.write(tmp_path / "wrapped.ckpt", wrapped, strings, "mindspore")
+    equal(lora.load(tmp_path / "wrapped.ckpt"), one)
+    lora.save(tmp_path / "k", one, "kohya")
+    assert formats.read(tmp_path / "k")[1]["modelspec.architecture"] == "stable-diffusion-xl-v1-refiner/lora"
+
+
+@pytest.mark.parametrize("model", LAYOUTS)
 def test_names_in_files_are_those_that_others_read(tmp_path, model):
+    """All names, and no others: an SDXL file of kohya's has Stability's names, and its encoder one a number."""
     whole, part = adapter(model), adapter(model, attention=True)
-    lora.save(tmp_path / "kohya", whole, "kohya")
-    lora.save(tmp_path / "diffusers", whole, "diffusers")
+    for form in ("kohya", "diffusers", "peft"):
+        lora.save(tmp_path / form, whole, form)
     lora.save(tmp_path / "mindone", part, "mindone")
-    lora.save(tmp_path / "peft", whole, "peft")
     read = {form: set(formats.read(tmp_path / form)[0]) for form in ("kohya", "diffusers", "mindone")}
-    folders = {"unet": "unet", "text_encoder": "text_encoder_one"}
-    peft = {part: set(formats.read(tmp_path / "peft" / name / "adapter_model.safetensors")[0])
-            for part, name in folders.items()}  # fmt: skip
-    for row in rows(model):
-        assert row["kohya_down"] in read["kohya"] and row["diffusers_A"] in read["diffusers"]
-        assert row["mindone_down"] == "-" or row["mindone_down"] in read["mindone"]
-        assert row["peft_A"] in peft[row["part"]] and row["peft_A"].replace(".text_model", "") in peft[row["part"]]
+    columns = {"kohya": "kohya_down", "diffusers": "diffusers_A", "mindone": "mindone_down"}
+    wanted = {form: {row[column] for row in rows(model)} - {"-"} for form, column in columns.items()}
+    for form, first in (("kohya", "lora_down"), ("diffusers", "lora_A"), ("mindone", "lora_(down|A)")):
+        assert {name for name in read[form] if re.search(first, name)} == wanted[form]
     assert len(read["kohya"]) == 3 * len(whole.pairs) and len(read["diffusers"]) == 2 * len(whole.pairs)
-    assert len(peft["unet"]) == 2 * sum(name.startswith("unet.") for name in whole.pairs)
+    folders = {"unet": "unet", "text_encoder": "text_encoder_one", "text_encoder_2": "text_encoder_two"}
+    assert {folder.name for folder in (tmp_path / "peft").iterdir()} == {folders[row["part"]] for row in rows(model)}
+    for part, folder in folders.items():
+        downs = {row["peft_A"] for row in rows(model) if row["part"] == part}
+        if part == "text_encoder":
+            downs |= {name.replace(".text_model", "") for name in downs}
+        if downs:
+            there = set(formats.read(tmp_path / "peft" / folder / "adapter_model.safetensors")[0])
+            assert there == downs | {name.replace("lora_A", "lora_B") for name in downs}
 
 
-@pytest.mark.parametrize("model", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("model", LAYOUTS)
 @pytest.mark.parametrize("column", ["peft_A", "diffusers_A", "diffusers_old_down", "kohya_down", "mindone_down"])
 def test_names_of_others_are_read(model, column):
-    """SDXL's kohya names are Stability's; MindONE's SDXL text encoders are not read yet."""
     wanted = {}  # by name and part: PEFT's folders say the part
     for row in rows(model):
-        if row[column] != "-" and not row[column].startswith("conditioner."):
+        if row[column] != "-":
             wanted.setdefault((row[column], row["part"]), set()).add(module(row))
     form, places = naming.entries({name for name, _ in wanted})
     assert form == column.split("_")[0] and {place.way for place in places.values()} == {"down"}
-    scheme = naming.file_scheme(naming.depth_of_counted({place.module for place in places.values()}))
+    found = {place.module for place in places.values()}
+    layout = naming.file_layout(naming.depth_of_counted(found), bool(naming.is_xl(found)))
     for (name, part), modules in wanted.items():
-        assert {each for each, _ in naming.modules_of(form, places[name].module, part, scheme)} == modules
+        assert {each for each, _ in naming.modules_of(form, places[name].module, part, layout)} == modules
 
 
 def test_older_names_of_diffusers_are_read(tmp_path):
@@ -146,7 +197,7 @@ def test_older_names_of_diffusers_are_read(tmp_path):
 # ---- round trips ----
 
 
-@pytest.mark.parametrize("model", VARIANTS)
+@pytest.mark.parametrize("model", LAYOUTS)
 @pytest.mark.parametrize("form", ["peft", "diffusers", "kohya"])
 def test_what_is_written_is_read_to_the_last_bit(tmp_path, model, form):
     whole = adapter(model)
@@ -160,18 +211,24 @@ def test_what_is_written_is_read_to_the_last_bit(tmp_path, model, form):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("model", VARIANTS)
+@pytest.mark.parametrize("model", LAYOUTS)
 def test_mindones_form_keeps_every_product(tmp_path, model, caplog):
+    """One rank for all layers: SD's merged in_proj wants that of q, k and v together; SDXL's has no LoRA."""
     caplog.set_level(logging.INFO)
     part = adapter(model, attention=True)
     lora.save(tmp_path / "x.ckpt", part, "mindone")
-    assert "q, k and v become one in_proj in blocks, which is exact: rank 9, not 4" in caplog.text
+    rank, down = (4, "lora_A") if model == "sdxl" else (9, "lora_down")
+    told = "q, k and v become one in_proj in blocks, which is exact: rank 9, not 4"
+    assert (told in caplog.text) == (model != "sdxl")
     tensors = formats.read(tmp_path / "x.ckpt")[0]
-    assert tensors["lora_rank"] == 9 and {len(a) for n, a in tensors.items() if "lora_down" in n} == {9}
+    assert tensors.get("lora_rank") == (None if model == "sdxl" else 9)
+    assert {len(array) for name, array in tensors.items() if down in name} == {rank}
     read = lora.load(tmp_path / "x.ckpt")
+    assert lora.is_adapter(tmp_path / "x.ckpt")
     assert read.form == "mindone" and read.pairs.keys() == part.pairs.keys()
-    for name, each in part.pairs.items():
-        assert read.pairs[name].rank == each.rank and np.array_equal(read.pairs[name].product(), each.product()), name
+    assert all(read.pairs[name].rank == each.rank for name, each in part.pairs.items())
+    for name, each in list(part.pairs.items())[::5]:
+        assert np.array_equal(read.pairs[name].product(), each.product()), name
 
 
 def test_an_in_proj_that_shares_its_a_keeps_its_rank(tmp_path):
@@ -197,15 +254,18 @@ def test_mindones_scale_is_the_callers(tmp_path, caplog):
 def test_layers_that_mindone_lacks_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has attention layers alone, and 110 of 284 are others \(first: model"):
         lora.save(tmp_path / "x.ckpt", adapter("sd2"), "mindone")
+    layer = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+    with pytest.raises(UserError, match=r"second text encoder: out_proj alone\), and 1 of 1 are others"):
+        lora.save(tmp_path / "x.ckpt", Adapter({layer: pair(8, 8)}, {}, "peft"), "mindone")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("form", lora.FORMS)
 def test_a_narrow_type_and_any_depth(tmp_path, tiny, form):
     """The tiny model has one residual block at a level; float16 rounds the matrices and no alpha."""
-    scheme = names.scheme_of(tiny.tensors)
+    layout = lora.layout_of(tiny.tensors)
     names_ = [name for name in tiny.tensors if re.search(r"attn\d\.to_(q|out).*weight", name)]
-    modules = [lora.module(name, "openclip", scheme=scheme) for name in names_]
+    modules = [lora.module(name, layout) for name in names_]
     assert "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q" in modules
     tall = Adapter({name: pair(16, 16, 4, 4 / 3 if form != "mindone" else 4) for name in modules}, {}, "peft")
     path = tmp_path / f"x{SUFFIXES[form]}"
@@ -218,21 +278,31 @@ def test_a_narrow_type_and_any_depth(tmp_path, tiny, form):
         assert np.array_equal(each.up, tall.pairs[name].up.astype(np.float16))
 
 
-def test_what_the_files_say_to_others(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "base", "two", "architecture"),
+    [
+        ("sd1", "sd_v1", "False", "stable-diffusion-v1"),
+        ("sd2", "sd_v2_v", "True", "stable-diffusion-v2-768-v"),
+        ("sdxl", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base"),
+    ],
+)
+def test_what_the_files_say_to_others(tmp_path, model, base, two, architecture):
     schedule = json.dumps({"zero_terminal_snr": True})
-    whole = adapter("sd2")
-    lora.save(tmp_path / "k", whole, "kohya", schedule=schedule)
+    whole = adapter(model)
+    lora.save(tmp_path / "k", whole, "kohya", schedule=schedule, resolution="1024x1024")
     said = formats.read(tmp_path / "k")[1]
-    assert said["ss_base_model_version"] == "sd_v2_v" and said["ss_v2"] == "True"
-    assert said["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
-    assert said["modelspec.prediction_type"] == "v" and said["ss_zero_terminal_snr"] == "True"
+    assert said["ss_base_model_version"] == base and said["ss_v2"] == two
+    assert said["modelspec.architecture"] == f"{architecture}/lora" and said["modelspec.resolution"] == "1024x1024"
+    assert said["modelspec.prediction_type"] == "v" and said["ss_v_parameterization"] == "True"
+    assert said["ss_zero_terminal_snr"] == "True"
     lora.save(tmp_path / "d", whole, "diffusers")
     table = json.loads(formats.read(tmp_path / "d")[1]["lora_adapter_metadata"])
     keys = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
-    assert table.keys() == {f"{part}.{key}" for part in ("unet", "text_encoder") for key in keys}
+    assert table.keys() == {f"{part}.{key}" for part in ("unet", *LAYOUTS[model].texts) for key in keys}
     lora.save(tmp_path / "p", whole, "peft")
-    config = json.loads((tmp_path / "p/unet/adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and len(config) == 18
+    for folder in (tmp_path / "p").iterdir():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA" and len(config) == 18
     formats.write(tmp_path / "v", formats.read(tmp_path / "k")[0], {"ss_v_parameterization": "True"}, "safetensors")
     assert lora.load(tmp_path / "v").meta["prediction_type"] == "v"
 
@@ -286,7 +356,7 @@ def some(tiny):
     channels = tiny.tensors[f"{UNET}input_blocks.7.1.transformer_blocks.0.attn1.to_q.weight"].shape[0]
     unet = "unet.down_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q"
     conv = "unet.down_blocks.3.resnets.0.conv1"
-    shape = tiny.tensors[lora.parameter(conv, "openclip", names.scheme_of(tiny.tensors))[0] + ""].shape
+    shape = tiny.tensors[lora.parameter(conv, lora.layout_of(tiny.tensors))[0]].shape
     one = {unet: pair(channels, channels, 3, 1.5), Q_PROJ: pair(128, 128, 2, 1)}
     two = {Q_PROJ: pair(128, 128, 2, 1, seed=3), Q_PROJ.replace("q_", "v_"): pair(128, 128, 4, 1),
            conv: pair(shape[1], shape[0], 2, 2, kernel=3)}  # fmt: skip
@@ -296,7 +366,7 @@ def some(tiny):
 def test_adapters_are_added_to_the_weights_they_touch(tiny):
     one, two = some(tiny)
     before = {name: array.copy() for name, array in tiny.tensors.items()}
-    got = lora.merged(tiny.tensors, [(one, 0.8), (two, -0.5)], "openclip")
+    got = lora.merged(tiny.tensors, [(one, 0.8), (two, -0.5)])
     changed = {name for name in got if got[name] is not tiny.tensors[name]}
     in_proj = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
     to_q, conv = (f"{UNET}input_blocks.7.{n}.weight" for n in ("1.transformer_blocks.0.attn1.to_q", "0.in_layers.2"))
@@ -319,6 +389,25 @@ def test_adapters_are_added_to_the_weights_they_touch(tiny):
         )
 
 
+def test_sdxls_two_text_encoders_have_adapters_of_their_own(caplog):
+    """The first one's q_proj is a weight, the second one's a third of its in_proj."""
+    caplog.set_level(logging.INFO)
+    one = "cond_stage_model.embedders.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
+    two = "cond_stage_model.embedders.1.model.transformer.resblocks.0.mlp.c_fc.weight"
+    in_proj = "cond_stage_model.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    shapes = {one: (8, 8), two: (64, 16), in_proj: (48, 16)}
+    base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    second = Q_PROJ.replace("text_encoder", "text_encoder_2")
+    pairs = {Q_PROJ: pair(8, 8), second.replace("q_", "k_"): pair(16, 16)}
+    pairs[second.replace("self_attn.q_proj", "mlp.fc1")] = pair(16, 64)
+    got = lora.merged(base, [(Adapter(pairs, {}, "peft"), 0.5)])
+    k = np.zeros((48, 16))
+    first, k[16:32], fc = (0.5 * each.product() for each in pairs.values())
+    for name, wanted in ((one, first), (in_proj, k), (two, fc)):
+        np.testing.assert_allclose(got[name], wanted, rtol=1e-6)
+    assert lora.difference(got, base, 2).pairs.keys() == pairs.keys() and "holds 100.0 %" in caplog.text
+
+
 def test_a_1x1_convolution_and_a_linear_layer_are_one(tiny):
     name = f"{UNET}input_blocks.7.1.proj_in.weight"
     width = len(tiny.tensors[name])
@@ -326,7 +415,7 @@ def test_a_1x1_convolution_and_a_linear_layer_are_one(tiny):
     flat, conv = pair(width, width), pair(width, width, kernel=1)
     bases = (tiny.tensors[name], tiny.tensors[name][:, :, None, None])
     results = [
-        lora.merged({**tiny.tensors, name: base}, [(Adapter({layer: each}, {}, ""), 1.0)], "openclip")[name]
+        lora.merged({**tiny.tensors, name: base}, [(Adapter({layer: each}, {}, ""), 1.0)])[name]
         for base in bases
         for each in (flat, conv)
     ]
@@ -337,19 +426,30 @@ def test_a_1x1_convolution_and_a_linear_layer_are_one(tiny):
 def test_half_precision_becomes_single_where_it_is_touched(tiny):
     one, _ = some(tiny)
     half = {name: array.astype(np.float16) for name, array in tiny.tensors.items()}
-    got = lora.merged(half, [(one, 1.0)], "openclip")
+    got = lora.merged(half, [(one, 1.0)])
     assert {got[name].dtype for name in got if got[name] is not half[name]} == {np.dtype(np.float32)}
     assert sum(got[name] is half[name] for name in got) == len(half) - 2
 
 
 def test_a_misfit_is_one_line(tiny):
     with pytest.raises(UserError) as error:
-        lora.merged(tiny.tensors, [(adapter("sd2"), 1.0)], "openclip")
+        lora.merged(tiny.tensors, [(adapter("sd2"), 1.0)])
     line = str(error.value)
     assert re.match(
         r"the LoRA does not fit this model: \d+ of its \d+ layers are not in it \(first: unet\..*\), ", line
     )
     assert re.search(r"\d+ have another shape \(first: .* is for \(.*\), model has .*; is it of another base\?", line)
+    for model, other, said in (("sdxl", "sd2", "SDXL, the model is of Stable Diffusion 1.x or 2.x"),
+                               ("sd2", "sdxl", "Stable Diffusion 1.x or 2.x, the model is of SDXL"),
+                               ("sd1", "sdxl", "Stable Diffusion 1.x or 2.x, the model is of SDXL")):  # fmt: skip
+        tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in weights(other).items()}
+        with pytest.raises(UserError, match=f"^the LoRA is a LoRA of {said}: choose a LoRA of this model$"):
+            lora.merged(tensors, [(adapter(model), 1.0)])
+    said = json.dumps({"model": {"unet": {"adm_in_channels": 2816}}})
+    for meta in ({"model_config": said}, {"ss_base_model_version": "sdxl_base_v1-0"}):  # where the layers do not tell
+        with pytest.raises(UserError, match="is a LoRA of SDXL, the model is of Stable Diffusion"):
+            lora.check_family(Adapter({Q_PROJ: pair(4, 4)}, meta, "kohya"), lora.layout_of(tiny.tensors))
+    lora.check_family(Adapter({Q_PROJ: pair(4, 4)}, {}, "kohya"), lora.layout_of(tiny.tensors))
     v = Adapter({}, {"prediction_type": "v"}, "peft", "x")
     lora.check_type(v, "v")
     with pytest.raises(UserError, match="x was trained with prediction_type 'v', the model with 'eps'"):
@@ -362,17 +462,17 @@ def test_a_misfit_is_one_line(tiny):
 def test_a_difference_of_a_rank_is_found(tiny, caplog):
     caplog.set_level(logging.INFO)
     one, two = some(tiny)
-    tuned = lora.merged(tiny.tensors, [(one, 1.0), (two, 1.0)], "openclip")
+    tuned = lora.merged(tiny.tensors, [(one, 1.0), (two, 1.0)])
     modules = [*one.pairs, *two.pairs]
-    found = lora.difference(tuned, tiny.tensors, 4, "openclip", modules)
+    found = lora.difference(tuned, tiny.tensors, 4, modules)
     assert found.pairs.keys() == set(modules) and "holds 100.0 %" in caplog.text
-    again = lora.merged(tiny.tensors, [(found, 1.0)], "openclip")
+    again = lora.merged(tiny.tensors, [(found, 1.0)])
     for name in tiny.tensors:
         size = np.abs(tuned[name] - tiny.tensors[name]).max()
         assert np.abs(again[name] - tuned[name]).max() <= 1e-5 * size, name
-    linear = lora.difference(tuned, tiny.tensors, 4, "openclip")
+    linear = lora.difference(tuned, tiny.tensors, 4)
     assert linear.pairs.keys() == {name for name in modules if "conv1" not in name}
-    small = lora.difference(tuned, tiny.tensors, 1, "openclip", list(one.pairs)[:1])
+    small = lora.difference(tuned, tiny.tensors, 1, list(one.pairs)[:1])
     product, whole = small.pairs[list(one.pairs)[0]].product(), one.pairs[list(one.pairs)[0]].product()
     values = np.linalg.svd(whole, compute_uv=False)
     assert np.isclose(np.linalg.norm(whole - product), np.sqrt(np.square(values[1:]).sum()), rtol=1e-4)
@@ -380,10 +480,10 @@ def test_a_difference_of_a_rank_is_found(tiny, caplog):
 
 def test_no_difference_and_other_models_are_refused(tiny):
     with pytest.raises(UserError, match="differ in no layer that a LoRA changes"):
-        lora.difference(tiny.tensors, tiny.tensors, 4, "openclip")
+        lora.difference(tiny.tensors, tiny.tensors, 4)
     some_of_it = dict(list(tiny.tensors.items())[5:])
     with pytest.raises(UserError, match="of different models: 5 of"):
-        lora.difference(some_of_it, tiny.tensors, 4, "openclip")
+        lora.difference(some_of_it, tiny.tensors, 4)
 
 
 # ---- damage ----

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_sdxl
 from mindspore import Tensor
 from PIL import Image
 
@@ -38,6 +39,7 @@ from ldm.errors import UserError
 from ldm.model import StableDiffusion
 from ldm.networks.layers import initialize
 from ldm.parts import UNET, VAE
+from ldm.weights import choose_config, open_weights, words_of
 
 
 def test_the_demo_trains_beside_what_is_there(tmp_path, monkeypatch):
@@ -250,6 +252,45 @@ def test_what_is_no_model_is_not_converted(monkeypatch, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"word", "odd", "unet"}
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "refiner"])
+def test_sdxl_is_converted_from_any_form_to_any(monkeypatch, tmp_path, kind):
+    """To the bit, in float16, and with the config, through every pair of forms."""
+    config = {"sdxl": tiny_sdxl.tiny_sdxl_config, "refiner": tiny_sdxl.tiny_refiner_config}[kind]()
+    tensors = tiny_sdxl.random_tensors(config, dtype="float16")
+    first = tmp_path / "0.safetensors"
+    checkpoint.save(first, tensors, words_of(config), "safetensors")
+    source, padded = first, choose_config(open_weights(first)).config
+    for n, form in enumerate(("ckpt", "", "ckpt", "safetensors", "", "safetensors"), 1):
+        destination = tmp_path / (f"{n}.{form}" if form else str(n))
+        convert(monkeypatch, source, destination)
+        read = checkpoint.load(destination)
+        assert read.tensors.keys() == tensors.keys() and not read.by_mindone
+        for name, array in tensors.items():
+            assert read.tensors[name].dtype == np.float16 and np.array_equal(read.tensors[name], array), name
+        assert from_yaml(read.meta["model_config"], "it") == padded
+        source = destination
+    ours, theirs = formats.read(source)[0], formats.read(first)[0]
+    assert ours.keys() == theirs.keys()
+    assert {name.split(".")[0] for name in ours} - {"v_pred", "ztsnr"} == {"model", "first_stage_model", "conditioner"}
+
+
+def test_a_marked_file_of_sdxl_needs_no_config(monkeypatch, tmp_path):
+    """As others write it: no word of ours, two empty tensors."""
+    config = load_model_config("configs/sdxl-vpred-inference.yaml")
+    head = {  # of the file of a model; the rest matters to nobody here
+        UNET + "input_blocks.0.0.weight": np.ones((320, 4, 3, 3), np.float16),
+        UNET + "label_emb.0.0.weight": np.ones((1280, 2816), np.float16),
+    }
+    formats.write(tmp_path / "x.safetensors", {**head, "v_pred": np.ones(0), "ztsnr": np.ones(0)}, {}, "safetensors")
+    convert(monkeypatch, tmp_path / "x.safetensors", tmp_path / "x.ckpt")
+    read = checkpoint.load(tmp_path / "x.ckpt")
+    said = from_yaml(read.meta["model_config"], "it")
+    assert said.schedule == config.schedule and said.sampling == config.sampling and read.meta["prediction_type"] == "v"
+    formats.write(tmp_path / "y.safetensors", head, {}, "safetensors")
+    convert(monkeypatch, tmp_path / "y.safetensors", tmp_path / "y.ckpt")
+    assert "model_config" not in checkpoint.load(tmp_path / "y.ckpt").meta
+
+
 def test_a_lora_is_converted_to_every_form(monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
     rng = np.random.default_rng(0)
@@ -291,7 +332,7 @@ def test_loras_are_merged_and_found_again_as_a_difference(monkeypatch, tmp_path,
     lora.save(tmp_path / "x", lora.Adapter({text: pair}, {"prediction_type": "v"}, "peft"), "peft")
     words = ("--base", base, "--lora_ckpt_path", tmp_path / "x", tmp_path / "x", "--lora_scale", "0.5", "-0.25")
     merge(monkeypatch, tmp_path / "m.ckpt", *words)
-    name, _ = lora.parameter(text, "openclip", lora.scheme_of(tiny.tensors))
+    name, _ = lora.parameter(text, lora.layout_of(tiny.tensors))
     tuned = checkpoint.load(tmp_path / "m.ckpt")
     wanted = tiny.tensors[name] + 0.25 * pair.product()
     assert np.allclose(tuned.tensors[name], wanted, atol=1e-6) and tuned.meta["prediction_type"] == "v"

@@ -29,14 +29,15 @@ def choose(weights, *words):
     return choose_config(weights, *words).config
 
 
-@pytest.mark.parametrize("version", ["1.5", "2.0", "2.0-v", "2.1", "2.1-v"])
+@pytest.mark.parametrize("version", ["1.5", "2.0", "2.0-v", "2.1", "2.1-v", "xl", "xl-refiner"])
 def test_a_published_file_is_known_by_its_name(version):
     known = VERSIONS[version]
     for name in (known.checkpoint, *(f"{stem}.safetensors" for stem in known.also)):
         assert published(f"some/where/{name}") == version
-        config = choose(file(name))
-        assert replace(config, text=replace(config.text, padding=None)) == load_model_config(known.config)
-    assert published("sd-20.ckpt") is None
+        config, wanted = choose(file(name)), load_model_config(known.config)
+        text_2 = wanted.text_2
+        assert replace(config, text=replace(config.text, padding=None), text_2=text_2) == wanted
+    assert published("sd-20.ckpt") is None and published("/") is None
 
 
 @pytest.mark.parametrize("words", [("configs/v2-inference.yaml",), (None, "2.0")])
@@ -52,6 +53,86 @@ def test_a_file_that_says_nothing_is_asked_about():
     with pytest.raises(UserError, match="sd-20.ckpt does not say which model it is: add --version .*2.0-v.*config"):
         choose(file("sd-20.ckpt"))
     assert choose(file("sd-20.ckpt"), None, "2.0-v").prediction_type == "v"
+
+
+XL = load_model_config("configs/sdxl-vpred-inference.yaml")
+
+
+def unet(width, meta=None, path="x.safetensors"):
+    """A file with a UNet of full width that is told of so many values: 2816 is SDXL's, 0 SD 2.x'."""
+    tensors = {UNET + "input_blocks.0.0.weight": np.zeros((320, 4, 3, 3), np.float16)}
+    context = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    tensors[context] = np.zeros((1280, {2816: 2048, 2560: 1280}.get(width, 1024)), np.float16)
+    if width:
+        tensors[UNET + "label_emb.0.0.weight"] = np.zeros((1280, width), np.float16)
+    return Weights(path, Checkpoint(tensors, meta or {}, "safetensors"))
+
+
+@pytest.mark.parametrize("version", [None, "xl-vpred"])
+@pytest.mark.parametrize("zero", [True, False])
+def test_the_marks_of_sdxl_choose_its_config(tmp_path, version, zero):
+    marks = {"v_pred": np.zeros(0, np.float32)} | ({"ztsnr": np.zeros(0, np.float32)} if zero else {})
+    checkpoint.formats.write(tmp_path / "x", {**unet(2816).checkpoint.tensors, **marks}, {}, "safetensors")
+    weights = Weights("x", checkpoint.load(tmp_path / "x"))
+    config, origin = choose_config(weights, None, version)
+    assert config.prediction_type == "v" and config.schedule.zero_terminal_snr is zero
+    sampling = XL.sampling if zero else replace(XL.sampling, spacing=None, guidance_rescale=None)
+    assert config.sampling == sampling and config.unet == XL.unet
+    check_words("x", weights.checkpoint, config, origin)
+    with pytest.raises(UserError, match="trained with prediction_type 'v', --version xl says 'eps'"):
+        check_words("x", weights.checkpoint, *choose_config(weights, None, "xl"))
+
+
+def test_a_file_of_sdxl_without_marks_is_asked_about():
+    asked = "x.safetensors is {} and does not say which model it is: add --version [(]{}[)], or"
+    v = {"prediction_type": "v"}  # of ModelSpec, which does not say the schedule
+    for weights in (unet(2816), unet(2816, v)):
+        with pytest.raises(UserError, match=asked.format("a model of Stable Diffusion XL", "xl, xl-vpred")):
+            choose(weights)
+    with pytest.raises(UserError, match=asked.format("the refiner of Stable Diffusion XL", "xl-refiner")):
+        choose(unet(2560))
+    with pytest.raises(UserError, match=asked.format("a model of Stable Diffusion 2.x", "1.5, 2.0, .*2.1-v, tiny")):
+        choose(unet(0))
+    for zero in ("true", "false"):
+        marked = unet(0, {**v, "schedule": f'{{"zero_terminal_snr": {zero}}}'})
+        with pytest.raises(UserError, match="does not say which model it is"):
+            choose(marked)
+
+
+@pytest.mark.parametrize(
+    ("width", "config", "told"),
+    [
+        (
+            0,
+            "xl",
+            "is a model of Stable Diffusion 2.x, --version xl is for Stable Diffusion XL: choose .*--version 2.1",
+        ),
+        (
+            2816,
+            "2.1-v",
+            "is a model of Stable Diffusion XL, .* is for Stable Diffusion 1.x or 2.x: choose its .*xl-vpred",
+        ),
+        (2560, "xl", "is the refiner of Stable Diffusion XL, .* is for Stable Diffusion XL: choose its .*xl-refiner"),
+        (2816, "xl-refiner", "is a model of Stable Diffusion XL, .* is for the refiner of Stable Diffusion XL: choose"),
+        (
+            160,
+            "xl",
+            "is a model like Stable Diffusion XL, of other widths, .* is for Stable Diffusion XL: choose its own",
+        ),
+    ],
+)
+def test_a_file_of_another_family_is_named_before_anything_is_built(width, config, told):
+    own, other = unet(width), load_model_config(VERSIONS[config].config)
+    with pytest.raises(UserError, match=f"^x.safetensors {told}") as error:
+        tensors_of(own, Choice(other, f"--version {config}"))
+    assert "\n" not in str(error.value)
+    check_words("x", own.checkpoint, other, parts=(VAE,))  # its UNet is not wanted
+    check_words("x", unet(other.unet.adm_in_channels or 0).checkpoint, other)
+
+
+def test_how_an_autoencoder_is_computed_makes_no_other_model():
+    other = replace(XL, vae=replace(XL.vae, force_upcast=False))
+    check_words("x", file(meta=words_of(other)).checkpoint, XL)
 
 
 def test_what_a_checkpoint_carries_decides():

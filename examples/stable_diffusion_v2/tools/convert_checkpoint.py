@@ -27,7 +27,7 @@ from ldm.config.model import add_set, to_dict
 from ldm.config.versions import VERSIONS, published
 from ldm.errors import UserError
 from ldm.files import escaped
-from ldm.weights import Weights, check_words, choose_config, open_weights, sidecar, words_of
+from ldm.weights import Weights, by_marks, check_words, choose_config, open_weights, sidecar, words_of
 
 log = logging.getLogger("convert_checkpoint")
 SUFFIXES = {".ckpt": "mindspore", ".safetensors": "safetensors", "": "diffusers"}
@@ -60,7 +60,8 @@ def destination_format(path: Path) -> str:
 def described(weights: Weights, args: argparse.Namespace) -> dict[str, str]:
     """The source's ``meta``, completed by its config where one is known; UserError where the two disagree."""
     ckpt, meta = weights.checkpoint, weights.checkpoint.meta
-    if not (args.config or args.version or "model_config" in meta or published(args.source) or sidecar(args.source)):
+    named = args.config or args.version or published(args.source) or sidecar(args.source)
+    if not (named or "model_config" in meta or by_marks(ckpt)):
         return meta
     config, origin = choose_config(weights, args.config, args.version, args.set)
     check_words(args.source, ckpt, config, origin)

@@ -136,7 +136,7 @@ def _adapters(folder: Path) -> dict:
     }
 
     def read(path: Path) -> None:
-        lora.merged(base, [(lora.load(path), 1.0)], "openclip")
+        lora.merged(base, [(lora.load(path), 1.0)])
 
     samples = {}
     for form in lora.FORMS:

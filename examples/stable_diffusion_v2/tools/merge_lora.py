@@ -99,7 +99,7 @@ def take_difference(args: argparse.Namespace) -> None:
     tuned_path, base_path = args.difference
     _, choice, base = read(base_path, args.config, args.version)
     tuned = tensors_of(open_weights(tuned_path), choice)
-    adapter = lora.difference(tuned, base, args.rank, choice.config.text.variant)
+    adapter = lora.difference(tuned, base, args.rank)
     lora.save(args.destination, adapter, form, args.dtype, **words_of(choice.config))
     log.info("%s (%s) is what %s has beyond %s", args.destination, form, tuned_path, base_path)
 

@@ -1,7 +1,8 @@
 """Reading and writing checkpoints: files, foreign names, and the descriptions in files.
 
-``load`` reads a file of any format and returns Stability's names, ``match`` checks them against a network's parameters,
-``save`` writes one of FORMATS. A checkpoint's ``meta`` is a table of strings. These keys have a meaning here:
+``load`` reads a file of any format and returns our names: Stability's, but for SDXL's text encoders (see ``names``).
+``match`` checks them against a network's parameters, ``save`` writes one of FORMATS. A checkpoint's ``meta`` is a table
+of strings. These keys have a meaning here:
 
 * ``prediction_type``: a name of ldm.diffusion.prediction. ``load`` translates the file's word for it; the key is absent
   where the file says nothing.
@@ -11,9 +12,9 @@
 All other keys (model config, step, ...) are kept as they are.
 
 .safetensors files also describe themselves in the ways of other programs: Stability's ModelSpec 1.0.0
-(https://github.com/Stability-AI/ModelSpec), and the empty tensors ``v_pred`` and ``ztsnr``. ComfyUI reads these tensors
-for SDXL alone. It takes an SD 2.x file for v where a norm's biases are spread as in Stability's v model, and never an
-SD 1.x file. In MindSpore's files the table is strings among the parameters, as
+(https://github.com/Stability-AI/ModelSpec), and the empty tensors ``v_pred`` and ``ztsnr``, as NoobAI-XL has them.
+ComfyUI reads these tensors for SDXL alone. It takes an SD 2.x file for v where a norm's biases are spread as in
+Stability's v model, and never an SD 1.x file. In MindSpore's files the table is strings among the parameters, as
 ``mindspore.save_checkpoint(append_dict=...)`` writes them; MindONE's loader ignores them.
 """
 
@@ -61,7 +62,7 @@ _VARIANT = "checkpoint.text_encoder"  # in MindSpore's files, where the names of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``tensors`` by Stability's names, ``meta`` as the file describes itself, and the file's format.
+    """``tensors`` by our names, ``meta`` as the file describes itself, and the file's format.
 
     `by_mindone`: MindONE has written the file, and its text encoder is that of SD 2.x.
     """
@@ -98,12 +99,13 @@ def load(path: str | Path, widen: bool = True, raw: bool = False) -> Checkpoint:
     kind = kinds.recognise(tensors, meta)
     if kind and not kind.serves:
         raise UserError(f"{path} is {kind.name}: {kind.advice}")
-    by_mindone = form == "mindspore" and not ours and names.text_variant(tensors) == "openclip"
+    sd2 = names.text_variant(tensors) == "openclip" and not names.is_xl(tensors)
+    by_mindone = form == "mindspore" and not ours and sd2
     return Checkpoint(tensors, meta, form, by_mindone)
 
 
 def _named(path: str | Path, tensors: Tensors, strings: Strings, raw: bool) -> tuple[Tensors, Strings]:
-    """(the tensors of a file by Stability's names, its table ``meta``)."""
+    """(the tensors of a file by our names, its table ``meta``)."""
     variant = strings.pop(_VARIANT, None)
     meta = metadata.stated(tensors, strings)
     tensors = {name: array for name, array in tensors.items() if name not in metadata.MARKS}
@@ -151,7 +153,7 @@ def check_names(ckpt: Checkpoint, path: str | Path) -> None:
     if strange or not known:
         first = ", ".join(escaped(name) for name in strange[:3]) or "none"
         raise UserError(
-            f"{path} is no model of Stable Diffusion 1.x or 2.x: {len(strange)} of its {len(ckpt.tensors)} tensors "
+            f"{path} is no model of Stable Diffusion 1.x, 2.x or XL: {len(strange)} of its {len(ckpt.tensors)} tensors "
             f"have names that are not known here (first: {first})"
         )
 
@@ -178,7 +180,7 @@ def require_finite(tensors: Tensors, path: str | Path, prefixes: tuple[str, ...]
 
 
 def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: str | None = None) -> None:
-    """Write ``tensors`` (Stability's names) and ``meta`` to ``path``, whole or not at all.
+    """Write ``tensors`` (our names) and ``meta`` to ``path``, whole or not at all.
 
     ``dtype`` is NumPy's name of the type that floating-point numbers are written in; without it each tensor keeps its
     own type. ``format`` is "mindspore" (MindONE's names, ``.ckpt``), "safetensors" (Stability's names) or "diffusers"
@@ -188,13 +190,14 @@ def save(path: str | Path, tensors: Tensors, meta: Strings, format: str, dtype: 
     if format == "diffusers":
         diffusers_folder.write(path, tensors, meta, dtype)
     elif format == "mindspore":
-        variant = names.text_variant(tensors)
+        variant = None if names.is_xl(tensors) else names.text_variant(tensors)
         strings = {**meta, _VARIANT: variant} if variant else meta
         formats.write(path, names.to_mindone(tensors), strings, format, dtype)
     else:
         kind = metadata.architecture(tensors, meta.get("prediction_type"))
         strings = {**meta, **metadata.modelspec(kind, meta, path)}
-        formats.write(path, {**tensors, **metadata.marks(path, meta)}, strings, format, dtype)
+        theirs = names.to_conditioner(tensors)
+        formats.write(path, {**theirs, **metadata.marks(path, meta)}, strings, format, dtype)
 
 
 def content_key(path: str | Path) -> str:

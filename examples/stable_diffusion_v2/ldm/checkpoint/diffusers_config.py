@@ -21,8 +21,9 @@ from ldm.files import escaped, quoted
 from ldm.text.tokenizer import END, START, Tokenizer, padding_of
 
 INDEX = "model_index.json"
-UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
-SCHEDULER, TOKENS = "scheduler/scheduler_config.json", "tokenizer/special_tokens_map.json"
+UNET, VAE, TEXT, TEXT_2 = (f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2"))
+SCHEDULER = "scheduler/scheduler_config.json"
+TOKENS = ("special_tokens_map.json", "tokenizer_config.json")  # that say the padding; transformers 5 writes the second
 _SCHEDULE = {  # diffusers' key: the field of ScheduleConfig, and its kind
     "beta_schedule": ("name", "a word"),
     "beta_start": ("beta_start", "a number"),
@@ -30,6 +31,7 @@ _SCHEDULE = {  # diffusers' key: the field of ScheduleConfig, and its kind
     "num_train_timesteps": ("timesteps", "a whole number"),
     "rescale_betas_zero_snr": ("zero_terminal_snr", "true or false"),
 }
+_ZEROS = "force_zeros_for_empty_prompt"
 _VERSION = "0.31.0"  # of diffusers, whose keys these are
 _PAD_TOKENS = {"zero": "!", "end": END}  # "!" has the id 0
 _LARGEST = 1 << 20  # the largest whole number that can be a size of a network
@@ -110,7 +112,7 @@ _DOWN, _UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "Up
 _MIDDLE = "UNetMidBlock2DCrossAttn"
 _UNET_FIXED = {  # the values that the UNet here supports; () allows none
     "act_fn": ("silu", "swish"),
-    "addition_embed_type": (),
+    "addition_embed_type": ("text_time",),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (),
@@ -133,7 +135,6 @@ _UNET_FIXED = {  # the values that the UNet here supports; () allows none
     "norm_num_groups": (GROUPS,),
     "num_class_embeds": (),
     "only_cross_attention": (False,),
-    "projection_class_embeddings_input_dim": (),
     "resnet_out_scale_factor": (1,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -148,7 +149,7 @@ _UNET_READ = (
     *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
     *("attention_head_dim", "num_attention_heads", "use_linear_projection", "transformer_layers_per_block"),
     *("sample_size", "upcast_attention"),  # upcast_attention changes the precision only
-    *("addition_embed_type_num_heads", "addition_time_embed_dim"),  # options of an embedding that is not there
+    *("addition_embed_type_num_heads", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
     *("decay", "inv_gamma", "min_decay", "power", "optimization_step", "update_after_step", "use_ema_warmup"),  # EMA's
 )
 _VAE_FIXED = {
@@ -174,6 +175,8 @@ _SCHEDULER_FIXED = {"trained_betas": (), "beta_schedule": ("scaled_linear", "lin
 def check_unet(table: Table) -> None:
     """UserError where the UNet here does not support a value."""
     table.check(_UNET_FIXED, _UNET_READ)
+    if not is_xl(table) and "projection_class_embeddings_input_dim" in table:
+        raise table.refusal("projection_class_embeddings_input_dim", "it with addition_embed_type text_time alone")
 
 
 def check_vae(table: Table) -> None:
@@ -186,6 +189,11 @@ def check_text_encoder(table: Table) -> None:
     table.check(_TEXT_FIXED, strict=False)  # every version of transformers adds keys
 
 
+def is_xl(unet: Table) -> bool:
+    """Whether the UNet is told of the pooled text and of sizes, as SDXL's."""
+    return "addition_embed_type" in unet
+
+
 def prediction_type(scheduler: Table) -> str:
     """By our name; an unknown word unchanged."""
     return own_name(scheduler.get("prediction_type", "a word", DIFFUSERS_NAMES["eps"]))
@@ -194,6 +202,8 @@ def prediction_type(scheduler: Table) -> str:
 def schedule(scheduler: Table) -> dict:
     """The fields of ScheduleConfig that a scheduler's config tells."""
     scheduler.check(_SCHEDULER_FIXED, strict=False)
+    if scheduler.get("_class_name", "a word", "").startswith("EDM"):
+        raise scheduler.refusal("_class_name", "no schedule of EDM's kind")
     return {ours: scheduler.get(theirs, kind) for theirs, (ours, kind) in _SCHEDULE.items() if theirs in scheduler}
 
 
@@ -221,22 +231,33 @@ def variant(text_encoder: Table) -> str:
     return "clip" if text_encoder.get("hidden_act", "a word", "quick_gelu") == "quick_gelu" else "openclip"
 
 
-def model_config(unet: Table, vae: Table, text_encoder: Table, scheduler: Table) -> dict:
-    """The whole model's config, the "model" section of a model file."""
-    trailing = (
-        scheduler.get("timestep_spacing", "a word") == "trailing"
-    )  # other values are defaults that nobody has chosen
-    scale, size = scale_factor(vae), image_size(unet, vae)
+def model_config(unet: Table, vae: Table, texts: list[Table], scheduler: Table, index: Table | None = None) -> dict:
+    """The whole model's config, the "model" section of a model file.
+
+    `texts` are the text encoders' configs, the first one first; `index` is the pipeline's own file.
+    """
+    scale, size, xl = scale_factor(vae), image_size(unet, vae), is_xl(unet)
+    encoders = [_text_config(table, xl, last=n == len(texts) - 1) for n, table in enumerate(texts)]
+    sampling = _sampling_config(scheduler, index if xl else None)
     return {
         "prediction_type": prediction_type(scheduler),
         **({"image_size": size} if size else {}),
         "scale_factor": 0.18215 if scale is None else scale,
         "schedule": schedule(scheduler),
-        **({"sampling": {"spacing": "trailing"}} if trailing else {}),
+        **({"sampling": sampling} if sampling else {}),
         "unet": _unet_config(unet),
-        "vae": _vae_config(vae),
-        "text": _text_config(text_encoder),
+        "vae": _vae_config(vae, xl),
+        **dict(zip(("text", "text_2"), encoders)),
     }
+
+
+def _sampling_config(scheduler: Table, index: Table | None) -> dict:
+    told = {}
+    if scheduler.get("timestep_spacing", "a word") == "trailing":  # others are defaults that nobody has chosen
+        told["spacing"] = "trailing"
+    if index is not None:
+        told["zeros_for_empty_prompt"] = index.get(_ZEROS, "true or false", True)
+    return told
 
 
 def _multiples(table: Table) -> tuple[int, list[int]]:
@@ -255,11 +276,6 @@ def _unet_config(table: Table) -> dict:
     if len(types) != levels or [_UP[_DOWN.index(word)] for word in reversed(types)] != up_types:
         raise table.refusal("up_block_types", f"{levels} levels, upwards the mirror image of downwards")
     attends = [level for level in range(levels) if types[level] == _DOWN[0]]
-    depth = table.content.get("transformer_layers_per_block", 1)
-    if isinstance(depth, list) and len(set(map(str, depth))) == 1:
-        depth = depth[0]
-    if not _is_whole(depth):
-        raise table.refusal("transformer_layers_per_block", "one number for all levels")
     return {
         "in_channels": table.get("in_channels", "a whole number", 4),
         "out_channels": table.get("out_channels", "a whole number", 4),
@@ -269,9 +285,30 @@ def _unet_config(table: Table) -> dict:
         "channel_mult": multiples,
         **_heads(table, [width * multiple for multiple in multiples], {*attends, levels - 1}),
         "use_linear_in_transformer": table.get("use_linear_projection", "true or false", False),
-        "transformer_depth": depth,
+        "transformer_depth": _depth(table, levels),
         "context_dim": table.get("cross_attention_dim", "a whole number", 1280),
+        **(_vector(table) if is_xl(table) else {}),
     }
+
+
+def _depth(table: Table, levels: int) -> int | list[int]:
+    """The number of blocks in a transformer: of all levels, or of each."""
+    depth = table.content.get("transformer_layers_per_block", 1)
+    if isinstance(depth, list) and len(depth) == levels and all(map(_is_whole, depth)):
+        return depth if len(set(depth)) > 1 else depth[0]
+    if not _is_whole(depth):
+        raise table.refusal("transformer_layers_per_block", "one number for all levels, or one for each")
+    return depth
+
+
+def _vector(table: Table) -> dict:
+    """What makes the vector that is added to the time embedding."""
+    keys = {"adm_in_channels": "projection_class_embeddings_input_dim", "size_channels": "addition_time_embed_dim"}
+    told = {ours: table.get(theirs, "a whole number") for ours, theirs in keys.items()}
+    missing = [theirs for ours, theirs in keys.items() if told[ours] is None]
+    if missing:
+        raise UserError(f"{table.path}: {missing[0]} is missing, though addition_embed_type is text_time")
+    return told
 
 
 def _heads(table: Table, widths: list[int], attends: set[int]) -> dict:
@@ -289,7 +326,7 @@ def _heads(table: Table, widths: list[int], attends: set[int]) -> dict:
     raise table.refusal(key, "as many heads at each level, or heads of one width")
 
 
-def _vae_config(table: Table) -> dict:
+def _vae_config(table: Table, xl: bool) -> dict:
     width, multiples = _multiples(table)
     channels = table.get("latent_channels", "a whole number", 4)
     return {
@@ -300,26 +337,38 @@ def _vae_config(table: Table) -> dict:
         "num_res_blocks": table.get("layers_per_block", "a whole number", 1),
         "z_channels": channels,
         "embed_dim": channels,
+        # diffusers writes its default for SD too, and heeds it for SDXL alone
+        **({"force_upcast": table.get("force_upcast", "true or false", True)} if xl else {}),
     }
 
 
-def _text_config(table: Table) -> dict:
+def _text_config(table: Table, xl: bool, last: bool) -> dict:
     width = table.get("hidden_size", "a whole number", 512)
     inner = table.get("intermediate_size", "a whole number", 4 * width)
     if inner % width:
         raise table.refusal("intermediate_size", "a multiple of hidden_size there")
+    layers = table.get("num_hidden_layers", "a whole number", 12)
     return {
         "variant": variant(table),
         "vocab_size": table.get("vocab_size", "a whole number", 49408),
         "context_length": table.get("max_position_embeddings", "a whole number", 77),
         "width": width,
-        "layers": table.get("num_hidden_layers", "a whole number", 12),
+        "layers": layers,
         "heads": table.get("num_attention_heads", "a whole number", 8),
         "mlp_ratio": inner // width,
+        **({"context_layer": layers - 1} if xl else {}),  # diffusers reads SDXL's encoders before their last layer
+        **({"projection": table.get("projection_dim", "a whole number", 512)} if xl and last else {}),
     }
 
 
 # ---- writing ----
+
+
+def text_parts(model: dict) -> dict[str, dict]:
+    """{diffusers' part: config} of a model's text encoders. SDXL's refiner has the second one alone."""
+    if model.get("text_2"):
+        return {"text_encoder": model["text"], "text_encoder_2": model["text_2"]}
+    return {"text_encoder_2" if model["unet"].get("adm_in_channels") else "text_encoder": model["text"]}
 
 
 def check_model(model: dict) -> None:
@@ -332,51 +381,90 @@ def check_model(model: dict) -> None:
             vae["z_channels"] != vae["embed_dim"],
             f"model.vae.z_channels {vae['z_channels']} is not model.vae.embed_dim {vae['embed_dim']}",
         ),
+        *_text_faults(model),
     )
     for wrong, words in faults:
         if wrong:
             raise UserError(f"diffusers has no network like this one: {words}; write .safetensors or .ckpt instead")
 
 
+def _text_faults(model: dict) -> list[tuple[bool, str]]:
+    """(whether it is so, words) for what a config's text encoders may have and diffusers' may not."""
+    parts, faults = text_parts(model), []
+    xl = "text_encoder_2" in parts
+    if xl:
+        pooled = parts["text_encoder_2"]
+        faults.append((not pooled.get("projection"), "its last text encoder has no projection"))
+        faults.append((pooled["variant"] != "openclip", "the text encoder with the projection is no openclip"))
+    for text in parts.values():
+        layer, wanted = text.get("context_layer"), text["layers"] - 1 if xl else None
+        words = f"a text encoder's context_layer is {layer}, and diffusers' is {wanted} of its {text['layers']}"
+        faults.append((layer != wanted, words))
+    return faults
+
+
 def files(model: dict) -> dict[str, str]:
     """Every file of a pipeline but the weights, from a model config as plain data."""
-    tokenizer, text = _tokenizer(model["text"]), {}
-    text["tokenizer/merges.txt"] = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tokenizer.merges())
-    tables = {
-        INDEX: _index(),
-        UNET: _unet(model),
-        VAE: _vae(model),
-        TEXT: _text_encoder(model["text"], tokenizer),
-        SCHEDULER: _scheduler(model),
-        "tokenizer/vocab.json": tokenizer.vocab(),
-        "tokenizer/tokenizer_config.json": _tokenizer_config(model["text"]),
-        TOKENS: _special_tokens(model["text"]),
-    }
-    return {**text, **{name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in tables.items()}}
+    tables = {INDEX: _index(model), UNET: _unet(model), VAE: _vae(model), SCHEDULER: _scheduler(model)}
+    plain = {}
+    for part, text in text_parts(model).items():
+        tokenizer, place = _tokenizer(text), part.replace("text_encoder", "tokenizer")
+        plain[f"{place}/merges.txt"] = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tokenizer.merges())
+        tables[f"{part}/config.json"] = _text_encoder(text, tokenizer)
+        tables[f"{place}/vocab.json"] = tokenizer.vocab()
+        tables[f"{place}/{TOKENS[0]}"] = _special_tokens(text)
+        tables[f"{place}/{TOKENS[1]}"] = _tokenizer_config(text)
+    written = {name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in tables.items()}
+    return {**plain, **written}
 
 
 def _tokenizer(text: dict) -> Tokenizer:
     return Tokenizer(text["vocab_size"], text["context_length"], padding_of(text["variant"], text.get("padding")))
 
 
-def _index() -> dict:
-    return {
+def _index(model: dict) -> dict:
+    parts = text_parts(model)
+    there = "text_encoder" in parts
+    table = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": _VERSION,
         "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": ["transformers", "CLIPTextModel"] if there else [None, None],
+        "tokenizer": ["transformers", "CLIPTokenizer"] if there else [None, None],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if "text_encoder_2" in parts:
+        table |= _xl_index(model)
+    else:
+        table |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    return dict(sorted(table.items()))
+
+
+def _xl_index(model: dict) -> dict:
+    """What the index of SDXL has beside that of SD, or instead of it."""
+    refiner = _is_refiner(model)
+    return {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline",
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "image_encoder": [None, None],
+        _ZEROS: bool(model.get("sampling", {}).get("zeros_for_empty_prompt")),
+        **({"requires_aesthetics_score": True} if refiner else {}),
+    }
+
+
+def _is_refiner(model: dict) -> bool:
+    """Whether the UNet is told of five numbers, of which the last one is the aesthetic score."""
+    unet, pooled = model["unet"], text_parts(model)["text_encoder_2"]["projection"]
+    return unet["adm_in_channels"] - pooled == 5 * unet["size_channels"]
 
 
 def _unet(model: dict) -> dict:
     unet = model["unet"]
     widths = [mult * unet["model_channels"] for mult in unet["channel_mult"]]
+    xl = bool(unet.get("adm_in_channels"))
     attends = [2**level in unet["attention_resolutions"] for level in range(len(widths))]
     return {
         "_class_name": "UNet2DConditionModel",
@@ -400,8 +488,19 @@ def _unet(model: dict) -> dict:
         "sample_size": model["image_size"] // 2 ** (len(model["vae"]["ch_mult"]) - 1),
         "transformer_layers_per_block": unet["transformer_depth"],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "upcast_attention": unet["use_linear_in_transformer"],  # SD 2.1's scores exceed float16, says its own config
+        # The scores of SD 2.1 exceed float16, says its own config; those of SDXL do not.
+        "upcast_attention": unet["use_linear_in_transformer"] and not xl,
         "use_linear_projection": unet["use_linear_in_transformer"],
+        **(_addition(unet) if xl else {}),
+    }
+
+
+def _addition(unet: dict) -> dict:
+    """What is added to the time embedding of SDXL."""
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": unet["size_channels"],
+        "projection_class_embeddings_input_dim": unet["adm_in_channels"],
     }
 
 
@@ -414,6 +513,7 @@ def _vae(model: dict) -> dict:
         "act_fn": "silu",
         "block_out_channels": [mult * vae["ch"] for mult in vae["ch_mult"]],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
+        **({"force_upcast": vae["force_upcast"]} if model["unet"].get("adm_in_channels") else {}),
         "in_channels": vae["in_channels"],
         "latent_channels": vae["z_channels"],
         "layers_per_block": vae["num_res_blocks"],
@@ -427,7 +527,7 @@ def _vae(model: dict) -> dict:
 
 def _text_encoder(text: dict, tokenizer: Tokenizer) -> dict:
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if text.get("projection") else "CLIPTextModel"],
         "attention_dropout": 0.0,
         "bos_token_id": tokenizer.start,
         "eos_token_id": tokenizer.end,
@@ -440,7 +540,7 @@ def _text_encoder(text: dict, tokenizer: Tokenizer) -> dict:
         "num_attention_heads": text["heads"],
         "num_hidden_layers": text["layers"],
         "pad_token_id": tokenizer.pad,
-        "projection_dim": text["width"],
+        "projection_dim": text.get("projection") or text["width"],
         # Not the type of the stored weights: transformers would load in it, diffusers loads the other parts as float32.
         "torch_dtype": "float32",
         "vocab_size": text["vocab_size"],

@@ -1,8 +1,8 @@
 """A diffusers pipeline as a folder: parameters in unet/, vae/ and text_encoder/, and the JSON files that describe them.
 
-A part is read from one file or from shards with an index: .safetensors before PyTorch's .bin, full precision before
-variants such as fp16. A folder is written as .safetensors, with every file that
-``StableDiffusionPipeline.from_pretrained`` asks for.
+SDXL has a text_encoder_2/ too, and its refiner has it alone. A part is read from one file or from shards with an index:
+.safetensors before PyTorch's .bin, full precision before variants such as fp16. A folder is written as .safetensors,
+with every file that ``from_pretrained`` of its class asks for.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from ldm.errors import UserError
 from ldm.files import escaped, quoted, replacing_folder
 from ldm.text.tokenizer import padding_of
 
-PARTS = ("unet", "vae", "text_encoder")
+TEXTS = ("text_encoder", "text_encoder_2")
+PARTS = ("unet", "vae", *TEXTS)
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_CHECKS = {"unet": configs.check_unet, "vae": configs.check_vae, "text_encoder": configs.check_text_encoder}
+_CHECKS = {
+    "unet": configs.check_unet,
+    "vae": configs.check_vae,
+    **dict.fromkeys(TEXTS, configs.check_text_encoder),
+}
 _CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text_encoder"}
 _AVERAGE = "unet_ema"  # the folder of the moving average in checkpoints of diffusers' trainers
 
@@ -54,13 +59,11 @@ def read(folder: str | Path, widen: bool = True, raw: bool = False) -> tuple[Ten
     for part in PARTS:
         parts[part], said = _read_part(places[part], widen) if part in places else ({}, {})
         strings.update(said if part == "unet" else {})
-    tensors = names.from_diffusers(*parts.values(), _text_variant(tables.get("text_encoder"), parts["text_encoder"]))
-    scheduler = folder / configs.SCHEDULER
-    if scheduler.is_file():
-        tables["scheduler"] = Table(scheduler)
-    tokens = folder / configs.TOKENS
-    if tokens.is_file():
-        tables["tokenizer"] = Table(tokens)
+    texts = [word for part in TEXTS for word in (parts[part], _text_variant(tables.get(part), parts[part]))]
+    tensors = names.from_diffusers(parts["unet"], parts["vae"], *texts)
+    for name in (configs.SCHEDULER, INDEX):
+        if (folder / name).is_file():
+            tables[name] = Table(folder / name)
     return tensors, {**strings, **_described(folder, tables, strings)}
 
 
@@ -88,17 +91,19 @@ def _refuse_others(folder: Path) -> None:
     """UserError for folders of diffusers that are something else."""
     if is_adapter_folder(folder):
         raise UserError(f"{folder} holds a LoRA: {kinds.GIVE_ADAPTER}")
-    others = [name for name in ("text_encoder_2", "transformer", "prior", "controlnet") if (folder / name).is_dir()]
+    others = [name for name in ("text_encoder_3", "transformer", "prior", "controlnet") if (folder / name).is_dir()]
     if others:
         kind = Table(folder / INDEX).get("_class_name", "a word", "") if (folder / INDEX).is_file() else ""
         named = f"a {escaped(kind)}" if kind else "a pipeline of another kind"
-        raise UserError(f"{folder} is {named}, with a {others[0]}/: choose a pipeline of Stable Diffusion 1.x or 2.x")
+        raise UserError(f"{folder} is {named}, with a {others[0]}/: choose a pipeline of Stable Diffusion")
 
 
 def _part_alone(folder: Path) -> str:
     """The part of a pipeline whose config and weights lie in a folder; UserError where it is none."""
     table = Table(folder / "config.json")
     classes = [table.get("_class_name", "a word", ""), *table.get("architectures", "a list of words", [])]
+    if "CLIPTextModelWithProjection" in classes:
+        raise UserError(f"{folder} is a text encoder of Stable Diffusion XL alone: give the whole pipeline's folder")
     part = next((_CLASSES[name] for name in classes if name in _CLASSES), None)
     if part is None:
         said = quoted(next(filter(None, classes), "nothing"))
@@ -158,7 +163,7 @@ def _described(folder: Path, tables: dict[str, Table], strings: Strings) -> Stri
     resolution. Where all configs are there, the table holds the whole model's config.
     """
     told = {}
-    scheduler, unet, vae = (tables.get(name) for name in ("scheduler", "unet", "vae"))
+    scheduler, unet, vae = (tables.get(name) for name in (configs.SCHEDULER, "unet", "vae"))
     if scheduler:
         told["prediction_type"] = _prediction_type(folder, scheduler, strings)
         told["schedule"] = json.dumps({**metadata.schedule(folder, strings), **configs.schedule(scheduler)})
@@ -168,7 +173,7 @@ def _described(folder: Path, tables: dict[str, Table], strings: Strings) -> Stri
     size = configs.image_size(unet, vae) if unet and vae else None
     if size:
         told["resolution"] = f"{size}x{size}"
-    if all(name in tables for name in (*PARTS, "scheduler")):
+    if unet and vae and scheduler and any(part in tables for part in TEXTS):
         told["model_config"] = _model_config(folder, tables, strings)
     return told
 
@@ -187,10 +192,13 @@ def _prediction_type(folder: Path, scheduler: Table, strings: Strings) -> str:
 
 def _model_config(folder: Path, tables: dict[str, Table], strings: Strings) -> str:
     """The whole model's config as YAML. A config among the UNet's strings fills what the folder leaves open."""
-    model = configs.model_config(*(tables[name] for name in (*PARTS, "scheduler")))
-    pad = configs.padding(tables["tokenizer"]) if "tokenizer" in tables else None
-    if pad not in (None, padding_of(model["text"]["variant"])):
-        model["text"]["padding"] = pad
+    texts = [part for part in TEXTS if part in tables]
+    networks = tables["unet"], tables["vae"], [tables[part] for part in texts]
+    model = configs.model_config(*networks, tables[configs.SCHEDULER], tables.get(INDEX))
+    for section, part in zip(("text", "text_2"), texts):
+        pad = _padding(folder / part.replace("text_encoder", "tokenizer"))
+        if pad not in (None, padding_of(model[section]["variant"])):
+            model[section]["padding"] = pad
     carried = metadata.model_section(folder, strings)
     if carried is None:
         return dump_yaml({"model": model})
@@ -199,6 +207,12 @@ def _model_config(folder: Path, tables: dict[str, Table], strings: Strings) -> s
         if isinstance(section, dict) and isinstance(carried.get(key), dict):
             joined[key] = {**carried[key], **section}
     return strings["model_config"] if joined == carried else dump_yaml({"model": joined})
+
+
+def _padding(tokenizer: Path) -> str | None:
+    """The padding of short prompts, by the first file of a tokenizer's folder that tells it."""
+    tables = (Table(tokenizer / name) for name in configs.TOKENS if (tokenizer / name).is_file())
+    return next(filter(None, map(configs.padding, tables)), None)
 
 
 # ---- writing ----
@@ -227,6 +241,7 @@ def write(folder: str | Path, tensors: Tensors, meta: Strings, dtype: str | None
         for name, content in configs.files(model).items():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (place / name).write_text(content, encoding="utf-8")
-        for part, stem in zip(PARTS, (_STEMS[0], _STEMS[0], _STEMS[1])):
+        for part in ("unet", "vae", *configs.text_parts(model)):
             strings = {"format": "pt", **(meta if part == "unet" else {})}
-            formats.write(place / part / f"{stem}.safetensors", parts[part], strings, "safetensors", dtype)
+            stem = _STEMS[1] if part in TEXTS else _STEMS[0]
+            formats.write(place / part / f"{stem}.safetensors", parts.get(part, {}), strings, "safetensors", dtype)

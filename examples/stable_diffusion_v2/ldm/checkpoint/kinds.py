@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.checkpoint.arrays import Strings, Tensors
-from ldm.checkpoint.names import is_mindone_state
+from ldm.checkpoint.names import LABELS, is_mindone_state
 from ldm.parts import PARTS, TEXT, UNET, VAE
 
 RUN_STATE = "train_state"  # the key among the strings of a run's resume state
@@ -32,7 +32,7 @@ GIVE_ADAPTER = (
 )
 _MERGE = "merge it into its base model first, for instance with fuse_lora of diffusers, and give the merged model"
 _WHOLE = "give the whole model's file or folder"
-_OTHER = "choose a model of Stable Diffusion 1.x or 2.x"
+_OTHER = "choose a model of Stable Diffusion 1.x, 2.x or XL"
 _CLIP_USE = f"evaluation takes CLIP as --load_checkpoint; to draw or to train, {_WHOLE}"
 
 RUN = Kind("a run's resume state", "give the checkpoint sd-N beside it; to go on with the run, give it to --resume")
@@ -40,6 +40,7 @@ TEXTUAL_INVERSION = Kind(
     "a textual inversion (a word's embedding, no model)", "embeddings of words are not read here: give a model"
 )
 _CONTROLNET = Kind("a ControlNet", "ControlNets are not read here: give the model that it belongs to")
+_EDM = Kind("a model of EDM's kind, whose noise and prediction are others", "choose a model that predicts v or eps")
 _UNCLIP = Kind("an unCLIP model (variations of pictures)", _OTHER)
 _IMAGE_ADAPTER = "image adapters are not read here: give the model that it belongs to"
 
@@ -67,6 +68,7 @@ _BY_NAME = tuple(
             Kind("a LoRA (diffusers' names)", GIVE_ADAPTER),
         ),
         (r"(^|[._])lora[._]", Kind("a LoRA", GIVE_ADAPTER)),
+        (r"^edm_(mean|std|vpred\.sigma_(min|max))$", _EDM),
         (r"^string_to_param\b|^emb_params$|^clip_[gl]$", TEXTUAL_INVERSION),
         (r"^control_model\.|(^|\.)(controlnet|controlnet_\w+|input_hint_block|zero_convs)\.", _CONTROLNET),
         (
@@ -79,7 +81,6 @@ _BY_NAME = tuple(
             Kind("a motion module (AnimateDiff)", "moving pictures are not drawn here: give a model"),
         ),
         (r"^(model\.)?conv_first\.|\.(rdb|RDB)1\.conv1\.", Kind("a picture upscaler", _OTHER)),
-        (r"^conditioner\.embedders\.1\.", Kind("Stable Diffusion XL", _OTHER)),
         (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d", Kind("a model of Flux' kind", _OTHER)),
         (r"(^|\.)(joint_blocks\.\d|context_embedder\.)", Kind("a model of Stable Diffusion 3's kind", _OTHER)),
         (
@@ -100,25 +101,27 @@ _BY_NAME = tuple(
 
 _ADAPTERS = tuple(kind for _, kind in _BY_NAME if kind.advice == GIVE_ADAPTER)
 
-# By the width of the vector that is added to the time embedding.
-_BY_LABEL_WIDTH = {
-    2816: Kind("Stable Diffusion XL", _OTHER),
-    2560: Kind("the refiner of Stable Diffusion XL", _OTHER),
-}
+XL = Kind("a model of Stable Diffusion XL", "choose its config, for instance by --version xl or xl-vpred", True)
+REFINER = Kind("the refiner of Stable Diffusion XL", "choose its config, for instance by --version xl-refiner", True)
+_BY_LABELS = {2816: XL, 2560: REFINER}  # by the width of the vector that is added to the time embedding
 _BY_INPUT = {  # by the UNet's input channels, where it has four output channels
     9: "an inpainting model",
     5: "a depth-to-image model",
     7: "a picture upscaler of Stable Diffusion",
     8: "a model that edits pictures (InstructPix2Pix) or enlarges them",
 }
-_BY_CONTEXT = {768: "a model of Stable Diffusion 1.x", 1024: "a model of Stable Diffusion 2.x"}
+_BY_CONTEXT = {
+    768: Kind("a model of Stable Diffusion 1.x", "choose its config, for instance by --version 1.5", True),
+    1024: Kind("a model of Stable Diffusion 2.x", "choose its config, for instance by --version 2.1 or 2.1-v", True),
+}
 _BESIDE = "it is one part of a model, which wants the rest too"
 _ALONE = {
     UNET: Kind("a UNet alone", f"{_BESIDE}: --ckpt_path UNET --pretrained_model_path REST draws with both", True),
     VAE: Kind("an autoencoder alone", f"{_BESIDE}: give it as --vae_path beside a whole model", True),
     TEXT: Kind("a text encoder alone", _BESIDE, True),
 }
-_CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+_CONTEXT = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+_FIRST = UNET + "input_blocks.0.0.weight"
 _ROWS = "num_vectors"  # MindONE's name for the number of a textual inversion's rows
 _MOST_WORDS, _LONGEST_WORD = 8, 256  # words in a textual inversion, rows of a word's embedding
 _WIDTHS = (768, 1024, 1280, 2048, 4096)  # values in a row
@@ -156,12 +159,12 @@ def _is_textual_inversion(tensors: Tensors, meta: Strings) -> bool:
 
 def _by_shape(tensors: Tensors) -> Kind | None:
     """The kind of a relative of Stable Diffusion, whose UNet has other inputs."""
-    label = _shape(tensors, UNET + "label_emb.0.0.weight", UNET + "add_embedding.linear_1.weight")
-    if label:
-        return _BY_LABEL_WIDTH.get(label[-1], _UNCLIP)
-    into, out = _shape(tensors, UNET + "input_blocks.0.0.weight"), _shape(tensors, UNET + "out.2.weight")
+    into, out = _shape(tensors, _FIRST), _shape(tensors, UNET + "out.2.weight")
     if len(into) == 4 and out[:1] == (4,) and into[1] in _BY_INPUT:
         return Kind(f"{_BY_INPUT[into[1]]} ({into[1]} channels go into its UNet)", _OTHER)
+    labels, keys = _shape(tensors, LABELS), _shape(tensors, _CONTEXT)
+    if labels and labels[-1] not in _BY_LABELS and keys[1:] == (1024,):
+        return _UNCLIP
     return None
 
 
@@ -170,10 +173,23 @@ def _part(tensors: Tensors) -> Kind | None:
     there = [prefix for prefix in PARTS if any(name.startswith(prefix) for name in tensors)]
     if len(there) == 1:
         return _ALONE[there[0]]
-    keys = _shape(tensors, _CONTEXT)
-    if len(there) == len(PARTS) and len(keys) == 2 and keys[1] in _BY_CONTEXT:
-        return Kind(_BY_CONTEXT[keys[1]], "choose the config of that model", True)
-    return None
+    return of_unet(tensors) if len(there) == len(PARTS) else None
+
+
+def of_unet(tensors: Tensors) -> Kind | None:
+    """The kind of the model that a UNet is of, by its widths; None where it is unknown, or there is no UNet."""
+    labels, keys = _shape(tensors, LABELS), _shape(tensors, _CONTEXT)
+    if labels:
+        return _BY_LABELS.get(labels[-1])
+    return _BY_CONTEXT.get(keys[1]) if len(keys) == 2 else None
+
+
+def label_width(tensors: Tensors) -> int | None:
+    """The width of the vector that a UNet takes beside time and texts, 0 where it takes none; None without a UNet."""
+    labels = _shape(tensors, LABELS)
+    if labels:
+        return labels[-1]
+    return 0 if _FIRST in tensors else None
 
 
 def _shape(tensors: Tensors, *names: str) -> tuple[int, ...]:
@@ -182,26 +198,45 @@ def _shape(tensors: Tensors, *names: str) -> tuple[int, ...]:
 
 
 # Sizes in a model's config that a shape shows: section, key, tensors (the first that is there counts), axis.
-_TOKENS = TEXT + "model.token_embedding.weight", TEXT + "transformer.text_model.embeddings.token_embedding.weight"
-_POSITIONS = TEXT + "model.positional_embedding", TEXT + "transformer.text_model.embeddings.position_embedding.weight"
+_ONE, _TWO = (TEXT, TEXT + "embedders.0."), (TEXT + "embedders.1.",)  # the first text encoder, and SDXL's second
+
+
+def _of_encoder(prefixes: tuple[str, ...], openclip: str, clip: str) -> tuple[str, ...]:
+    """The names of a text encoder's tensor, of whatever variant it is."""
+    return tuple(
+        prefix + name for prefix in prefixes for name in (f"model.{openclip}", f"transformer.text_model.{clip}")
+    )
+
+
+def _text_sizes(section: str, prefixes: tuple[str, ...]) -> tuple[tuple, ...]:
+    tokens = _of_encoder(prefixes, "token_embedding.weight", "embeddings.token_embedding.weight")
+    positions = _of_encoder(prefixes, "positional_embedding", "embeddings.position_embedding.weight")
+    return (
+        (section, "vocab_size", tokens, 0),
+        (section, "width", tokens, 1),
+        (section, "context_length", positions, 0),
+        (section, "projection", tuple(f"{prefix}model.text_projection" for prefix in prefixes), 1),
+    )
+
+
 _SIZES = (
-    ("unet", "model_channels", (UNET + "input_blocks.0.0.weight",), 0),
-    ("unet", "in_channels", (UNET + "input_blocks.0.0.weight",), 1),
+    ("unet", "model_channels", (_FIRST,), 0),
+    ("unet", "in_channels", (_FIRST,), 1),
     ("unet", "out_channels", (UNET + "out.2.weight",), 0),
-    ("unet", "context_dim", (UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight",), 1),
+    ("unet", "context_dim", (_CONTEXT,), 1),
+    ("unet", "adm_in_channels", (LABELS,), 1),
     ("vae", "ch", (VAE + "encoder.conv_in.weight",), 0),
     ("vae", "z_channels", (VAE + "post_quant_conv.weight",), 0),
     ("vae", "embed_dim", (VAE + "post_quant_conv.weight",), 1),
-    ("text", "vocab_size", _TOKENS, 0),
-    ("text", "width", _TOKENS, 1),
-    ("text", "context_length", _POSITIONS, 0),
+    *_text_sizes("text", _ONE),
+    *_text_sizes("text_2", _TWO),
 )
 
 
 def contradiction(tensors: Tensors, model: dict) -> str | None:
     """A phrase for the first size in a model's config (plain data) that the shapes contradict; None where none does."""
     for section, key, names, axis in _SIZES:
-        said, shape = model.get(section, {}).get(key), _shape(tensors, *names)
+        said, shape = (model.get(section) or {}).get(key), _shape(tensors, *names)
         if said is not None and len(shape) > axis and shape[axis] != said:
             return f"model.{section}.{key} is {said}, the weights have {shape[axis]}"
     return None

@@ -101,9 +101,14 @@ def stated(tensors: Tensors, strings: Strings) -> Strings:
 
     if MODELSPEC + "resolution" in strings:
         meta.setdefault("resolution", strings[MODELSPEC + "resolution"])
-    if ZERO_SNR_MARK in tensors:
-        meta.setdefault("schedule", json.dumps({"zero_terminal_snr": True}))
+    if ZERO_SNR_MARK in tensors or (V_MARK in tensors and _may_be_xl(tensors)):
+        meta.setdefault("schedule", json.dumps({"zero_terminal_snr": ZERO_SNR_MARK in tensors}))
     return meta
+
+
+def _may_be_xl(tensors: Tensors) -> bool:
+    """Whether a file's names are of SDXL's kind, for which alone a missing mark means something."""
+    return any("label_emb." in name for name in tensors)
 
 
 def marks(path: str | Path, meta: Strings) -> Tensors:
@@ -136,13 +141,15 @@ def modelspec(kind: str, meta: Strings, path: str | Path) -> Strings:
 
 def architecture(tensors: Tensors, prediction_type: str | None) -> str:
     """ModelSpec's name of a Stable Diffusion, told by the shapes of its UNet."""
-    block = UNET + "input_blocks."
     first, keys = (
-        tensors[block + name].shape if block + name in tensors else ()
-        for name in ("0.0.weight", "1.1.transformer_blocks.0.attn2.to_k.weight")
+        tensors[name].shape if name in tensors else ()
+        for name in (UNET + "input_blocks.0.0.weight", UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight")
     )
-    known = first == (320, 4, 3, 3) and keys[:1] == (320,)
+    known = first in ((320, 4, 3, 3), (384, 4, 3, 3)) and keys[:1] == (4 * first[0],)
     return family(keys[1] if known else 0, prediction_type)
+
+
+_XL = {2048: "stable-diffusion-xl-v1-base", 1280: "stable-diffusion-xl-v1-refiner"}
 
 
 def family(context_width: int, prediction_type: str | None) -> str:
@@ -151,4 +158,4 @@ def family(context_width: int, prediction_type: str | None) -> str:
         return "stable-diffusion-v1"
     if context_width == 1024:
         return "stable-diffusion-v2-768-v" if prediction_type == _MARKED_TYPE else "stable-diffusion-v2-512"
-    return "latent-diffusion"
+    return _XL.get(context_width, "latent-diffusion")

@@ -1,6 +1,9 @@
-"""The names that each project gives to the same parameters. Ours are those of Stability's single-file checkpoints.
+"""The names that each project gives to the same parameters. Ours are those of Stability's files of SD 1.x and 2.x.
 
-* MindONE (MindSpore ``.ckpt``): an ordered list of name patterns, read in either direction.
+* Stable Diffusion XL: its single files begin the names of text encoders with ``conditioner.embedders.N.``. Here they
+  begin with ``parts.TEXT`` as all others do: those of the base's two encoders go on with ``embedders.N.``, those of the
+  refiner's one encoder as those of SD 2.x.
+* MindONE (MindSpore ``.ckpt``): two ordered lists of name patterns, read in either direction, one of them for SDXL.
 * SD 1.x text encoders (Hugging Face's names, three projections) and SD 2.x ones (OpenCLIP's names, one ``in_proj``) are
   the same network; MindONE writes both with OpenCLIP's names.
 * diffusers' folders: Stability counts the blocks, diffusers numbers them by level and place. The table is built for the
@@ -28,8 +31,12 @@ Tensors = dict[str, np.ndarray]
 
 _OPENCLIP, _CLIP = TEXT + "model.", TEXT + "transformer.text_model."  # the text encoder of SD 2.x, of SD 1.x
 _MINDONE_TEXT = TEXT + "transformer."
+_PROJECTION = "text_projection"  # of OpenCLIP's encoder, [width, projection]; Hugging Face has its transpose
+LABELS = UNET + "label_emb.0.0.weight"  # the first layer of what a UNet is told beside texts: of SDXL and unCLIP
 # The same prefixes in regular expressions.
 _RE_UNET, _RE_VAE, _RE_TEXT, _RE_OPENCLIP, _RE_CLIP = map(re.escape, (UNET, VAE, TEXT, _OPENCLIP, _CLIP))
+_RE_ENCODER = _RE_TEXT + r"(?:embedders\.[01]\.)?"
+_RE_ANY_OPENCLIP, _RE_ANY_CLIP = _RE_ENCODER + r"model\.", _RE_ENCODER + r"transformer\.text_model\."
 
 # Entries of SD files that no network here has.
 EXTRAS = re.compile(
@@ -66,18 +73,19 @@ _VAE_BLOCK = r"(norm1|conv1|norm2|conv2|nin_shortcut)" + _WB
 _PARAMETER = re.compile(
     "|".join(
         (
-            _RE_UNET + r"(time_embed\.[02]|input_blocks\.0\.0|out\.[02])" + _WB,
+            _RE_UNET + r"(time_embed\.[02]|label_emb\.0\.[02]|input_blocks\.0\.0|out\.[02])" + _WB,
             _RE_UNET + r"((in|out)put_blocks\.\d+|middle_block)\.\d\." + _UNET_BLOCK,
             _RE_VAE + r"((post_)?quant_conv|(en|de)coder\.(conv_in|conv_out|norm_out))" + _WB,
             _RE_VAE + r"(en|de)coder\.(mid\.block_[12]|(down|up)\.\d+\.block\.\d+)\." + _VAE_BLOCK,
             _RE_VAE + r"(en|de)coder\.mid\.attn_1\.(norm|q|k|v|proj_out)" + _WB,
             _RE_VAE + r"(encoder\.down\.\d+\.downsample|decoder\.up\.\d+\.upsample)\.conv" + _WB,
-            _RE_OPENCLIP + r"(token_embedding\.weight|positional_embedding|ln_final\.(weight|bias))",
-            _RE_OPENCLIP + r"transformer\.resblocks\.\d+\.(ln_[12]|mlp\.c_(fc|proj)|attn\.out_proj)" + _WB,
-            _RE_OPENCLIP + r"transformer\.resblocks\.\d+\.attn\.in_proj_(weight|bias)",
-            _RE_CLIP + r"embeddings\.(token|position)_embedding\.weight",
-            _RE_CLIP + r"final_layer_norm" + _WB,
-            _RE_CLIP + r"encoder\.layers\.\d+\."
+            _RE_ANY_OPENCLIP
+            + r"(token_embedding\.weight|positional_embedding|text_projection|ln_final\.(weight|bias))",
+            _RE_ANY_OPENCLIP + r"transformer\.resblocks\.\d+\.(ln_[12]|mlp\.c_(fc|proj)|attn\.out_proj)" + _WB,
+            _RE_ANY_OPENCLIP + r"transformer\.resblocks\.\d+\.attn\.in_proj_(weight|bias)",
+            _RE_ANY_CLIP + r"embeddings\.(token|position)_embedding\.weight",
+            _RE_ANY_CLIP + r"final_layer_norm" + _WB,
+            _RE_ANY_CLIP + r"encoder\.layers\.\d+\."
             r"(layer_norm[12]|mlp\.fc[12]|self_attn\.([qkv]|out)_proj)" + _WB,
         )
     )
@@ -163,6 +171,25 @@ STABILITY_MINDONE = Rules(
     (_BLOCK + "ln_{j}.{norm}", _MINDONE_BLOCK + "ln_{j}.{norm}"),
 )
 
+# SDXL by MindONE: only norms and embeddings have other names.
+STABILITY_MINDONE_XL = Rules(
+    *(
+        (f"{name}.{{norm}}", f"{name}.{{norm}}")
+        for name in (
+            UNET + "{path}.in_layers.0",
+            UNET + "{path}.out_layers.0",
+            UNET + "out.0",
+            "{path}.norm{kind}",
+            "{path}.layer_norm{j}",
+            "{path}.final_layer_norm",
+            "{path}.ln_{j}",
+            "{path}.ln_final",
+        )
+    ),
+    ("{path}.token_embedding.weight", "{path}.token_embedding.embedding_table"),
+    ("{path}.position_embedding.weight", "{path}.position_embedding.embedding_table"),
+)
+
 OPENCLIP_CLIP = Rules(
     (_OPENCLIP + "token_embedding.weight", _CLIP + "embeddings.token_embedding.weight"),
     (_OPENCLIP + "positional_embedding", _CLIP + "embeddings.position_embedding.weight"),
@@ -177,9 +204,10 @@ OPENCLIP_CLIP = Rules(
 
 # ---- wrappers ----
 
-# PyTorch puts these around a network for several devices, compilation, shards and recomputation.
+# PyTorch puts these around a network for several devices, compilation, shards and recomputation; MindSpore puts
+# _backbone around a layer for mixed precision.
 _OUTER = re.compile(r"(module\.)*")
-_ANYWHERE = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_ANYWHERE = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_backbone)\.")
 
 
 def _unwrapped(name: str) -> str:
@@ -188,8 +216,35 @@ def _unwrapped(name: str) -> str:
 
 
 def without_wrappers(tensors: Tensors) -> Tensors:
-    """The parameters by their names without PyTorch's wrappers; ValueError where two names become one."""
+    """The parameters by their names without such wrappers; ValueError where two names become one."""
     return _renamed(tensors, _unwrapped)
+
+
+# ---- Stable Diffusion XL ----
+
+_EMBEDDERS, _CONDITIONER = TEXT + "embedders.", "conditioner.embedders."
+_SINGLE = _CONDITIONER + "0.model."  # the refiner's text encoder, and SD 2.x' in files of Stability's generative-models
+
+
+def is_xl(tensors: Collection[str]) -> bool:
+    """Whether our names are those of a model of SDXL's kind, base or refiner, or of its UNet or its text encoders."""
+    return LABELS in tensors or any(name.startswith(_EMBEDDERS) for name in tensors)
+
+
+def from_conditioner(tensors: Tensors) -> Tensors:
+    """The tensors by our names, from those of Stability's generative-models; all other names stay."""
+    two = any(name.startswith(_CONDITIONER + "1.") for name in tensors)
+    theirs, ours = (_CONDITIONER, _EMBEDDERS) if two else (_SINGLE, _OPENCLIP)
+    return _renamed(tensors, lambda name: ours + name[len(theirs) :] if name.startswith(theirs) else name)
+
+
+def to_conditioner(tensors: Tensors) -> Tensors:
+    """The tensors by the names in Stability's single files, which are ours but for SDXL."""
+    if not is_xl(tensors):
+        return tensors
+    two = any(name.startswith(_EMBEDDERS) for name in tensors)
+    theirs, ours = (_CONDITIONER, _EMBEDDERS) if two else (_SINGLE, _OPENCLIP)
+    return _renamed(tensors, lambda name: theirs + name[len(ours) :] if name.startswith(ours) else name)
 
 
 # ---- MindONE ----
@@ -197,18 +252,17 @@ def without_wrappers(tensors: Tensors) -> Tensors:
 
 # Some SD 1.x files leave "text_model." out of Hugging Face's names.
 _SHORT_CLIP = re.compile("^" + re.escape(_MINDONE_TEXT) + r"(?=(embeddings|encoder|final_layer_norm)\.)")
-_SGM_OPENCLIP = re.compile(r"^conditioner\.embedders\.0\.(?=model\.)")  # SD 2.x by Stability's generative-models
 
 
 def text_variant(tensors: Tensors) -> str | None:
-    """The text encoder (``TextConfig.variant``) that Stability's names belong to; None where there is none."""
+    """The variant (``TextConfig.variant``) of a model's only text encoder, by its names; None where there is none."""
     if any(name.startswith(_OPENCLIP) for name in tensors):
         return "openclip"
     return "clip" if any(name.startswith(_CLIP) for name in tensors) else None
 
 
 def from_mindone(tensors: Tensors, variant: str | None = None) -> Tensors:
-    """The tensors by Stability's names, from MindONE's names and near variants; Stability's own names stay.
+    """The tensors by our names, from MindONE's names, Stability's and near variants.
 
     MindONE gives both text encoders the same names. Without ``variant`` the width decides: 768 is SD 1.x's.
     """
@@ -218,7 +272,8 @@ def from_mindone(tensors: Tensors, variant: str | None = None) -> Tensors:
     tensors = _renamed(tensors, STABILITY_MINDONE.to_left)
     if table is not None and variant == "clip":
         tensors = _split(_renamed(tensors, OPENCLIP_CLIP.to_right))
-    return _renamed(tensors, lambda name: _SGM_OPENCLIP.sub(TEXT, _SHORT_CLIP.sub(_CLIP, name)))
+    tensors = _renamed(tensors, lambda name: STABILITY_MINDONE_XL.to_left(_SHORT_CLIP.sub(_CLIP, name)))
+    return from_conditioner(tensors)
 
 
 # In MindONE's train_resume.ckpt beside the network's parameters: copies of some of them, and counters.
@@ -280,7 +335,9 @@ def _product_shape(up: np.ndarray, down: np.ndarray) -> tuple[int, ...] | None:
 
 
 def to_mindone(tensors: Tensors) -> Tensors:
-    """The tensors by MindONE's names, from Stability's names."""
+    """The tensors by MindONE's names, from ours."""
+    if is_xl(tensors):
+        return _renamed(to_conditioner(tensors), STABILITY_MINDONE_XL.to_right)
     tensors = _renamed(_merged(tensors), OPENCLIP_CLIP.to_left)
     return _renamed(tensors, STABILITY_MINDONE.to_right)
 
@@ -340,12 +397,19 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 _VAE_PROJECTION = re.compile(_RE_VAE + r"\w+\.mid\.attn_1\.(q|k|v|proj_out)\.weight")
 
 
-def from_diffusers(unet: Tensors, vae: Tensors, text_encoder: Tensors, variant: str) -> Tensors:
-    """The parameters of a diffusers pipeline's three parts (any may be empty) by Stability's names and shapes.
+def from_diffusers(
+    unet: Tensors,
+    vae: Tensors,
+    text_encoder: Tensors,
+    variant: str,
+    text_encoder_2: Tensors | None = None,
+    variant_2: str = "openclip",
+) -> Tensors:
+    """The parameters of a diffusers pipeline's parts (any may be empty) by our names and shapes.
 
-    ``variant`` is the text encoder's (``TextConfig.variant``), which its parameters do not tell. diffusers has older
-    and newer names for the autoencoder's attention. Its projections are linear [C, C] there and 1x1 convolutions [C, C,
-    1, 1] here.
+    ``variant`` is a text encoder's (``TextConfig.variant``), which its parameters do not tell. diffusers has older and
+    newer names for the autoencoder's attention. Its projections are linear [C, C] there and 1x1 convolutions [C, C, 1,
+    1] here. Two text encoders are those of SDXL's base; ``text_encoder_2`` without another is the refiner's.
     """
     levels, depth = _count(unet, r"down_blocks\.#\."), _count(unet, r"down_blocks\.0\.resnets\.#\.")
     attended = tuple(f"up_blocks.{level}.attentions.0.norm.weight" in unet for level in range(levels))
@@ -359,24 +423,43 @@ def from_diffusers(unet: Tensors, vae: Tensors, text_encoder: Tensors, variant: 
         name = VAE + name
         tensors[name] = array[:, :, None, None] if _VAE_PROJECTION.fullmatch(name) and array.ndim == 2 else array
 
-    text = {_CLIP + re.sub(r"^text_model\.", "", name): array for name, array in text_encoder.items()}
-    if variant == "openclip":
-        text = _renamed(_merged(text), OPENCLIP_CLIP.to_left)
-    return {**tensors, **text}
+    encoders = [_encoder_from_diffusers(text_encoder, variant)] if text_encoder else []
+    encoders += [_encoder_from_diffusers(text_encoder_2, variant_2)] if text_encoder_2 else []
+    for n, encoder in enumerate(encoders):
+        prefix = f"{_EMBEDDERS}{n}." if len(encoders) == 2 else TEXT
+        tensors.update({prefix + name[len(TEXT) :]: array for name, array in encoder.items()})
+    return tensors
+
+
+def _encoder_from_diffusers(tensors: Tensors, variant: str) -> Tensors:
+    """Hugging Face's text encoder by the names of a model's only text encoder."""
+    text = {_CLIP + re.sub(r"^text_model\.", "", name): array for name, array in tensors.items()}
+    if variant != "openclip":
+        return text
+    text = _renamed(_merged(text), OPENCLIP_CLIP.to_left)
+    projection = text.pop(f"{_CLIP}{_PROJECTION}.weight", None)
+    return text if projection is None else {**text, _OPENCLIP + _PROJECTION: projection.T}
 
 
 def to_diffusers(tensors: Tensors, text_layers: int = _SD2_BLOCKS - 1) -> dict[str, Tensors]:
-    """The opposite of from_diffusers: {"unet": ..., "vae": ..., "text_encoder": ...} with diffusers' newer names.
+    """The opposite of from_diffusers: {part: tensors by diffusers' newer names}.
 
-    ``text_layers`` is the number of the text encoder's blocks that run. Extras are left out. Raises UserError where a
-    parameter belongs to none of the three parts.
+    The parts are "unet", "vae", "text_encoder" (empty for SDXL's refiner) and, of SDXL, "text_encoder_2".
+    ``text_layers`` is the number of blocks that run in a model's only text encoder. Extras are left out. Raises
+    UserError where a parameter belongs to no part.
     """
     last = f"{_OPENCLIP}transformer.resblocks.{_SD2_BLOCKS - 1}."  # it is an extra only where it does not run
-    runs = text_layers >= _SD2_BLOCKS
-    tensors = {n: array for n, array in tensors.items() if (runs and n.startswith(last)) or not is_extra(n)}
-    tensors = _split(_renamed(tensors, OPENCLIP_CLIP.to_right))
-    unet, vae, text = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in (UNET, VAE, _CLIP))
-    lost = [name for name in tensors if not name.startswith((UNET, VAE, _CLIP))]
+    used = (last,) if text_layers >= _SD2_BLOCKS else ()
+    used += (_OPENCLIP + _PROJECTION, f"{_EMBEDDERS}1.model.{_PROJECTION}") if is_xl(tensors) else ()
+    tensors = {n: array for n, array in tensors.items() if n.startswith(used) or not is_extra(n)}
+    prefixes = _encoders(tensors)
+    texts = {"text_encoder": {}}
+    for part, prefix in prefixes.items():
+        own = {TEXT + n[len(prefix) :]: array for n, array in tensors.items() if n.startswith(prefix)}
+        texts[part] = _encoder_to_diffusers(own)
+    unet, vae = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in (UNET, VAE))
+    lost = [name for name in tensors if not name.startswith((UNET, VAE, *prefixes.values()))]
+    lost += [name for text in texts.values() for name in text if name.startswith(TEXT)]
     if lost:
         first = ", ".join(map(escaped, lost[:3]))
         raise UserError(f"{len(lost)} parameters have no place in a diffusers pipeline (first: {first})")
@@ -385,8 +468,22 @@ def to_diffusers(tensors: Tensors, text_layers: int = _SD2_BLOCKS - 1) -> dict[s
 
     vae = {n: a[:, :, 0, 0] if _VAE_PROJECTION.fullmatch(VAE + n) and a.ndim == 4 else a for n, a in vae.items()}
     levels, depth = _count(vae, r"\w+\.(?:down|up)\.#\."), _count(vae, r".+\.block\.#\.")
-    vae = _renamed(vae, by_module(_vae_modules(levels, depth)))
-    return {"unet": unet, "vae": vae, "text_encoder": {f"text_model.{name}": array for name, array in text.items()}}
+    return {"unet": unet, "vae": _renamed(vae, by_module(_vae_modules(levels, depth))), **texts}
+
+
+def _encoders(tensors: Tensors) -> dict[str, str]:
+    """{diffusers' part: the beginning of our names} of the text encoders that a model has."""
+    if any(name.startswith(_EMBEDDERS) for name in tensors):
+        return {part: f"{_EMBEDDERS}{n}." for n, part in enumerate(("text_encoder", "text_encoder_2"))}
+    return {"text_encoder_2" if is_xl(tensors) else "text_encoder": TEXT}
+
+
+def _encoder_to_diffusers(tensors: Tensors) -> Tensors:
+    """The opposite of _encoder_from_diffusers; a name that has no place there stays."""
+    text = _split(_renamed(tensors, OPENCLIP_CLIP.to_right))
+    named = {f"text_model.{n[len(_CLIP) :]}" if n.startswith(_CLIP) else n: array for n, array in text.items()}
+    projection = named.pop(_OPENCLIP + _PROJECTION, None)
+    return named if projection is None else {**named, f"{_PROJECTION}.weight": projection.T}
 
 
 _VAE_ALONE = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
@@ -440,6 +537,8 @@ def unet_modules(scheme: Scheme) -> dict[str, str]:
     modules = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
         "input_blocks.0.0": "conv_in",
         "middle_block.1": "mid_block.attentions.0",
         "out.0": "conv_norm_out",

@@ -1,4 +1,7 @@
-"""The published models by version: config and file."""
+"""The published models by version: config and file.
+
+MindONE's files can be downloaded. It publishes none of Stable Diffusion XL, whose files are Stability's.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,34 @@ from ldm.download import download
 from ldm.errors import UserError
 
 PUBLISHED = "https://download.mindspore.cn/toolkits/mindone/stable_diffusion"
+_STABILITY = "https://huggingface.co/stabilityai"
 
 
 class Version(NamedTuple):
+    """A published model. `also`: other names of its file, without a suffix. `page`: where it is, if not at MindONE's.
+
+    `checkpoint` is the name of its file under models/; None where there is no single one.
+    """
+
     config: str
-    checkpoint: str
-    also: tuple[str, ...] = ()  # Stability AI's and its partners' names of the same weights, without a suffix
+    checkpoint: str | None
+    also: tuple[str, ...] = ()
+    page: str | None = None
+
+    @property
+    def is_mindone(self) -> bool:
+        return bool(self.checkpoint) and self.checkpoint.endswith(".ckpt")
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """All names of the file, without a suffix."""
+        return (*([Path(self.checkpoint).stem] if self.checkpoint else []), *self.also)
+
+    @property
+    def files(self) -> list[str]:
+        """The files that serve, the first first. Those of SDXL serve under any name and in either format."""
+        others = [stem + suffix for stem in self.also for suffix in (".safetensors", ".ckpt")] if self.page else []
+        return [f"models/{name}" for name in ([self.checkpoint] if self.checkpoint else []) + others]
 
 
 VERSIONS = {
@@ -33,8 +58,22 @@ VERSIONS = {
         "sd_v2-1_768_v-061732d1.ckpt",
         ("v2-1_768-ema-pruned", "v2-1_768-nonema-pruned"),
     ),
+    "xl": Version(
+        "configs/sdxl-inference.yaml",
+        "sd_xl_base_1.0.safetensors",
+        ("sd_xl_base_1.0_0.9vae", "sd_xl_base_1.0_ms"),
+        f"{_STABILITY}/stable-diffusion-xl-base-1.0",
+    ),
+    "xl-vpred": Version("configs/sdxl-vpred-inference.yaml", None),
+    "xl-refiner": Version(
+        "configs/sdxl-refiner-inference.yaml",
+        "sd_xl_refiner_1.0.safetensors",
+        ("sd_xl_refiner_1.0_0.9vae", "sd_xl_refiner_1.0_ms"),
+        f"{_STABILITY}/stable-diffusion-xl-refiner-1.0",
+    ),
     "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors"),
 }
+XL_VPRED = "xl-vpred"
 
 
 _WUKONG = "1.5-wukong", "wukong-huahua"  # a version of MindONE's, and the beginning of its files' names
@@ -51,7 +90,7 @@ def version(word: str) -> str:
 def published(path: str | Path) -> str | None:
     """The published version with a file of this name, whatever its suffix; None where there is none."""
     stem = Path(path).stem
-    return next((word for word, v in VERSIONS.items() if stem in (Path(v.checkpoint).stem, *v.also)), None)
+    return next((word for word, v in VERSIONS.items() if stem in v.stems), None)
 
 
 def existing(path: str) -> str:
@@ -70,6 +109,8 @@ def existing(path: str) -> str:
     if known is None:
         raise UserError(f"checkpoint {path} does not exist")
     place = Path(path).parent
+    if not VERSIONS[known].is_mindone:
+        raise UserError(f"checkpoint {path} does not exist: get it from {VERSIONS[known].page} and put it into {place}")
     raise UserError(
         f"checkpoint {path} does not exist: get it from {PUBLISHED}/{name} and put it into {place}, or give "
         f"--version {known} --download instead of the path"
@@ -92,17 +133,29 @@ def find_checkpoint(version: str, fetch: bool = False, prediction_type: str | No
             f"--version {version} was trained with prediction_type '{own}', the config says '{prediction_type}': "
             "leave out the config and --set, or choose another version"
         )
-    name = VERSIONS[version].checkpoint
-    found = search(f"models/{name}")
+    found = next(filter(None, map(search, VERSIONS[version].files)), None)
     if found is not None:
         return str(found)
-    place = SCRIPTS / "models" / name
-    if not name.endswith(".ckpt"):
-        raise UserError(f"no models/{name} for --version {version}: restore it from the repository to {place.parent}")
+    place = SCRIPTS / "models"
+    if not VERSIONS[version].is_mindone:
+        raise UserError(_not_there(version, place))
+    name = VERSIONS[version].checkpoint
     if not fetch:
         raise UserError(
             f"no models/{name} for --version {version}: add --download, or get it from {PUBLISHED}/{name} and put it "
-            f"into {place.parent}"
+            f"into {place}"
         )
-    download(f"{PUBLISHED}/{name}", place)
-    return str(place)
+    download(f"{PUBLISHED}/{name}", place / name)
+    return str(place / name)
+
+
+def _not_there(version: str, place: Path) -> str:
+    """What to do where the file of a version is missing and cannot be downloaded."""
+    _, name, _, page = VERSIONS[version]
+    if name is None:
+        models = "NoobAI-XL V-Pred or terminus-xl, for instance"
+        return f"--version {version} is no single published file: give the path of such a model ({models})"
+    if page:
+        what = f"no models/{name} for --version {version}, and --download has none of it"
+        return f"{what}: get it from {page} and put it into {place}"
+    return f"no models/{name} for --version {version}: restore it from the repository to {place}"

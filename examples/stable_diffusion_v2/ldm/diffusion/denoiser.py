@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
@@ -26,6 +28,8 @@ class Denoiser:
         cond: the prompts' condition, arrays.
         uncond: the condition of the negative or empty prompts; it is not used where guidance_scale is 1.
         guidance_scale: 1 is no guidance and half the work; 0 ignores the prompts.
+        guidance_rescale: from 0 to 1, how far the guided output's deviation is brought back to that with caption alone
+            (arXiv 2305.08891, section 3.4).
 
     Raises:
         UserError: the prediction type does not go with the schedule.
@@ -39,12 +43,13 @@ class Denoiser:
         cond: Condition,
         uncond: Condition | None = None,
         guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
     ):
         schedule.check(prediction)
         conditions = [cond] if guidance_scale == 1 else [uncond, cond]
         assert all(each.context.shape == cond.context.shape for each in conditions), "one negative prompt per prompt"
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.copies = len(conditions)
         self.samples = self.copies * len(cond.context)
         self.condition = Condition.join(conditions).map(Tensor).given()  # of copies * B
@@ -63,4 +68,29 @@ class Denoiser:
             raise UserError(f"the network returned NaN or infinity at t = {t}: check the checkpoint, or run in float32")
         outputs = np.split(output.astype(np.float64), self.copies)  # the last one is with caption, the first without
         output = outputs[0] + self.guidance_scale * (outputs[-1] - outputs[0])  # [B, C, H, W]
+        if self.guidance_rescale and self.guidance_scale != 1:
+            ratio = outputs[-1].std((1, 2, 3), keepdims=True) / output.std((1, 2, 3), keepdims=True)
+            output *= 1 + self.guidance_rescale * (ratio - 1)
         return self.prediction.to_x0_eps(output, x, self.schedule.alpha(t), self.schedule.sigma(t))
+
+
+class Relay:
+    """Two denoisers of one picture: the first one down to a time, the second one, SDXL's refiner, from there to the end
+    (arXiv 2307.01952, section 2.5).
+
+    Args:
+        first, second: denoise(x, t) -> (x0, eps).
+        until: the first one denoises at this time and before.
+        handed: is called when the second one begins.
+    """
+
+    def __init__(self, first: Callable, second: Callable, until: float, handed: Callable[[], None]):
+        self.first, self.second, self.until, self.handed = first, second, until, handed
+
+    def __call__(self, x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
+        if t >= self.until:
+            return self.first(x, t)
+        if self.handed:
+            self.handed()
+            self.handed = None
+        return self.second(x, t)

@@ -2,7 +2,8 @@
 
 SD's UNet has 16 transformers and 22 residual blocks, but only 4 and 14 different ones. Its text encoder has 23 equal
 blocks. One graph would compile all of them, and the memory for it would grow with them. Here one layer of each kind is
-compiled. It takes the weights of each layer of its kind in turn, whose memory is shared, not copied.
+compiled. It takes the weights of each layer of its kind in turn, whose memory is shared, not copied. Weights of half
+the width stay in their file, and become float32 for as long as a layer of their kind has them.
 
 While these classes are in use, weights must not change, and the networks' parameters must not be read. Training has its
 own subclass (ldm/train/gradients.py).
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.ops import Primitive
 
+from ldm.checkpoint.arrays import widened
 from ldm.networks.text import TextEncoders, both, encode
 from ldm.networks.unet import Embed, UNet, join, walk
 
@@ -41,17 +44,42 @@ def _facts(cell: nn.Cell) -> Iterator[tuple]:
             yield name, value
 
 
+def layers_of(network: nn.Cell) -> Iterator[nn.Cell]:
+    """The layers of a UNet or of text encoders that are run one by one."""
+    if isinstance(network, UNet):
+        yield from (
+            layer for stage in (*network.input_blocks, network.middle_block, *network.output_blocks) for layer in stage
+        )
+    elif isinstance(network, TextEncoders):
+        yield from (*network.first.blocks(), *network.second.blocks())
+    else:
+        yield from network.blocks()
+
+
+def lent_parameters(*networks: nn.Cell | None) -> set[int]:
+    """The ids of the parameters of these layers. Their values may stay in a file, in its own type, as `stored`."""
+    layers = (layer for network in networks if network for layer in layers_of(network))
+    return {id(parameter) for layer in layers for parameter in layer.get_parameters()}
+
+
+def weights_of(parameter: Parameter) -> Tensor | np.ndarray:
+    """A parameter's values: its stored ones, or else a tensor of the same memory."""
+    stored = getattr(parameter, "stored", None)
+    return Tensor.from_numpy(parameter.asnumpy()) if stored is None else stored
+
+
 class Kind:
     """A layer whose graph serves all layers of its key."""
 
     def __init__(self, layer: nn.Cell, parameters: list[Parameter]):
         self.layer, self.parameters, self.values = layer, parameters, None
 
-    def take(self, values: list[Tensor]) -> None:
-        """Give the layer these weights."""
+    def take(self, values: list[Tensor | np.ndarray]) -> None:
+        """Give the layer these weights; arrays of another type, which lie in a file, become float32 here."""
         if self.values is not values:
             for parameter, value in zip(self.parameters, values):
-                parameter.set_data(value)
+                is_tensor = isinstance(value, Tensor)
+                parameter.set_data(value if is_tensor else Tensor.from_numpy(widened(value).astype(np.float32)))
             self.values = values
 
 
@@ -62,7 +90,7 @@ class Blocks:
         self.network = network
         self.kinds: dict[tuple, Kind] = {}
         self.keys: dict[int, tuple] = {}  # by a layer's id
-        self.weights: dict[int, list[Tensor]] = {}  # by a layer's id
+        self.weights: dict[int, list[Tensor | np.ndarray]] = {}  # by a layer's id
 
     def with_weights_of(self, layer: nn.Cell) -> Kind:
         """The layer's kind, which now holds the layer's weights."""
@@ -72,7 +100,7 @@ class Blocks:
         if key not in self.kinds:
             self.kinds[key] = self.new_kind(layer, list(layer.get_parameters()))
         if id(layer) not in self.weights:  # tensors that keep them while its parameters hold another layer's
-            self.weights[id(layer)] = [Tensor.from_numpy(each.asnumpy()) for each in layer.get_parameters()]
+            self.weights[id(layer)] = [weights_of(each) for each in layer.get_parameters()]
         kind = self.kinds[key]
         kind.take(self.weights[id(layer)])
         return kind

@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm import kernels
+from ldm.checkpoint.arrays import widened
 from ldm.config.model import GROUPS
 from ldm.kernels import add, multiply, reshape, transpose
 from ldm.randomness import generator
@@ -28,6 +29,7 @@ def fill(target: Parameter, array: np.ndarray, copy: bool = False) -> bool:
 
     Otherwise the parameter shares the array's memory, and must not be trained: see `require_own`.
     """
+    array = widened(array)
     copy = copy or array.dtype != np.float32 or not array.flags.c_contiguous or array.ctypes.data % ALIGNMENT != 0
     target.set_data(Tensor.from_numpy(np.array(array, np.float32, order="C") if copy else array))
     target.is_view = not copy

@@ -82,6 +82,7 @@ class TrainAdapters(FineTune):
         lora.check_type(start, self.config.prediction_type)
         other = sorted(places.keys() ^ start.pairs.keys())
         if other:
+            lora.check_family(start, lora.layout_of(self.model.shapes()))
             raise UserError(
                 f"{path} has {len(start.pairs)} layers, this run trains {len(places)}: {len(other)} are in one of them "
                 f"alone, first {quoted(other[0])}; choose its layers by --lora_targets and --lora_ft_text_encoder"
@@ -98,8 +99,8 @@ class TrainAdapters(FineTune):
 
     def modules(self) -> list[str]:
         """The name of each adapter's layer in `checkpoint.lora`."""
-        variant, scheme = self.config.text.variant, lora.scheme_of(self.model.shapes())
-        return [lora.module(place.weight, variant, place.which, scheme=scheme) for place in self.places]
+        layout = lora.layout_of(self.model.shapes())
+        return [lora.module(place.weight, layout, place.which) for place in self.places]
 
     def changed_source(self) -> str | None:
         return checkpoint.changed(self.model.views.values())

@@ -77,7 +77,11 @@ def reference(config: ModelConfig) -> tuple:
             eos_token_id=text.vocab_size - 1,
         )
     )
-    networks = unet.eval(), vae.eval(), text_model.eval()
+    return with_random_vectors(unet, vae, text_model)
+
+
+def with_random_vectors(*networks: torch.nn.Module) -> tuple:
+    networks = tuple(network.eval() for network in networks)
     for network in networks:
         for name, parameter in network.named_parameters():
             if parameter.ndim == 1:

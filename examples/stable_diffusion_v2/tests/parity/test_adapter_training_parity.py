@@ -37,12 +37,12 @@ def pair(request):
     model = StableDiffusion(config, (UNET,))
     tensors = from_diffusers(*states(networks), config.text.variant)
     model.load({name: array for name, array in tensors.items() if name.startswith(UNET)}, "the reference", (UNET,))
-    scheme = lora.scheme_of(model.shapes())
+    layout = lora.layout_of(model.shapes())
     places = adapter.attach(model, adapter.chosen(model, ["attention"], (UNET,)), RANK, ALPHA / RANK)
     theirs = peft.get_peft_model(networks[0], peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS))
     params, rng, found = dict(theirs.named_parameters()), np.random.default_rng(0), {}
     for place in places:
-        module = lora.module(place.weight, config.text.variant, scheme=scheme).removeprefix("unet.")
+        module = lora.module(place.weight, layout).removeprefix("unet.")
         for name, ours in (("lora_A", place.adapter.lora_A), ("lora_B", place.adapter.lora_B)):
             value = rng.standard_normal(ours.shape).astype(np.float32) * np.float32(0.1)
             fill(ours, value, copy=True)

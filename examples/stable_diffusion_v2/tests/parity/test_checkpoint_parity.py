@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: make pari
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make parity")
 pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 
+import sdxl_reference
+import tiny_sdxl
 from reference import CONFIGS, THEIR_TYPES, reference, states
 
 from ldm import checkpoint
@@ -243,3 +245,86 @@ def test_an_autoencoder_that_diffusers_saves_serves(tmp_path, ours, pipe):
     read = checkpoint.load_vae(tmp_path / "vae", float(ours.meta["scale_factor"]))
     same(read, {name: array.astype(np.float32) for name, array in ours.tensors.items() if name in read})
     assert len(read) == sum(name.startswith("first_stage_model.") for name in ours.tensors)
+
+
+# ---- SDXL ----
+
+XL = {"base": tiny_sdxl.tiny_sdxl_config, "refiner": tiny_sdxl.tiny_refiner_config}
+
+
+@pytest.fixture(scope="module", params=XL)
+def xl(request, tmp_path_factory):
+    """(our config, its pipeline's folder as diffusers writes it, the pipeline): random weights of diffusers."""
+    place, config = tmp_path_factory.mktemp(request.param), XL[request.param]()
+    tensors = tiny_sdxl.random_tensors(config)
+    checkpoint.save(place / "ours", tensors, words_of(config), "diffusers")
+    pipe = sdxl_reference.pipeline(place / "ours", request.param == "refiner")
+    pipe.save_pretrained(place / "theirs")
+    return config, place / "theirs", pipe
+
+
+def tensors_of(pipe):
+    """{part: {name: tensor}} of a pipeline's networks."""
+    networks = ((name, getattr(pipe, name, None)) for name in ("unet", "vae", "text_encoder", "text_encoder_2"))
+    return {name: network.state_dict() for name, network in networks if network is not None}
+
+
+def assert_same_tensors(left, right):
+    assert left.keys() == right.keys()
+    for part, tensors in left.items():
+        assert tensors.keys() == right[part].keys()
+        assert all(torch.equal(tensor, right[part][name]) for name, tensor in tensors.items())
+
+
+def test_sdxl_goes_through_our_hands_and_back_to_the_bit(tmp_path, xl):
+    config, theirs, pipe = xl
+    read = checkpoint.load(theirs)
+    assert {name: array.shape for name, array in read.tensors.items()} == tiny_sdxl.parameters(config)
+    said = from_yaml(read.meta["model_config"], "theirs")
+    vpred = sdxl_reference.TABLES["scheduler"]
+    assert (said.unet, said.vae) == (config.unet, config.vae) and said.scale_factor == config.scale_factor
+    assert said.schedule.zero_terminal_snr is vpred["rescale_betas_zero_snr"] and said.prediction_type == "v"
+    assert said.texts == config.texts
+    zeros = pipe.config.force_zeros_for_empty_prompt
+    assert said.sampling == SamplingConfig(spacing="trailing", zeros_for_empty_prompt=zeros)
+
+    checkpoint.save(tmp_path / "ours", read.tensors, read.meta, "diffusers")
+    ours = type(pipe).from_pretrained(tmp_path / "ours")
+    assert_same_tensors(tensors_of(ours), tensors_of(pipe))
+    assert ours.config.force_zeros_for_empty_prompt is zeros
+    assert getattr(ours.config, "requires_aesthetics_score", False) is (config.size_numbers == 5)
+    for part in ("unet", "vae"):
+        mine, other = ({k: v for k, v in getattr(p, part).config.items() if k[0] != "_"} for p in (ours, pipe))
+        assert mine == other
+    for name in ("tokenizer", "tokenizer_2"):
+        mine, other = getattr(ours, name), getattr(pipe, name)
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            assert (
+                mine("a red fox!", padding="max_length").input_ids
+                == other("a red fox!", padding="max_length").input_ids
+            )
+    assert ours.tokenizer_2.pad_token == "!"
+
+
+def test_our_files_of_sdxl_are_read_by_transformers_before_5(tmp_path, xl):
+    """It wants text_model. in the names of both text encoders, and vocabularies in two files."""
+    read = checkpoint.load(xl[1])
+    checkpoint.save(tmp_path / "ours", read.tensors, read.meta, "diffusers")
+    for part in [part for part in ("text_encoder", "text_encoder_2") if (tmp_path / "ours" / part).exists()]:
+        names = formats.read(tmp_path / "ours" / part / "model.safetensors")[0]
+        others = {name for name in names if not name.startswith("text_model.")}
+        assert others == ({"text_projection.weight"} if part == "text_encoder_2" else set())
+        assert all((tmp_path / "ours" / part.replace("text_encoder", "tokenizer") / name).exists() for name in NEEDED)
+
+
+NEEDED = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+
+
+def test_our_single_file_of_sdxl_is_read(tmp_path, xl):
+    config, theirs, pipe = xl
+    read = checkpoint.load(theirs)
+    checkpoint.save(tmp_path / "xl.safetensors", read.tensors, read.meta, "safetensors")
+    single = type(pipe).from_single_file(tmp_path / "xl.safetensors", config=str(theirs))
+    assert_same_tensors(tensors_of(single), tensors_of(pipe))
+    assert single.scheduler.config.prediction_type == "v_prediction"

@@ -12,25 +12,44 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed:
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
 peft = pytest.importorskip("peft", reason="PEFT is not installed: make parity")
 
+import sdxl_reference
 from reference import CONFIGS, reference, relative_rms, states
 from transformers.integrations import peft as transformers_peft
 
 from ldm.checkpoint import lora
 from ldm.checkpoint.lora import Adapter, Pair
-from ldm.checkpoint.names import from_diffusers, scheme_of, to_diffusers
+from ldm.checkpoint.names import from_diffusers
 
 pytestmark = pytest.mark.parity
 LAYERS = re.compile(r".*(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|proj_in|proj_out|self_attn\.\w+|mlp\.fc[12])")
+FOLDERS = {"unet": "unet", "text_encoder": "text_encoder_one", "text_encoder_2": "text_encoder_two"}
 
 
-def random_adapter(tensors, variant):
+def networks(kind):
+    """UNet and text encoders of the base by diffusers' names of the parts, anew: adding an adapter changes them."""
+    if kind == "sdxl":
+        parts = sdxl_reference.networks()
+        return {part: parts[part] for part in FOLDERS}
+    unet, _, text = reference(CONFIGS[kind])
+    return {"unet": unet, "text_encoder": text}
+
+
+def tensors_of(kind):
+    """The base's tensors by our names."""
+    unet, *texts = states(tuple(networks(kind).values()))
+    if kind != "sdxl":
+        return from_diffusers(unet, {}, *texts, CONFIGS[kind].text.variant)
+    return from_diffusers(unet, {}, texts[0], "clip", texts[1])
+
+
+def random_adapter(tensors):
     """Of all linear layers, in mixed ranks and alphas, large enough to be seen in the output."""
-    rng, pairs, scheme = np.random.default_rng(0), {}, scheme_of(tensors)
+    rng, pairs, layout = np.random.default_rng(0), {}, lora.layout_of(tensors)
     for name, array in tensors.items():
-        if name.startswith("first_stage_model.") or not name.endswith("weight") or array.ndim < 2:
+        if not name.endswith("weight") or array.ndim < 2:
             continue
         for which in range(3) if name.endswith("in_proj_weight") else (None,):
-            module = lora.module(name, variant, which, scheme=scheme)
+            module = lora.module(name, layout, which)
             if LAYERS.fullmatch(module):
                 rank, rows = 2 + len(pairs) % 3, len(array) // (1 if which is None else 3)
                 down = rng.standard_normal((rank, *array.shape[1:]), np.float32) / np.sqrt(array[0].size)
@@ -39,126 +58,120 @@ def random_adapter(tensors, variant):
     return Adapter(pairs, {}, "diffusers")
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])
 def case(request):
-    """(config, base tensors, adapter, the outputs of UNet and text encoder with our merged weights)."""
-    config = CONFIGS[request.param]
-    unet, _, text = networks = reference(config)
-    variant = config.text.variant
-    tensors = from_diffusers(*states(networks), variant)
-    adapter = random_adapter(tensors, variant)
-    parts = to_diffusers(lora.merged(tensors, [(adapter, 1.0)], variant), config.text.layers)
-    merged = outputs(*with_weights(unet, text, parts["unet"], parts["text_encoder"]))
-    plain = outputs(*with_weights(unet, text, *(states((unet, text)))))
-    assert all(relative_rms(one, two) > 0.05 for one, two in zip(plain, merged))  # the adapter does something
-    return config, tensors, adapter, merged
+    """(kind, base tensors, adapter, the outputs of UNet and text encoders with our merged weights)."""
+    kind = request.param
+    tensors = tensors_of(kind)
+    adapter = random_adapter(tensors)
+    assert {module.partition(".")[0] for module in adapter.pairs} == networks(kind).keys()
+    merged = with_adapter(kind, tensors, adapter)
+    assert all(relative_rms(one, two) > 0.05 for one, two in zip(outputs(networks(kind)), merged))  # it does something
+    return kind, tensors, adapter, merged
 
 
-def copies(config):
-    """The base's UNet and text encoder, anew: adding an adapter changes them."""
-    unet, _, text = reference(config)
-    return unet, text
+def with_adapter(kind, tensors, adapter):
+    """The outputs of the networks with the weights that we merge."""
+    nets, layout, merged = networks(kind), lora.layout_of(tensors), lora.merged(tensors, [(adapter, 1.0)])
+    for module in adapter.pairs:
+        name, which = lora.parameter(module, layout)
+        part, _, path = module.partition(".")
+        modules = dict(nets[part].named_modules())  # of encoder one, newer transformers have no "text_model."
+        layer = modules[path if path in modules else path.removeprefix("text_model.")]
+        weight = merged[name] if which is None else np.split(merged[name], 3)[which]
+        layer.weight.data = torch.from_numpy(np.array(weight)).reshape(layer.weight.shape)
+    return outputs(nets)
 
 
-def with_weights(unet, text, unet_weights, text_weights):
-    unet, text = (
-        type(each).from_config(each.config) if each is unet else type(each)(each.config) for each in (unet, text)
-    )
-    ours = {name.removeprefix("text_model."): array for name, array in text_weights.items()}
-    theirs = {name: ours[name.removeprefix("text_model.")] for name in text.state_dict()}
-    unet.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in unet_weights.items()})
-    text.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in theirs.items()})
-    return unet.eval(), text.eval()
-
-
-def outputs(unet, text):
+def outputs(nets):
     rng = np.random.default_rng(1)
-    z = torch.from_numpy(rng.standard_normal((1, 4, 16, 16), np.float32))
-    width = (unet.base_model if isinstance(unet, peft.PeftModel) else unet).config.cross_attention_dim
-    context = torch.from_numpy(rng.standard_normal((1, 77, width), np.float32))
-    ids = torch.arange(77)[None] % 50
+    unet = nets["unet"]
+    config = (unet.base_model if isinstance(unet, peft.PeftModel) else unet).config
+    z, context = (torch.from_numpy(rng.standard_normal(shape, np.float32)) for shape in (
+        (1, 4, 16, 16), (1, 77, config.cross_attention_dim)))  # fmt: skip
+    ids, sizes = torch.arange(77)[None] % 50, torch.tensor([[128.0, 96.0, 0.0, 8.0, 128.0, 128.0]])
     with torch.no_grad():
-        return unet(z, torch.tensor([500]), context).sample.numpy(), text(input_ids=ids).last_hidden_state.numpy()
+        texts = [net(input_ids=ids) for part, net in nets.items() if part != "unet"]
+        pooled = [text.text_embeds for text in texts if "text_embeds" in text]
+        added = {"text_embeds": pooled[0] * 0 + context[:, 0, :64], "time_ids": sizes} if pooled else None
+        noise = unet(z, torch.tensor([500]), context, added_cond_kwargs=added).sample
+    return [each.numpy() for each in (noise, *(text.last_hidden_state for text in texts), *pooled)]
 
 
-def same(case, unet, text):
-    for got, wanted in zip(outputs(unet, text), case[3]):
-        assert relative_rms(got, wanted) <= 1e-4
+def check(got, wanted):
+    assert len(got) == len(wanted)
+    for one, two in zip(got, wanted):
+        assert relative_rms(one, two) <= 1e-5
 
 
 WORDS = {"prediction_type": "v", "resolution": "128x128"}  # others pass over what our files say beside
 
 
 def test_peft_loads_our_folder(case, tmp_path, recwarn):
-    config, _, adapter, _ = case
+    kind, _, adapter, merged = case
     lora.save(tmp_path / "x", adapter, "peft", **WORDS)
-    unet, text = copies(config)
-    unet = peft.PeftModel.from_pretrained(unet, tmp_path / "x/unet")
-    text = peft.PeftModel.from_pretrained(text, tmp_path / "x/text_encoder_one")
-    same(case, unet.eval(), text.eval())
+    nets = {part: peft.PeftModel.from_pretrained(net, tmp_path / "x" / FOLDERS[part]).eval()
+            for part, net in networks(kind).items()}  # fmt: skip
+    check(outputs(nets), merged)
     assert not [each for each in recwarn if re.search("adapter keys|pattern", str(each.message))]
 
 
-def pipeline(config, monkeypatch):
+def pipeline(kind, monkeypatch):
     monkeypatch.setattr(transformers_peft, "MIN_PEFT_VERSION", "0.5.0")  # it wants one that is not published yet
-    unet, text = copies(config)
-    scheduler = diffusers.DDIMScheduler()
+    rest = dict.fromkeys(("vae", "tokenizer"))
+    if kind == "sdxl":
+        return diffusers.StableDiffusionXLPipeline(
+            **networks(kind), **rest, tokenizer_2=None, scheduler=diffusers.DDIMScheduler(), add_watermarker=False
+        )
     return diffusers.StableDiffusionPipeline(
-        vae=None, text_encoder=text, tokenizer=None, unet=unet, scheduler=scheduler,
+        **networks(kind), **rest, scheduler=diffusers.DDIMScheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
+def outputs_of(pipe):
+    return outputs({part: getattr(pipe, part) for part in FOLDERS if hasattr(pipe, part)})
+
+
 def test_diffusers_loads_our_file(case, tmp_path, monkeypatch):
-    pipe = pipeline(case[0], monkeypatch)
-    lora.save(tmp_path / "x.safetensors", case[2], "diffusers", **WORDS)
+    kind, _, adapter, merged = case
+    pipe = pipeline(kind, monkeypatch)
+    lora.save(tmp_path / "x.safetensors", adapter, "diffusers", **WORDS)
     pipe.load_lora_weights(tmp_path, weight_name="x.safetensors")
-    same(case, pipe.unet, pipe.text_encoder)
+    check(outputs_of(pipe), merged)
 
 
 def test_diffusers_loads_our_kohya_file(case, tmp_path, monkeypatch):
     """With one alpha for all layers; of several its reader takes the most common one for almost all."""
-    config, tensors, adapter, _ = case
-    pipe = pipeline(config, monkeypatch)
+    kind, tensors, adapter, _ = case
+    pipe = pipeline(kind, monkeypatch)
     even = Adapter({name: pair._replace(alpha=1.5) for name, pair in adapter.pairs.items()}, {}, "kohya")
     lora.save(tmp_path / "x.safetensors", even, "kohya", **WORDS)
     pipe.load_lora_weights(tmp_path, weight_name="x.safetensors")
-    check(config, tensors, even, outputs(pipe.unet, pipe.text_encoder))
+    check(outputs_of(pipe), with_adapter(kind, tensors, even))
 
 
 def test_what_peft_and_diffusers_write_is_read(case, tmp_path, monkeypatch):
     """Their own adapters of the base, saved by PEFT and by diffusers, are what they computed with."""
-    config, tensors, _, _ = case
-    unet, text = copies(config)
+    kind, tensors, _, _ = case
     settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["to_q", "to_v", "proj_in", "conv1"],
                                rank_pattern={"attn1.to_q": 2}, alpha_pattern={"proj_in": 7}, use_rslora=True,
                                init_lora_weights=False)  # fmt: skip
-    unet = peft.get_peft_model(unet, settings)
-    text = peft.get_peft_model(text, peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "out_proj"],
-                                                     init_lora_weights=False))  # fmt: skip
-    unet.save_pretrained(tmp_path / "x/unet")
-    text.save_pretrained(tmp_path / "x/text_encoder_one", safe_serialization=False)
-    wanted = outputs(unet.eval(), text.eval())
+    nets = {}
+    for part, net in networks(kind).items():
+        text = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "out_proj"], init_lora_weights=False)
+        nets[part] = peft.get_peft_model(net, settings if part == "unet" else text).eval()
+        nets[part].save_pretrained(tmp_path / "x" / FOLDERS[part], safe_serialization=part == "unet")
     read = lora.load(tmp_path / "x")
     assert read.form == "peft"
-    check(config, tensors, read, wanted)
+    check(with_adapter(kind, tensors, read), outputs(nets))
 
-    pipe = pipeline(config, monkeypatch)
+    pipe = pipeline(kind, monkeypatch)
     settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["to_q", "proj_out"], init_lora_weights=False)
     pipe.unet.add_adapter(settings)
-    wanted = outputs(pipe.unet, pipe.text_encoder)
     layers = peft.get_peft_model_state_dict(pipe.unet)
     metadata = {"unet_lora_adapter_metadata": pipe.unet.peft_config["default"].to_dict()}
     pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, **metadata)
     read = lora.load(tmp_path / "pytorch_lora_weights.safetensors")
     assert read.form == "diffusers" and {pair.alpha for pair in read.pairs.values()} == {5.0}
-    check(config, tensors, read, wanted)
-
-
-def check(config, tensors, adapter, wanted):
-    variant = config.text.variant
-    parts = to_diffusers(lora.merged(tensors, [(adapter, 1.0)], variant), config.text.layers)
-    unet, text = copies(config)
-    got = outputs(*with_weights(unet, text, parts["unet"], parts["text_encoder"]))
-    for one, two in zip(got, wanted):
-        assert relative_rms(one, two) <= 1e-4
+    check(with_adapter(kind, tensors, read), outputs_of(pipe))

@@ -11,7 +11,9 @@ import numpy as np
 from ldm.checkpoint.arrays import Tensors, release, widened
 from ldm.checkpoint.lora import naming
 from ldm.checkpoint.lora.adapter import Adapter, Pair
-from ldm.checkpoint.names import Scheme, is_extra, scheme_of
+from ldm.checkpoint.lora.naming import Layout
+from ldm.checkpoint.lora.reading import family
+from ldm.checkpoint.names import is_extra
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
 from ldm.parts import TEXT, UNET
@@ -32,31 +34,41 @@ def check_type(adapter: Adapter, prediction_type: str) -> None:
         )
 
 
-def merged(tensors: Tensors, adapters: Sequence[tuple[Adapter, float]], variant: str) -> Tensors:
+def merged(tensors: Tensors, adapters: Sequence[tuple[Adapter, float]]) -> Tensors:
     """A checkpoint's tensors with adapters added, each times its weight.
 
     W + sum of weight * alpha / rank * B A is computed in float64 and rounded once. Tensors that are changed are new
     ones in float32 (float64 stays so); all others are the same objects as before.
 
     Args:
-        tensors: by Stability's names.
+        tensors: by our names.
         adapters: pairs of an adapter and its weight.
-        variant: of the text encoder, `TextConfig.variant`.
 
     Raises:
         UserError: an adapter has a layer that is not there, or of another shape.
     """
-    scheme = scheme_of(tensors)
+    layout = naming.layout_of(tensors)
     added: dict[str, list[tuple[int | None, Pair, float]]] = {}
     for adapter, weight in adapters:
-        places = {module: naming.parameter(module, variant, scheme) for module in adapter.pairs}
-        _check_fit(adapter, places, tensors)
+        places = {module: naming.parameter(module, layout) for module in adapter.pairs}
+        _check_fit(adapter, places, tensors, layout)
         for module, (name, which) in places.items():
             added.setdefault(name, []).append((which, adapter.pairs[module], weight))
     return {**tensors, **{name: _sum(tensors[name], each) for name, each in added.items()}}
 
 
-def _check_fit(adapter: Adapter, places: dict[str, tuple[str, int | None]], tensors: Tensors) -> None:
+def check_family(adapter: Adapter, layout: Layout) -> None:
+    """UserError where an adapter is of SDXL and the model is not, or the reverse. An adapter need not tell."""
+    xl = family(adapter.origin, adapter.pairs, adapter.meta)
+    if xl is not None and xl != layout.xl:
+        words = {True: "SDXL", False: "Stable Diffusion 1.x or 2.x"}
+        raise UserError(
+            f"{adapter.origin} is a LoRA of {words[xl]}, the model is of {words[layout.xl]}: "
+            "choose a LoRA of this model"
+        )
+
+
+def _check_fit(adapter: Adapter, places: dict[str, tuple[str, int | None]], tensors: Tensors, layout: Layout) -> None:
     unknown = [module for module, (name, _) in places.items() if name not in tensors]
     wrong = []
     for module, (name, which) in places.items():
@@ -67,6 +79,7 @@ def _check_fit(adapter: Adapter, places: dict[str, tuple[str, int | None]], tens
         if _plain(adapter.pairs[module].shape) != _plain(wanted):
             wrong.append(f"{escaped(module, 200)} is for {adapter.pairs[module].shape}, model has {wanted}")
     if unknown or wrong:
+        check_family(adapter, layout)
         missing = ", ".join(escaped(module, 200) for module in unknown[:2])
         told = [f"{len(unknown)} of its {len(places)} layers are not in it (first: {missing})"] if unknown else []
         told += [f"{len(wrong)} have another shape (first: {wrong[0]})"] if wrong else []
@@ -91,9 +104,7 @@ def _sum(weight: np.ndarray, added: list[tuple[int | None, Pair, float]]) -> np.
 # ---- the difference of two checkpoints ----
 
 
-def difference(
-    tensors: Tensors, base: Tensors, rank: int, variant: str, modules: Collection[str] | None = None
-) -> Adapter:
+def difference(tensors: Tensors, base: Tensors, rank: int, modules: Collection[str] | None = None) -> Adapter:
     """What was added to `base` to make `tensors`, as the nearest adapter of a rank.
 
     The best approximation of that rank is by the singular vectors (Eckart and Young). They come from the eigenvectors
@@ -101,15 +112,15 @@ def difference(
     of the whole difference the adapter holds.
 
     Args:
-        tensors, base: by Stability's names, of the same model.
+        tensors, base: by our names, of the same model.
         rank: of every layer, or the layer's smaller side.
-        modules: which layers; by default all linear ones of the transformers and the text encoder.
+        modules: which layers; by default all linear ones of the transformers and the text encoders.
 
     Raises:
         UserError: the two are of different models, or nothing differs.
     """
     _check_same(tensors, base)
-    scheme, pairs = scheme_of(base), {}
+    layout, pairs = naming.layout_of(base), {}
     whole = kept = 0.0
     for name in base:
         if not name.startswith((UNET, TEXT)) or is_extra(name):
@@ -120,7 +131,7 @@ def difference(
         whole += float(np.vdot(change, change))
         if not np.isfinite(whole):
             raise UserError(f"NaN or infinity in {escaped(name)}: there is no difference to take")
-        for module, part in _modules(name, change, variant, scheme) if change.ndim >= 2 else ():
+        for module, part in _modules(name, change, layout) if change.ndim >= 2 else ():
             wanted = _LINEAR.fullmatch(module) if modules is None else module in modules
             if wanted and part.any():
                 pairs[module] = _nearest(part, rank)
@@ -142,13 +153,13 @@ def _check_same(tensors: Tensors, base: Tensors) -> None:
         )
 
 
-def _modules(name: str, change: np.ndarray, variant: str, scheme: Scheme) -> Iterator[tuple[str, np.ndarray]]:
+def _modules(name: str, change: np.ndarray, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
     """The modules whose weight a parameter is, each with its own part of it."""
     if not name.endswith("in_proj_weight"):
-        yield naming.module(name, variant, scheme=scheme), change
+        yield naming.module(name, layout), change
         return
     for which, part in enumerate(np.split(change, 3)):
-        yield naming.module(name, variant, which, scheme=scheme), part
+        yield naming.module(name, layout, which), part
 
 
 def _nearest(change: np.ndarray, rank: int) -> Pair:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +17,7 @@ from ldm.checkpoint.arrays import FileError, Strings, Tensors
 from ldm.checkpoint.diffusers_config import INDEX
 from ldm.checkpoint.lora import naming, peft_config
 from ldm.checkpoint.lora.adapter import Adapter, Pair
-from ldm.checkpoint.lora.naming import file_scheme
-from ldm.checkpoint.names import Scheme
+from ldm.checkpoint.lora.naming import Layout
 from ldm.diffusion.prediction import DIFFUSERS_NAMES, own_name
 from ldm.errors import UserError
 from ldm.files import escaped
@@ -144,14 +143,14 @@ def _read(source: Source, scale: float) -> tuple[str, dict[str, Pair], Strings]:
     for name, place in places.items():
         groups.setdefault(place.module, {})[place.way] = tensors[name]
     meta = _stated(strings)
-    scheme = _scheme(source.path, groups, meta)
+    layout = stated_layout(source.path, groups, meta, naming.depth_of_counted(groups))
     part = source.part or _part(groups)
     alphas = _alphas(form, source, strings, scale)
     pairs: dict[str, Pair] = {}
     for name, group in groups.items():
         whole = _pair(name, group)
         whole = _without_padding(whole) if form == "mindone" else whole
-        for module, which in naming.modules_of(form, name, part, scheme):
+        for module, which in naming.modules_of(form, name, part, layout):
             pair = whole if which is None else _third(whole, which)
             alpha = alphas(module, pair.rank) if math.isnan(whole.alpha) else whole.alpha
             _add(pairs, module, pair._replace(alpha=alpha))
@@ -183,16 +182,36 @@ def _stated(strings: Strings) -> Strings:
         raise FileError(f"contradicts itself: {escaped(error, 300)}") from None
 
 
-def _scheme(path: Path, groups: dict[str, Tensors], meta: Strings) -> Scheme:
-    """How Stability's names in a file are counted: as the model's config says, or as the names let us guess."""
-    return file_scheme(stated_depth(path, meta) or naming.depth_of_counted(groups))
+def stated_layout(path: str | Path, modules: Collection[str], meta: Strings, depth: int) -> Layout:
+    """How the names in an adapter's file are meant: as the model's config in it says, or as the names let us guess.
+
+    Args:
+        path: the file, for messages.
+        modules: the names of its modules, inside or in the file.
+        meta: what the file says of itself.
+        depth: the guessed number of residual blocks at each level of the UNet.
+
+    Raises:
+        UserError: the config in it cannot be read.
+    """
+    xl, model = bool(family(path, modules, meta)), metadata.model_section(path, meta) or {}
+    unet = model.get("unet")
+    if not isinstance(unet, dict):
+        return naming.file_layout(depth, xl)
+    blocks = unet.get("num_res_blocks", 2)
+    usable = type(blocks) is int and 0 < blocks < 10
+    return naming.file_layout(blocks if usable else depth, xl, refiner=xl and model.get("text_2") is None)
 
 
-def stated_depth(path: str | Path, meta: Strings) -> int | None:
-    """The residual blocks at each level of the UNet that an adapter says it is of; None where it says nothing."""
+def family(path: str | Path, modules: Collection[str], meta: Strings) -> bool | None:
+    """Whether an adapter is of SDXL's family, by its words or by the names of its modules; None where none tell.
+
+    UserError where the config in it cannot be read.
+    """
     unet = (metadata.model_section(path, meta) or {}).get("unet")
-    depth = unet.get("num_res_blocks", 2) if isinstance(unet, dict) else None
-    return depth if type(depth) is int and 0 < depth < 10 else None
+    if isinstance(unet, dict):
+        return unet.get("adm_in_channels") is not None
+    return meta.get("ss_base_model_version", "").startswith("sdxl") or naming.is_xl(modules)
 
 
 def _part(groups: dict[str, Tensors]) -> str:

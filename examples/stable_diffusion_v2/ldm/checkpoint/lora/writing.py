@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from ldm.checkpoint import formats, metadata
 from ldm.checkpoint.arrays import Strings, Tensors, stored_type
 from ldm.checkpoint.lora import naming, peft_config
 from ldm.checkpoint.lora.adapter import FORMS, Adapter, Pair
-from ldm.checkpoint.lora.naming import file_scheme
-from ldm.checkpoint.lora.reading import CONFIG, stated_depth
+from ldm.checkpoint.lora.naming import Layout
+from ldm.checkpoint.lora.reading import CONFIG, stated_layout
 from ldm.diffusion.prediction import DIFFUSERS_NAMES, own_name
 from ldm.errors import UserError
 from ldm.files import escaped, replacing_folder
@@ -63,14 +64,16 @@ def save(
         raise ValueError("an adapter without layers")
     meta = {key: text for key, text in {**adapter.meta, **facts}.items() if key and text}
     pairs = {name: _as_type(pair, dtype) for name, pair in adapter.pairs.items()}
+    layout = stated_layout(path, pairs, meta, naming.depth_of_levelled(pairs))
     if form == "mindone":
-        tensors = _mindone_tensors(path, pairs, meta, scale)
+        tensors = _mindone_tensors(path, pairs, layout, scale)
         formats.write(path, {name: _as(array, dtype) for name, array in tensors.items()}, meta, "mindspore")
     elif form == "peft":
         _write_peft(Path(path), pairs, meta)
     elif form == "kohya":
         _tell_of_alphas(path, pairs)
-        formats.write(path, _kohya_tensors(pairs), {**meta, **_kohya_words(path, pairs, meta)}, "safetensors")
+        words = _kohya_words(path, pairs, meta, layout)
+        formats.write(path, _kohya_tensors(pairs, layout), {**meta, **words}, "safetensors")
     else:
         described = {"format": "pt", peft_config.METADATA: json.dumps(_metadata(pairs), sort_keys=True)}
         formats.write(path, _tensors(pairs), {**meta, **described}, "safetensors")
@@ -133,11 +136,10 @@ def _metadata(pairs: dict[str, Pair]) -> dict:
 # ---- kohya ----
 
 
-def _kohya_tensors(pairs: dict[str, Pair]) -> Tensors:
-    two = any(module.startswith("text_encoder_2.") for module in pairs)
+def _kohya_tensors(pairs: dict[str, Pair], layout: Layout) -> Tensors:
     tensors = {}
     for module, pair in pairs.items():
-        name = naming.kohya_name(module, two)
+        name = naming.kohya_name(module, layout)
         exact = np.float32(pair.alpha) == pair.alpha
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = pair.down, pair.up
         tensors[f"{name}.alpha"] = np.array(pair.alpha, np.float32 if exact else np.float64)
@@ -150,13 +152,11 @@ def _tell_of_alphas(path: str | Path, pairs: dict[str, Pair]) -> None:
         log.warning(told, path)
 
 
-def _kohya_words(path: str | Path, pairs: dict[str, Pair], meta: Strings) -> Strings:
+def _kohya_words(path: str | Path, pairs: dict[str, Pair], meta: Strings, layout: Layout) -> Strings:
     """What kohya's scripts and others that read their files look for."""
-    kind, said = metadata.family(_context_width(pairs), meta.get("prediction_type")), meta.get("prediction_type")
+    said = meta.get("prediction_type")
+    kind, base = _base(_context_width(pairs, layout), said, layout)
     ranks, alphas = {pair.rank for pair in pairs.values()}, {pair.alpha for pair in pairs.values()}
-    base = {"stable-diffusion-v1": "sd_v1", "latent-diffusion": None}.get(kind, "sd_v2")
-    if base == "sd_v2" and said == _V:
-        base = "sd_v2_v"
     told = {
         "ss_v2": str(base is not None and base.startswith("sd_v2")),
         "ss_base_model_version": base,
@@ -170,39 +170,68 @@ def _kohya_words(path: str | Path, pairs: dict[str, Pair], meta: Strings) -> Str
     return {**{key: text for key, text in told.items() if text}, **metadata.modelspec(f"{kind}/lora", meta, path)}
 
 
-def _context_width(pairs: dict[str, Pair]) -> int:
-    """Of what the UNet is told of texts; 0 where the adapter does not tell."""
+_XL_BASES = {  # by the width of what the UNet is told of texts, as in `_base`
+    2048: ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    1280: ("stable-diffusion-xl-v1-refiner", None),
+}
+
+
+def _base(context_width: int, prediction_type: str | None, layout: Layout) -> tuple[str, str | None]:
+    """ModelSpec's and kohya's names of the model that an adapter is of. kohya has none for a model of another size."""
+    if layout.xl:
+        usual = 2048 if "text_encoder" in layout.texts else 1280
+        return _XL_BASES.get(context_width or usual, ("latent-diffusion", None))
+    kind = metadata.family(context_width, prediction_type)
+    base = {"stable-diffusion-v1": "sd_v1", "latent-diffusion": None}.get(kind, "sd_v2")
+    return kind, "sd_v2_v" if base == "sd_v2" and prediction_type == _V else base
+
+
+def _context_width(pairs: dict[str, Pair], layout: Layout) -> int:
+    """Of what the UNet is told of texts, by the UNet's layers or all text encoders'; 0 where they do not tell."""
     keys = (pair.shape[1] for module, pair in pairs.items() if module.endswith(("attn2.to_k", "attn2.to_v")))
-    text = (pair.shape[1] for module, pair in pairs.items() if module.endswith((".self_attn.q_proj", ".mlp.fc1")))
-    return next(keys, next(text, 0))
+    text = {
+        module.partition(".")[0]: pair.shape[1]
+        for module, pair in pairs.items()
+        if module.endswith((".self_attn.q_proj", ".mlp.fc1"))
+    }
+    return next(keys, sum(text.values()) if text.keys() == layout.texts.keys() else 0)
 
 
 # ---- MindONE ----
 
 
-def _mindone_tensors(path: str | Path, pairs: dict[str, Pair], meta: Strings, scale: float) -> Tensors:
-    """MindONE's tensors: alpha is in B, q, k and v of a text encoder are one, and all ranks are the largest one."""
-    scheme = file_scheme(stated_depth(path, meta) or naming.depth_of_levelled(pairs))
+def _mindone_tensors(path: str | Path, pairs: dict[str, Pair], layout: Layout, scale: float) -> Tensors:
+    """MindONE's tensors: alpha is in B, and all ranks are the largest one.
+
+    q, k and v of an OpenCLIP text encoder are one, in files of SD 1.x and 2.x.
+    """
     layers: dict[str, dict[int | None, Pair]] = {}
     for module, pair in pairs.items():
-        name, which = naming.mindone_name(module, scheme)
+        name, which = naming.mindone_name(module, layout)
         layers.setdefault(name, {})[which] = pair
-    foreign = [name for name in layers if not name.endswith(naming.MINDONE_LAYERS)]
-    if foreign:
-        raise UserError(
-            f"{path}: MindONE's LoRA has attention layers alone, and {len(foreign)} of {len(layers)} are others "
-            f"(first: {escaped(foreign[0])}); choose another --lora_format"
-        )
+    _check_mindone_layers(path, layers, layout)
     folded = {name: {which: _folded(pair, scale) for which, pair in each.items()} for name, each in layers.items()}
     whole = {name: each[None] if None in each else _joined(each) for name, each in folded.items()}
     rank = max(pair.rank for pair in whole.values())
     _tell(path, layers, whole, rank, scale)
-    tensors = {"lora_rank": np.array(rank, np.int64)}
+    tensors = {} if layout.xl else {"lora_rank": np.array(rank, np.int64)}
+    down, up = ("lora_A", "lora_B") if layout.xl else ("lora_down", "lora_up")
     for name, pair in whole.items():
         fill = rank - pair.rank
-        tensors[f"{name}.lora_down.weight"] = np.pad(pair.down, ((0, fill), (0, 0)))
-        tensors[f"{name}.lora_up.weight"] = np.pad(pair.up, ((0, 0), (0, fill)))
+        tensors[f"{name}.{down}.weight"] = np.pad(pair.down, ((0, fill), (0, 0)))
+        tensors[f"{name}.{up}.weight"] = np.pad(pair.up, ((0, 0), (0, fill)))
     return tensors
+
+
+def _check_mindone_layers(path: str | Path, layers: Collection[str], layout: Layout) -> None:
+    allowed = naming.MINDONE_XL_LAYERS if layout.xl else naming.MINDONE_LAYERS
+    foreign = [name for name in layers if not name.endswith(allowed)]
+    if foreign:
+        but = " (of SDXL's second text encoder: out_proj alone)" if layout.xl else ""
+        raise UserError(
+            f"{path}: MindONE's LoRA has attention layers alone{but}, and {len(foreign)} of {len(layers)} are others "
+            f"(first: {escaped(foreign[0])}); choose another --lora_format"
+        )
 
 
 def _folded(pair: Pair, scale: float) -> Pair:

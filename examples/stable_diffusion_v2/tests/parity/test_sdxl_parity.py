@@ -1,0 +1,153 @@
+"""SDXL, base and refiner, against diffusers at the same random weights.
+
+FULL_SIZE=xl in the environment adds the base at full size (some 24 GiB of memory, minutes).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: make parity")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make parity")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
+
+from mindspore import Tensor
+from reference import relative_rms
+from tiny_sdxl import random_tensors, tiny_refiner_config, tiny_sdxl_config
+
+from ldm import checkpoint
+from ldm.conditioning import Sizes
+from ldm.config.model import load_model_config
+from ldm.config.versions import VERSIONS
+from ldm.model import StableDiffusion
+from ldm.pipeline import Pipeline, Settings, normal_draws, sampler_of
+from ldm.weights import words_of
+
+pytestmark = pytest.mark.parity
+BASES = {"tiny": tiny_sdxl_config()}
+BASES.update(
+    {v: load_model_config(VERSIONS[v].config) for v in os.environ.get("FULL_SIZE", "").split(",") if "xl" in v}
+)
+# One prompt at a time: diffusers 0.42 mixes up the sizes of the two sides of guidance in a larger batch.
+PROMPTS = ["a drawing of a fox, noto style"]
+TEXTS = ["a drawing of a fox, noto style", "two green birds"]
+SIZES, NEGATIVE = Sizes((90, 80), (3, 5), (64, 128)), Sizes((64, 64), (1, 0), (32, 32), 2.5)
+
+
+def pair(config, place, seed=0):
+    """(our pipeline, diffusers') of the same random weights, by a folder that we write."""
+    tensors = random_tensors(config, seed)
+    checkpoint.save(place, tensors, words_of(config), "diffusers")
+    model = StableDiffusion(config)
+    model.load(tensors, "random", copy=True)
+    return Pipeline(config, model), diffusers.DiffusionPipeline.from_pretrained(place)
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request, tmp_path_factory):
+    return pair(BASES[request.param], tmp_path_factory.mktemp("base") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory):
+    """With the base's schedule, as it must have."""
+    config = replace(tiny_refiner_config(), schedule=tiny_sdxl_config().schedule, prediction_type="v")
+    return pair(config, tmp_path_factory.mktemp("refiner") / "pipeline", seed=1)
+
+
+def test_networks_of_the_base(base):
+    compare_networks(*base)
+
+
+def test_networks_of_the_refiner(refiner):
+    compare_networks(*refiner)
+
+
+def compare_networks(ours, theirs):
+    rng = np.random.default_rng(0)
+    unet = theirs.unet.config
+    z = rng.standard_normal((2, 4, 16, 16), np.float32)
+    context = rng.standard_normal((2, 77, unet.cross_attention_dim), np.float32)
+    pooled = theirs.text_encoder_2.config.projection_dim
+    vector = rng.standard_normal((2, pooled), np.float32)
+    count = (unet.projection_class_embeddings_input_dim - pooled) // unet.addition_time_embed_dim
+    numbers = rng.integers(0, 1024, (2, count)).astype(np.float32)
+    t = np.array([3, 977], np.int32)
+    told = {"text_embeds": torch.from_numpy(vector), "time_ids": torch.from_numpy(numbers)}
+    with torch.no_grad():
+        arrays = map(torch.from_numpy, (z, t, context))
+        wanted = theirs.unet(*arrays, added_cond_kwargs=told).sample.numpy()
+        pixels = rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)
+        posterior = theirs.vae.encode(torch.from_numpy(pixels)).latent_dist
+        decoded = theirs.vae.decode(posterior.mean).sample.numpy()
+    condition = ours.model.told_sizes(ours.condition(["", ""])._replace(context=context, vector=vector), numbers)
+    got = ours.model.unet(Tensor(z), Tensor(t), *condition.map(Tensor)).asnumpy()
+    assert relative_rms(got, wanted) <= 1e-4
+    mean, _ = ours.model.encode_images(pixels)
+    assert relative_rms(mean, posterior.mean.numpy() * 0.13025) <= 1e-4
+    assert relative_rms(ours.model.vae(Tensor(posterior.mean.numpy())).asnumpy(), decoded) <= 1e-4
+
+
+def test_text_encoders(base):
+    """Each encoder's own padding, the layers before the last, the pooled text of the second."""
+    ours, theirs = base
+    condition = ours.condition(TEXTS)
+    with torch.no_grad():
+        context, _, pooled, _ = theirs.encode_prompt(TEXTS, do_classifier_free_guidance=False)
+    assert relative_rms(condition.context, context.numpy()) <= 1e-4
+    assert relative_rms(condition.vector, pooled.numpy()) <= 1e-4
+
+
+def settings(config, steps, **more):
+    """DDIM as diffusers has it: the last step goes to time 0."""
+    return Settings(sampler_of(config, "ddim"), steps, 5.0, 64, 128, 0, SIZES, NEGATIVE, **more)
+
+
+def latents_of(pipeline, chosen, negative):
+    """Ours: the final latents from the noise that `noise` gives, and that noise."""
+    shape = pipeline.model.latent_shape(chosen.height, chosen.width)
+    noise = normal_draws(0, "parity", shape, [0])
+    denoise = pipeline.guided(PROMPTS, negative, chosen)
+    times = chosen.sampler.times(pipeline.schedule, chosen.steps)
+    return chosen.sampler(denoise, noise(-1), times, pipeline.schedule), noise(-1)
+
+
+def called(noise, chosen, **more):
+    """The arguments of diffusers' pipelines for the same latents."""
+    sizes = {"original_size": SIZES.original, "crops_coords_top_left": SIZES.crop, "target_size": SIZES.target}
+    sizes |= {f"negative_{key}": value for key, value in zip(sizes, NEGATIVE[:3])}
+    words = {"num_inference_steps": chosen.steps, "guidance_scale": 5.0, "output_type": "latent"}
+    return {"latents": torch.from_numpy(noise).float(), "height": 64, "width": 128, **words, **sizes, **more}
+
+
+@pytest.mark.parametrize(
+    ("negative", "zeros", "rescale"), [(None, True, 0.7), ("", False, 0.0), ("red", True, 0.0)], ids=str
+)
+def test_five_guided_steps_with_zero_terminal_snr(base, negative, zeros, rescale):
+    ours, theirs = base
+    assert theirs.scheduler.config.rescale_betas_zero_snr and theirs.config.force_zeros_for_empty_prompt
+    chosen = settings(tiny_sdxl_config(), 5, guidance_rescale=rescale, zeros_for_empty=zeros)
+    got, noise = latents_of(ours, chosen, [negative or ""])
+    theirs.set_progress_bar_config(disable=True)
+    negatives = None if negative is None else [negative]
+    wanted = theirs(PROMPTS, negative_prompt=negatives, guidance_rescale=rescale, **called(noise, chosen)).images
+    assert relative_rms(got, wanted.numpy()) <= 1e-3
+
+
+def test_the_refiner_goes_on_where_the_base_ends(base, refiner):
+    """diffusers' two pipelines, the first one up to a share of the time, the second one from there."""
+    ours, theirs = base
+    chosen = settings(tiny_sdxl_config(), 4, zeros_for_empty=True, refiner_start=0.5)
+    with_refiner = Pipeline(tiny_sdxl_config(), ours.model, refiner[0])
+    got, noise = latents_of(with_refiner, chosen, [""])
+    words = called(noise, chosen)
+    half = theirs(PROMPTS, denoising_end=0.5, **words).images
+    for key in ("latents", "height", "width"):
+        del words[key]
+    refine = refiner[1]
+    wanted = refine(PROMPTS, image=half, denoising_start=0.5, negative_prompt=[""], **words).images
+    assert relative_rms(got, wanted.numpy()) <= 1e-3
