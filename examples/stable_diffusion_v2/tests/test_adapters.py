@@ -11,6 +11,7 @@ import train_text_to_image
 from mindspore import Tensor
 from PIL import Image
 from test_scripts import CONFIG, call, fill_place, refusal, run, sampling, tensors, training
+from tiny_sdxl import smaller_sdxl_config
 
 from ldm import checkpoint
 from ldm.checkpoint import lora
@@ -190,6 +191,14 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    """The same of SDXL's kind."""
+    folder = tmp_path_factory.mktemp("adapters_xl")
+    fill_place(folder, smaller_sdxl_config())
+    return folder
+
+
 def lora_training(place, output, *more):
     words = ["--use_lora", True, "--lora_rank", 2, "--lora_ft_text_encoder", True, "--lora_dropout", 0.3]
     return training(place, output, *words, "--step_mode", True, "--ckpt_save_interval", 5, "--ckpt_max_keep", 2, *more)
@@ -229,12 +238,26 @@ def test_adapters_are_trained_resumed_and_drawn_with(small, tmp_path, monkeypatc
     assert np.array_equal(*(np.asarray(Image.open(path)) for path in pictures))
 
 
-def test_a_killed_run_of_adapters_goes_on_bit_for_bit(small, tmp_path, monkeypatch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    fixed = ["--scheduler", "constant"]
-    call(monkeypatch, train_text_to_image, lora_training(small, whole, "--train_steps", 8, *fixed))
-    call(monkeypatch, train_text_to_image, lora_training(small, parts, "--train_steps", 5, *fixed))
-    call(monkeypatch, train_text_to_image, lora_training(small, parts, "--train_steps", 8, "--resume", True, *fixed))
+@pytest.mark.parametrize("kind", ["small", "xl"])
+def test_a_killed_run_of_adapters_goes_on_bit_for_bit(request, kind, tmp_path, monkeypatch):
+    """SDXL's writes PEFT's folders where DiffEngine does, and removes the old ones."""
+    place, whole, parts = request.getfixturevalue(kind), tmp_path / "whole", tmp_path / "parts"
+    fixed = ["--scheduler", "constant", *(["--lora_format", "peft", "--flip", True] if kind == "xl" else [])]
+    call(monkeypatch, train_text_to_image, lora_training(place, whole, "--train_steps", 8, *fixed))
+    call(monkeypatch, train_text_to_image, lora_training(place, parts, "--train_steps", 5, *fixed))
+    again = ["--train_steps", 8, "--resume", True, "--ckpt_max_keep", 1]
+    call(monkeypatch, train_text_to_image, lora_training(place, parts, *fixed, *again))
+    if kind == "xl":
+        folders = ["text_encoder_one", "text_encoder_two", "unet"]
+        assert sorted(path.name for path in (whole / "step8").iterdir()) == folders
+        assert sorted(path.name for path in whole.glob("step*")) == ["step5", "step8"]
+        assert [path.name for path in parts.glob("step*")] == ["step8"]
+        pairs = lora.load(whole / "step8").pairs
+        assert {name.split(".")[0] for name, pair in pairs.items() if pair.up.any()} == {
+            "unet",
+            "text_encoder",
+            "text_encoder_2",
+        }
     first, second = (tensors(out / "ckpt/rank_0/train_resume.safetensors") for out in (whole, parts))
     assert all(np.array_equal(first[name], second[name]) for name in first) and first.keys() == second.keys()
 

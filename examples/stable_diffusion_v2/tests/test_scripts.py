@@ -870,7 +870,7 @@ def test_a_full_disk_costs_no_checkpoint(place, trained, tmp_path):
 
 
 def test_a_large_unet_is_trained_block_by_block(place, tmp_path):
-    """On a CPU, where its config asks for less memory; the run is the same."""
+    """On a CPU, where its config asks for less memory; the run is the same, and so are the pictures between steps."""
     save_model_config(replace(CONFIG, unet=replace(CONFIG.unet, use_checkpoint=True)), tmp_path / "model.yaml")
     losses = []
     for most in (0, 50_000_000):
@@ -880,7 +880,8 @@ def test_a_large_unet_is_trained_block_by_block(place, tmp_path):
             "finetune.LayerByLayer = lambda *a: print('by blocks') or made(*a); runtime.run(script.main)"
         )
         words = training(place, tmp_path / str(most), "--train_steps", 3, "--gradient_accumulation_steps", 2)
-        words += ["--model_config", str(tmp_path / "model.yaml")]
+        words += ["--model_config", str(tmp_path / "model.yaml"), "--validation_prompts", "a cat"]
+        words += ["--validation_interval", "2", "--validation_steps", "2"]
         done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert ("by blocks" in done.stdout) == (most == 0)
@@ -888,6 +889,9 @@ def test_a_large_unet_is_trained_block_by_block(place, tmp_path):
         losses.append([float(line.split("\t")[2]) for line in log])
     assert len(losses[0]) == 3
     np.testing.assert_allclose(*losses, rtol=1e-5)
+    for name in ("000000.png", "000002.png", "000003.png"):
+        one, two = (np.asarray(Image.open(tmp_path / most / "validation" / name)) for most in ("0", "50000000"))
+        assert one.std() > 1 and np.abs(one.astype(int) - two).max() <= 2
 
 
 def test_caches_are_filled_on_the_devices_of_their_ranks(monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from ldm import checkpoint, runtime
+from ldm import checkpoint
 from ldm.checkpoint import lora
 from ldm.config.model import ModelConfig
 from ldm.data.batches import Batch
@@ -69,7 +69,7 @@ class TrainAdapters(FineTune):
         adapter.initialize(self.places, args.seed)
         if args.lora_ckpt_path:
             self.start_from(args.lora_ckpt_path)
-        runtime.set_compute_dtype(self.model, dtype)
+        self.model.compute_in(dtype)
         return list(adapter.parameters(self.places))
 
     def start_from(self, path: str) -> None:

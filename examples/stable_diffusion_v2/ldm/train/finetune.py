@@ -202,7 +202,7 @@ def build_model(
     for part, network in ((UNET, model.unet), (TEXT, model.text_encoder)):
         if network and part in random:
             initialize(network, args.seed)
-    runtime.set_compute_dtype(model, dtype)
+    model.compute_in(dtype)
     return model
 
 
@@ -353,7 +353,7 @@ class FineTune(Task):
     def validate(self, step: int) -> None:
         ema = self.step.ema if step else None
         with ema.applied() if ema else nullcontext():
-            self.validation.draw(step)
+            self.validation.draw(step, self.step.gradients.layer_by_layer)
 
 
 def ckpt_folder(args: argparse.Namespace) -> Path:

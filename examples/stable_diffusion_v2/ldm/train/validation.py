@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,16 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
     own, size = config.sampling, args.image_size
     steps = own.steps if args.validation_steps is None else args.validation_steps
     scale = config.guidance_scale if args.validation_scale is None else args.validation_scale
-    return Settings(sampler_of(config, args.validation_sampler), steps, scale, size, size, args.seed)
+    return Settings(
+        sampler_of(config, args.validation_sampler),
+        steps,
+        scale,
+        size,
+        size,
+        args.seed,
+        guidance_rescale=own.guidance_rescale or 0.0,
+        zeros_for_empty=own.zeros_for_empty_prompt,
+    )
 
 
 class Validation:
@@ -44,13 +54,17 @@ class Validation:
             self.ahead = Pipeline(config, model)
             self.ahead.encode_ahead([*args.validation_prompts, ""])
 
-    def draw(self, step: int) -> None:
-        """Draw and write the pictures after so many steps. A signal raises Stopped."""
+    def draw(self, step: int, by_layers: bool) -> None:
+        """Draw and write the pictures after so many steps; `by_layers`: with one graph for each kind of layer.
+
+        Raises:
+            Stopped: a signal has come.
+        """
         args, pipeline = self.args, self.ahead or Pipeline(self.config, self.model)
-        path, settings = make_folder(Path(args.output_path) / "validation"), settings_of(args, self.config)
-        prompts = enumerate(args.validation_prompts)
-        pictures = [pipeline.draw([prompt], [""], [n], settings, until_asked)[0] for n, prompt in prompts]
-        path = path / f"{step:06}.png"
+        path = make_folder(Path(args.output_path) / "validation") / f"{step:06}.png"
+        settings, prompts = settings_of(args, self.config), enumerate(args.validation_prompts)
+        with self.model.unet_by_layers() if by_layers else nullcontext():
+            pictures = [pipeline.draw([prompt], [""], [n], settings, until_asked)[0] for n, prompt in prompts]
         save_png(grid(np.stack(pictures), 1 if len(pictures) < 5 else 2), path)
         log.info("validation pictures: %s", path)
 
