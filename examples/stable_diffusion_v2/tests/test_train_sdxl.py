@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import train_text_to_image
 from mindspore import nn
 from PIL import Image
-from test_scripts import call, fill_place, refusal, tensors, training
+from test_scripts import call, fill_place, refusal, training
 from tiny_sdxl import smaller_sdxl_config, tiny_refiner_config
 
+from ldm import checkpoint
+from ldm.checkpoint import lora
 from ldm.conditioning import Sizes, embed_numbers
 from ldm.config.model import ModelConfig, save_model_config
 from ldm.config.options import read_options
@@ -39,6 +43,11 @@ def frozen_model():
     model = StableDiffusion(CONFIG, (finetune.VAE, finetune.TEXT))
     initialize(model, 0)
     return model
+
+
+def weights(path):
+    """By our names, whatever those in the file are."""
+    return checkpoint.load(str(path)).tensors
 
 
 def options(*words):
@@ -151,13 +160,13 @@ def test_a_refiner_is_not_trained(xl, tmp_path, monkeypatch, capsys):
 def test_unet_and_both_text_encoders_are_trained(xl, tmp_path, monkeypatch):
     """One command; all that is used moves, the rest stays. The sizes and the pooled text reach the UNet."""
     output = tmp_path / "out"
-    words = ["--train_text_encoder", True, "--ckpt_format", "safetensors", "--train_steps", 2, "--use_ema", False]
+    words = ["--train_text_encoder", True, "--ckpt_format", "diffusers", "--train_steps", 2, "--use_ema", False]
     draw = ["--validation_prompts", "a cat", "a cat", "--validation_epochs", 1, "--validation_steps", 2]
     changes = ["--random_crop", True, "--flip", True, "--weight_decay", 0.01]
     call(monkeypatch, train_text_to_image, training(xl, output, *words, *draw, *changes))
-    before, after = tensors(xl / "base.safetensors"), tensors(output / "ckpt/rank_0/sd-1.safetensors")
+    before, after = weights(xl / "base.safetensors"), weights(output / "ckpt/rank_0/sd-1")
     assert before.keys() == after.keys()
-    same = {name for name in before if np.array_equal(before[name], after[name]) and before[name].size}
+    same = {name for name in before if np.array_equal(before[name], after[name])}
     unused = (".text_model.encoder.layers.1.", ".text_model.final_layer_norm.")
     assert all(name.startswith("first_stage_model.") or any(part in name for part in unused) for name in same)
     assert not any("label_emb" in name or "embedders.1." in name for name in same)
@@ -166,16 +175,24 @@ def test_unet_and_both_text_encoders_are_trained(xl, tmp_path, monkeypatch):
     assert grid.shape == (40, 76, 3) and not np.array_equal(grid[4:36, 4:36], grid[4:36, 40:72])  # each has its noise
 
 
-def test_validation_needs_no_text_encoder_while_training(xl, tmp_path, monkeypatch):
-    """The prompts are encoded ahead, and the checkpoints still hold the encoders."""
-    output, forgotten = tmp_path / "out", []
-    forget = StableDiffusion.forget_text_encoder
+def test_the_seeds_job_is_one_command(xl, tmp_path, monkeypatch):
+    """DiffEngine's settings on a tiny model: folders as it writes them, and four pictures of one prompt per epoch.
+
+    The prompts are encoded ahead: the text encoders need no memory while the UNet is trained.
+    """
+    output, forgotten, forget = tmp_path / "out", [], StableDiffusion.forget_text_encoder
     monkeypatch.setattr(StableDiffusion, "forget_text_encoder", lambda self: forgotten.append(1) or forget(self))
-    words = ["--trainable_modules", "label_emb", "--ckpt_format", "safetensors", "--train_steps", 1]
-    draw = ["--validation_prompts", "a cat", "--validation_interval", 0, "--validation_steps", 1]
-    call(monkeypatch, train_text_to_image, training(xl, output, *words, *draw))
-    before, after = tensors(xl / "base.safetensors"), tensors(output / "ckpt/rank_0/sd-1.safetensors")
-    assert forgotten and before.keys() == after.keys()
-    moved = {name for name in before if not np.array_equal(before[name], after[name])}
-    assert moved == {name for name in before if ".label_emb." in name}
-    assert (output / "validation/000001.png").exists()
+    words = ["--train_config", "configs/train/train_config_lora_sdxl_vpred.yaml", "--data_path", xl / "data"]
+    words += ["--pretrained_model_path", xl / "base.safetensors", "--output_path", output]
+    tiny = ["--model_config", xl / "model.yaml", "--image_size", 32, "--train_batch_size", 6]
+    tiny += ["--epochs", 2, "--validation_steps", 1]
+    call(monkeypatch, train_text_to_image, [*map(str, (*words, *tiny))])
+    assert forgotten and sorted(path.name for path in output.glob("step*")) == ["step2", "step4"]
+    assert [path.name for path in (output / "step4").iterdir()] == ["unet"]
+    config = json.loads((output / "step4/unet/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (8, 8, "LORA")
+    pairs = lora.load(output / "step4").pairs
+    ends = {".".join(name.split(".")[-2:]) for name in pairs}
+    assert ends == {f"attn{n}.to_{x}" for n in (1, 2) for x in "qkv"} | {"to_out.0"}
+    pictures = [np.asarray(Image.open(output / f"validation/{step:06}.png")) for step in (0, 2, 4)]
+    assert all(picture.shape == (4 + 4 * 36, 4 + 36, 3) or picture.shape == (40, 148, 3) for picture in pictures)

@@ -122,12 +122,11 @@ class FrozenOutputs:
 
         Of a large cache only a sample is read: see `ArrayStore.forget_damaged`.
         """
-        for store, keys in (
-            (self.latents, [picture_key(*view) for view in self._views(data)]),
-            (self.features, [text_key(text) for text in self._texts(data)]),
-        ):
-            if store is not None:
-                store.forget_damaged(keys[share[0] :: share[1]])
+        views, texts = self._views(data)[share[0] :: share[1]], self._texts(data)[share[0] :: share[1]]
+        if self.latents is not None:
+            self.latents.forget_damaged([picture_key(*view) for view in views])
+        if self.features is not None:
+            self.features.forget_damaged([text_key(text) for text in texts])
 
     def fill(
         self, model: StableDiffusion, data: CaptionedImages, batch_size: int, share: tuple[int, int] = (0, 1)
