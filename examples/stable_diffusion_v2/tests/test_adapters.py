@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import text_to_image
 import train_text_to_image
 from mindspore import Tensor
 from PIL import Image
-from test_scripts import CONFIG, call, fill_place, refusal, run, sampling, tensors, training
-from tiny_sdxl import smaller_sdxl_config
+from test_scripts import CONFIG, call, fill_place, refusal, sampling, tensors, training
 
 from ldm import checkpoint
 from ldm.checkpoint import lora
@@ -84,15 +84,21 @@ def merge(net, places, scale=0.5):
     return net
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """A UNet without adapters; its graph is compiled once, whatever its weights are."""
+    return UNet(SMALL)
+
+
 @pytest.mark.parametrize("targets", [["all-linear", "conv"], [r"attn2\.to_v$"]])
-def test_a_unet_with_adapters_is_the_merged_one(targets):
+def test_a_unet_with_adapters_is_the_merged_one(plain, targets):
     rng = np.random.default_rng(0)
     z, t = Tensor(rng.standard_normal((2, 4, 8, 8), np.float32)), Tensor(np.array([3, 900], np.int32))
     context = Tensor(rng.standard_normal((2, 7, 32), np.float32))
     net = filled(UNet(SMALL))
     before = {param.name: param.shape for param in net.get_parameters()}
     places = adapted(net, targets)
-    wanted = merge(filled(UNet(SMALL)), places)(z, t, context).asnumpy()
+    wanted = merge(filled(plain), places)(z, t, context).asnumpy()
     np.testing.assert_allclose(net(z, t, context).asnumpy(), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     assert {p.name: p.shape for p in net.get_parameters() if ".adapter." not in p.name} == before
     assert len({place.weight for place in places}) == len(places)
@@ -191,25 +197,28 @@ def small(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def xl(tmp_path_factory):
-    """The same of SDXL's kind."""
-    folder = tmp_path_factory.mktemp("adapters_xl")
-    fill_place(folder, smaller_sdxl_config())
-    return folder
-
-
 def lora_training(place, output, *more):
     words = ["--use_lora", True, "--lora_rank", 2, "--lora_ft_text_encoder", True, "--lora_dropout", 0.3]
     return training(place, output, *words, "--step_mode", True, "--ckpt_save_interval", 5, "--ckpt_max_keep", 2, *more)
 
 
-def test_adapters_are_trained_resumed_and_drawn_with(small, tmp_path, monkeypatch):
-    one, two = tmp_path / "one", tmp_path / "two"
+@pytest.fixture(scope="module")
+def runs(small):
+    """The folders of two runs of ten steps: one draws pictures on the way, the other is in two parts of five steps."""
+    one, two = small / "one", small / "two"
     prompts = ["--validation_prompts", "a cat", "--validation_interval", 5, "--validation_steps", 2]
-    call(monkeypatch, train_text_to_image, lora_training(small, one, "--train_steps", 10, *prompts))
-    call(monkeypatch, train_text_to_image, lora_training(small, two, "--train_steps", 5, "--lora_format", "kohya"))
-    call(monkeypatch, train_text_to_image, lora_training(small, two, "--train_steps", 10, "--resume", True))
+    with pytest.MonkeyPatch.context() as patch:
+        for output, *more in (
+            (one, "--train_steps", 10, *prompts),
+            (two, "--train_steps", 5, "--lora_format", "kohya"),
+            (two, "--train_steps", 10, "--resume", True),
+        ):
+            call(patch, train_text_to_image, lora_training(small, output, "--scheduler", "constant", *more))
+    return one, two
+
+
+def test_adapters_are_trained_resumed_and_drawn_with(small, runs, tmp_path, monkeypatch):
+    one, two = runs
     first, second = (tensors(out / "ckpt/rank_0/train_resume.safetensors") for out in (one, two))
     assert first.keys() == second.keys() and all(".adapter." in name for name in first)
     assert np.isfinite(read_log(one / "result.log")["loss"]).all()
@@ -222,9 +231,9 @@ def test_adapters_are_trained_resumed_and_drawn_with(small, tmp_path, monkeypatc
     assert sorted(path.name for path in (one / "validation").iterdir()) == ["000000.png", "000005.png", "000010.png"]
     draw = ["--n_iter", 1, "--n_samples", 1, "--prompt", "a cat", "--skip_grid"]
     plain, with_one = tmp_path / "plain", tmp_path / "with"
-    run("text_to_image.py", *sampling(small, plain, *draw))
+    call(monkeypatch, text_to_image, sampling(small, plain, *draw))
     words = ["--lora_ckpt_path", one / "ckpt/rank_0/sd-10.ckpt", "--lora_scale", 0.8]
-    run("text_to_image.py", *sampling(small, with_one, *draw, *words))
+    call(monkeypatch, text_to_image, sampling(small, with_one, *draw, *words))
     told = json.loads((with_one / "samples/prompts.jsonl").read_text())
     assert told["lora"] == [["sd-10.ckpt", 0.8]] and len(told["lora_sha256"][0]) == 64
     assert (plain / "samples/00000.png").read_bytes() != (with_one / "samples/00000.png").read_bytes()
@@ -233,32 +242,13 @@ def test_adapters_are_trained_resumed_and_drawn_with(small, tmp_path, monkeypatc
     checkpoint.save(tmp_path / "merged.safetensors", merged, meta, "safetensors")
     swap = sampling(small, tmp_path / "swapped", *draw)
     swap[swap.index(str(small / "base.safetensors"))] = str(tmp_path / "merged.safetensors")
-    run("text_to_image.py", *swap)
+    call(monkeypatch, text_to_image, swap)
     pictures = [tmp_path / name / "samples/00000.png" for name in ("with", "swapped")]
     assert np.array_equal(*(np.asarray(Image.open(path)) for path in pictures))
 
 
-@pytest.mark.parametrize("kind", ["small", "xl"])
-def test_a_killed_run_of_adapters_goes_on_bit_for_bit(request, kind, tmp_path, monkeypatch):
-    """SDXL's writes PEFT's folders where DiffEngine does, and removes the old ones."""
-    place, whole, parts = request.getfixturevalue(kind), tmp_path / "whole", tmp_path / "parts"
-    fixed = ["--scheduler", "constant", *(["--lora_format", "peft", "--flip", True] if kind == "xl" else [])]
-    call(monkeypatch, train_text_to_image, lora_training(place, whole, "--train_steps", 8, *fixed))
-    call(monkeypatch, train_text_to_image, lora_training(place, parts, "--train_steps", 5, *fixed))
-    again = ["--train_steps", 8, "--resume", True, "--ckpt_max_keep", 1]
-    call(monkeypatch, train_text_to_image, lora_training(place, parts, *fixed, *again))
-    if kind == "xl":
-        folders = ["text_encoder_one", "text_encoder_two", "unet"]
-        assert sorted(path.name for path in (whole / "step8").iterdir()) == folders
-        assert sorted(path.name for path in whole.glob("step*")) == ["step5", "step8"]
-        assert [path.name for path in parts.glob("step*")] == ["step8"]
-        pairs = lora.load(whole / "step8").pairs
-        assert {name.split(".")[0] for name, pair in pairs.items() if pair.up.any()} == {
-            "unet",
-            "text_encoder",
-            "text_encoder_2",
-        }
-    first, second = (tensors(out / "ckpt/rank_0/train_resume.safetensors") for out in (whole, parts))
+def test_a_run_of_adapters_in_parts_is_that_in_one_bit_for_bit(runs):
+    first, second = (tensors(out / "ckpt/rank_0/train_resume.safetensors") for out in runs)
     assert all(np.array_equal(first[name], second[name]) for name in first) and first.keys() == second.keys()
 
 

@@ -16,7 +16,7 @@ from ldm.networks.layers import Conv2d, GroupNorm, fill
 from ldm.networks.text import VARIANTS
 from ldm.networks.unet import ResBlock, SpatialTransformer, UNet
 from ldm.train.ema import Ema
-from ldm.train.gradients import LayerByLayer
+from ldm.train.gradients import LayerByLayer, WholeGraph
 from ldm.train.optimizer import build_optimizer
 from ldm.train.step import TrainStep
 from ldm.train.trainable import trainable
@@ -94,22 +94,29 @@ def test_layers_share_a_graph_where_all_that_makes_it_is_the_same():
         assert graph_key(cls(*words)) == graph_key(cls(*words))
 
 
-@pytest.mark.parametrize("most, chosen", [(1.0, []), (None, []), (None, PART)])
-def test_training(rng, most, chosen):
+@pytest.mark.parametrize("chosen, limits", [([], [1.0, None]), (PART, [None])])
+def test_training(rng, chosen, limits):
     """Of one and of two micro-batches: all that a step changes is as with one graph for all of the network. Without
     clipping, a layer is updated as soon as its gradients are there. What is not trained stays as it is."""
-    config = replace(CONFIG, num_res_blocks=1)
-    schedule, prediction = build_schedule(ScheduleConfig()), get_prediction("v")
-    steps = []
-    for blockwise in (False, True):
-        net = filled(UNet(config), np.random.default_rng(0))
+    schedule, prediction, both = build_schedule(ScheduleConfig()), get_prediction("v"), []
+    for gradients in (WholeGraph, LayerByLayer):
+        net = UNet(replace(CONFIG, num_res_blocks=1))
         loss = DiffusionLoss(net, schedule, prediction)
         params = {param.name: param for param in net.get_parameters()}
         params = [params[name] for name in trainable(params, chosen)]
-        gradients = LayerByLayer(loss, params) if blockwise else None
+        both.append((loss, params, gradients(loss, params)))
+    for most in limits:
+        compare_steps(both, most, rng)
+
+
+def compare_steps(both, most, rng):
+    """Four steps with the gradients of one graph and of many: (loss, trained parameters, gradients) of each way."""
+    steps = []
+    for loss, params, gradients in both:
+        filled(loss.network, np.random.default_rng(0))
         optimizer = build_optimizer("adamw", params, (0.9, 0.999), weight_decay=0.01)
         steps.append(TrainStep(loss, optimizer, Ema(params, 0.9), most, gradients=gradients))
-        assert steps[-1].by_layers == (blockwise and most is None)
+        assert steps[-1].by_layers == (gradients.layer_by_layer and most is None)
     for number in range(4):
         micro = []
         for _ in range(1 + number % 2):
@@ -126,7 +133,7 @@ def test_training(rng, most, chosen):
     assert len(steps[1].gradients.kinds) < len(steps[1].gradients.weights)
     wanted, got = ({name: v.asnumpy() for name, v in step.variables().items()} for step in steps)
     assert wanted.keys() == got.keys()
-    untouched = filled(UNet(config), np.random.default_rng(0))
+    untouched = filled(UNet(replace(CONFIG, num_res_blocks=1)), np.random.default_rng(0))
     for before, after in zip(untouched.get_parameters(), steps[1].gradients.network.get_parameters()):
         assert np.array_equal(before.asnumpy(), after.asnumpy()) == (after.name not in got), after.name
     for name, array in wanted.items():

@@ -26,6 +26,7 @@ from ldm.train.cache import ArrayStore, text_key
 from ldm.train.finetune import caches_latents, plan_of
 from ldm.train.frozen import FrozenOutputs
 from ldm.train.inputs import Inputs
+from ldm.train.state import RESUME_NAME
 from ldm.train.text_loss import TextLoss
 
 CONFIG = smaller_sdxl_config()
@@ -173,6 +174,27 @@ def test_unet_and_both_text_encoders_are_trained(xl, tmp_path, monkeypatch):
     assert sorted(path.name for path in (output / "validation").iterdir()) == ["000000.png", "000002.png"]
     grid = np.asarray(Image.open(output / "validation/000000.png"))
     assert grid.shape == (40, 76, 3) and not np.array_equal(grid[4:36, 4:36], grid[4:36, 40:72])  # each has its noise
+
+
+def test_a_run_of_adapters_in_parts_is_that_in_one_bit_for_bit(xl, tmp_path, monkeypatch):
+    """In the UNet and both text encoders. PEFT's folders are where DiffEngine has them, and the old ones are removed."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = ["--use_lora", True, "--lora_ft_text_encoder", True, "--lora_dropout", 0.3, "--lora_format", "peft"]
+    words += ["--step_mode", True, "--ckpt_save_interval", 3, "--scheduler", "constant", "--flip", True]
+    for output, more in (
+        (whole, ["--train_steps", 5]),
+        (parts, ["--train_steps", 3]),
+        (parts, ["--train_steps", 5, "--resume", True, "--ckpt_max_keep", 1]),
+    ):
+        call(monkeypatch, train_text_to_image, training(xl, output, *words, *more))
+    assert sorted(path.name for path in whole.glob("step*")) == ["step3", "step5"]
+    assert [path.name for path in parts.glob("step*")] == ["step5"]
+    folders = ["text_encoder_one", "text_encoder_two", "unet"]
+    assert sorted(path.name for path in (whole / "step5").iterdir()) == folders
+    trained = {name.split(".")[0] for name, pair in lora.load(whole / "step5").pairs.items() if pair.up.any()}
+    assert trained == {"unet", "text_encoder", "text_encoder_2"}
+    first, second = (checkpoint.formats.read(out / "ckpt/rank_0" / RESUME_NAME)[0] for out in (whole, parts))
+    assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_the_seeds_job_is_one_command(xl, tmp_path, monkeypatch):

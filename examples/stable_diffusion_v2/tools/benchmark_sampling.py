@@ -1,8 +1,8 @@
 """text_to_image.py beside diffusers' pipeline, float32 on a CPU: time to the first step, peak memory of the whole run.
 
-Both draw one picture from the same diffusers folder of SD 2.x with random weights, one after the other, each in a
-process of its own. The time begins with the process and includes imports, loading and compilation.
-python tools/benchmark_sampling.py [--sizes 512 768] [--steps 3] [--width 64] [--sides ours diffusers]
+Both draw one picture from the same diffusers folder with random weights, one after the other, each in a process of its
+own. The time begins with the process and includes imports, loading and compilation.
+python tools/benchmark_sampling.py [--model xl] [--sizes 512 768] [--steps 3] [--width 64] [--sides ours diffusers]
 """
 
 from __future__ import annotations
@@ -24,27 +24,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 HERE = Path(__file__).resolve().parents[1]
 PROMPT, GUIDANCE = "a drawing of a fox with a red tail", 7.5
 FULL_WIDTH = 320  # channels of SD's UNet at its first level
+MODELS = {"2.1-v": "configs/v2-vpred-inference.yaml", "xl": "configs/sdxl-vpred-inference.yaml"}
 
 
-def small_config(width: int):
-    """SD 2.x with v-prediction and all widths scaled down, so that the UNet begins with `width` channels."""
+def small_config(model: str, width: int):
+    """A model with v-prediction and all widths scaled down, so that the UNet begins with `width` channels."""
     from ldm.config.model import GROUPS, load_model_config
 
-    config = load_model_config(HERE / "configs" / "v2-vpred-inference.yaml")
+    config = load_model_config(HERE / MODELS[model])
+    if width == FULL_WIDTH:
+        return config
 
     def shrunk(full: int, unit: int) -> int:
         return max(unit, round(full * width / FULL_WIDTH / unit) * unit)
 
-    context = shrunk(config.text.width, 64)
-    return replace(
-        config,
-        unet=replace(config.unet, model_channels=width, context_dim=context),
-        vae=replace(config.vae, ch=shrunk(config.vae.ch, GROUPS)),
-        text=replace(config.text, width=context, heads=context // 64),
-    )
+    def narrow(text):
+        width = shrunk(text.width, 64)
+        return replace(text, width=width, heads=width // 64, projection=width if text.projection else None)
+
+    texts = [narrow(text) for text in config.texts]
+    pooled, sizes = texts[-1].projection, config.size_numbers
+    unet = replace(config.unet, model_channels=width, context_dim=sum(text.width for text in texts))
+    if sizes:
+        unet = replace(unet, adm_in_channels=pooled + sizes * unet.size_channels)
+    vae = replace(config.vae, ch=shrunk(config.vae.ch, GROUPS))
+    return replace(config, unet=unet, vae=vae, **dict(zip(("text", "text_2"), texts)))
 
 
-def write_model(folder: Path, width: int) -> None:
+def write_model(folder: Path, model: str, width: int, dtype: str) -> None:
     """Write the diffusers folder and, beside it, our config of the same model."""
     from ldm import runtime
 
@@ -55,19 +62,19 @@ def write_model(folder: Path, width: int) -> None:
     from ldm.networks.layers import initialize
     from ldm.weights import words_of
 
-    config = small_config(width)
-    model = StableDiffusion(config)
-    initialize(model, 0)
+    config = small_config(model, width)
+    networks = StableDiffusion(config)
+    initialize(networks, 0)
     save_model_config(config, folder / "model.yaml")
-    checkpoint.save(folder / "model", model.tensors(), words_of(config), "diffusers")
+    checkpoint.save(folder / "model", networks.tensors(), words_of(config), "diffusers", dtype)
 
 
 def draw_with_diffusers(folder: Path, size: int, steps: int) -> None:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()  # the "5/5" of the loading bar could be taken for a step
-    pipe = StableDiffusionPipeline.from_pretrained(folder / "model")
+    pipe = DiffusionPipeline.from_pretrained(folder / "model")
     pipe(PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE)
 
 
@@ -126,11 +133,13 @@ def main() -> None:
         "--width", type=int, default=FULL_WIDTH, help="channels of the UNet's first level: less is small"
     )
     parser.add_argument("--sides", nargs="+", choices=("ours", "diffusers"), default=["diffusers", "ours"])
+    parser.add_argument("--model", choices=list(MODELS), default="2.1-v", help="which kind of model")
+    parser.add_argument("--stored", choices=("float32", "float16"), default="float32", help="the files' number type")
     parser.add_argument("--make", help=argparse.SUPPRESS)
     parser.add_argument("--draw", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:
-        write_model(Path(args.make), args.width)
+        write_model(Path(args.make), args.model, args.width, args.stored)
     elif args.draw:
         draw_with_diffusers(Path(args.draw), args.sizes[0], args.steps)
     else:
@@ -141,8 +150,10 @@ def compare(args: argparse.Namespace) -> None:
     """Make the model, run both sides at each size, print a line for each."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        subprocess.run([sys.executable, __file__, "--make", name, "--width", str(args.width)], check=True)
-        print(f"SD 2.x at width {args.width}, float32, {os.cpu_count()} cores, one picture, {args.steps} steps")
+        words = ["--model", args.model, "--width", str(args.width), "--stored", args.stored]
+        subprocess.run([sys.executable, __file__, "--make", name, *words], check=True)
+        kind = f"SD {args.model} at width {args.width}, computed in float32, stored in {args.stored}"
+        print(f"{kind}, {os.cpu_count()} cores, one picture, {args.steps} steps")
         for size in args.sizes:
             for side in args.sides:
                 run = time_command(commands(folder, size, args.steps)[side], args.steps)

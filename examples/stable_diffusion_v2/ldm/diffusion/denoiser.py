@@ -69,8 +69,8 @@ class Denoiser:
         outputs = np.split(output.astype(np.float64), self.copies)  # the last one is with caption, the first without
         output = outputs[0] + self.guidance_scale * (outputs[-1] - outputs[0])  # [B, C, H, W]
         if self.guidance_rescale and self.guidance_scale != 1:
-            ratio = outputs[-1].std((1, 2, 3), keepdims=True) / output.std((1, 2, 3), keepdims=True)
-            output *= 1 + self.guidance_rescale * (ratio - 1)
+            alone, guided = (each.std((1, 2, 3), keepdims=True) for each in (outputs[-1], output))
+            output *= 1 + self.guidance_rescale * (alone / np.maximum(guided, np.finfo(float).tiny) - 1)
         return self.prediction.to_x0_eps(output, x, self.schedule.alpha(t), self.schedule.sigma(t))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ldm.errors import UserError
+from ldm.files import quoted
 
 
 class Prediction(NamedTuple):
@@ -106,7 +107,7 @@ def own_name(word):
 def choose(table: dict, name: str, what: str):
     """table[name]; UserError listing the choices where there is no such name."""
     if name not in table:
-        raise UserError(f"unknown {what} '{name}': choose one of {', '.join(table)}")
+        raise UserError(f"unknown {what} {quoted(name)}: choose one of {', '.join(table)}")
     return table[name]
 
 

@@ -24,7 +24,6 @@ _TEXT_MODEL = "text_model."  # before a text encoder's own names in Hugging Face
 _CLIP, _OPENCLIP = f"{TEXT}transformer.{_TEXT_MODEL}", f"{TEXT}model."
 _ENCODER = re.compile(rf"{re.escape(TEXT)}(?:embedders\.([01])\.)?(?:model|transformer\.text_model)\.")
 _IN_PROJECTION = re.compile(r"(.+\.self_attn\.)in_proj_weight")
-_XL_PARAMETERS = (f"{UNET}label_emb.", f"{TEXT}embedders.")
 
 
 class Layout(NamedTuple):
@@ -43,7 +42,7 @@ class Layout(NamedTuple):
 
 def layout_of(parameters: Collection[str]) -> Layout:
     """The layout of a model by our names of its parameters. The text encoders may be missing."""
-    xl = any(name.startswith(_XL_PARAMETERS) for name in parameters)
+    xl = names.is_xl(parameters)
     found = [each for each in map(_ENCODER.match, parameters) if each]
     return Layout(scheme_of(parameters), {_text_part(each, xl): each[0] for each in found}, xl)
 

@@ -170,20 +170,21 @@ def _kohya_words(path: str | Path, pairs: dict[str, Pair], meta: Strings, layout
     return {**{key: text for key, text in told.items() if text}, **metadata.modelspec(f"{kind}/lora", meta, path)}
 
 
-_XL_BASES = {  # by the width of what the UNet is told of texts, as in `_base`
-    2048: ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
-    1280: ("stable-diffusion-xl-v1-refiner", None),
+# kohya's names of the models of their size; others have none.
+_BASES = {
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2-512": "sd_v2",
+    "stable-diffusion-v2-768-v": "sd_v2_v",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
 }
 
 
 def _base(context_width: int, prediction_type: str | None, layout: Layout) -> tuple[str, str | None]:
-    """ModelSpec's and kohya's names of the model that an adapter is of. kohya has none for a model of another size."""
-    if layout.xl:
-        usual = 2048 if "text_encoder" in layout.texts else 1280
-        return _XL_BASES.get(context_width or usual, ("latent-diffusion", None))
+    """ModelSpec's and kohya's names of the model that an adapter is of."""
+    if layout.xl and not context_width:
+        context_width = 2048 if "text_encoder" in layout.texts else 1280
     kind = metadata.family(context_width, prediction_type)
-    base = {"stable-diffusion-v1": "sd_v1", "latent-diffusion": None}.get(kind, "sd_v2")
-    return kind, "sd_v2_v" if base == "sd_v2" and prediction_type == _V else base
+    return kind, _BASES.get(kind)
 
 
 def _context_width(pairs: dict[str, Pair], layout: Layout) -> int:
