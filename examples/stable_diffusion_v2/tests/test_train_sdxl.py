@@ -177,7 +177,7 @@ def test_unet_and_both_text_encoders_are_trained(xl, tmp_path, monkeypatch):
 
 
 def test_a_run_of_adapters_in_parts_is_that_in_one_bit_for_bit(xl, tmp_path, monkeypatch):
-    """In the UNet and both text encoders. PEFT's folders are where DiffEngine has them, and the old ones are removed."""
+    """In the UNet and both text encoders. PEFT's folders are where DiffEngine has them, and old ones are removed."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     words = ["--use_lora", True, "--lora_ft_text_encoder", True, "--lora_dropout", 0.3, "--lora_format", "peft"]
     words += ["--step_mode", True, "--ckpt_save_interval", 3, "--scheduler", "constant", "--flip", True]
