@@ -20,7 +20,7 @@ from ldm.config.mindone import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS, opt
 from ldm.config.model import ModelConfig, add_set, changed, load_model_config, save_model_config, to_dict
 from ldm.config.options import Parser, read_options, require_at_least, seed, steps_or_share, str2bool, whole
 from ldm.config.versions import VERSIONS, existing, find_checkpoint, version
-from ldm.data.batches import Augment, Batches
+from ldm.data.batches import Augment
 from ldm.data.dataset import ON_BAD_IMAGE
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import build_schedule
@@ -30,7 +30,7 @@ from ldm.errors import UserError
 from ldm.networks.adapter import PRESETS
 from ldm.pipeline import check_config
 from ldm.randomness import settled_seed
-from ldm.train import adapters, finetune
+from ldm.train import adapters, finetune, validation
 from ldm.train.ema import Ema
 from ldm.train.finetune import SUFFIXES, FineTune, ckpt_folder
 from ldm.train.learning_rate import SCHEDULES
@@ -86,7 +86,7 @@ def _add_model_and_data(add: Callable) -> None:
     add("--flip", type=str2bool, default=False, help="mirror half of the pictures")
     add("--caption_dropout", type=float, default=0.0, help="share of captions emptied, for guidance")
     add("--on_bad_image", choices=ON_BAD_IMAGE, default="error", help="what to do about an unreadable picture")
-    add("--cache_latents", type=str2bool, default=True, help="encode each picture once, where no change is random")
+    add("--cache_latents", type=str2bool, default=True, help="encode each picture once, where no crop is random")
     add("--cache_text", type=str2bool, default=True, help="encode each caption once, where the encoder is frozen")
     add("--cache_path", help="a folder for both caches, which runs may share (default: cache/ in output_path)")
     add("--cache_only", type=str2bool, default=False, help="fill the caches and stop")
@@ -150,6 +150,7 @@ def _add_output(add: Callable) -> None:
     add("--resume", nargs="?", const="True", default="False", help="True, or the path of a resume state")
     add("--validation_prompts", nargs="*", default=[], help="prompts drawn while training")
     add("--validation_interval", type=int, default=500, help="steps between validation pictures (0: at the end only)")
+    add("--validation_epochs", type=int, default=0, help="epochs between them, in the place of steps (0: by steps)")
     add("--validation_sampler", choices=list(SAMPLERS), help="as --sampler when drawing (default: the model's)")
     add("--validation_steps", type=int, help="sampling steps (default: the model's)")
     add("--validation_scale", type=float, help="guidance scale (default: the model's)")
@@ -160,11 +161,12 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     if args.use_lora:
         adapters.check(args)
     require_at_least(1, args, "train_batch_size", "gradient_accumulation_steps", "epochs", "ckpt_save_interval")
-    require_at_least(0, args, "train_steps", "ckpt_max_keep", "validation_interval")
+    require_at_least(0, args, "train_steps", "ckpt_max_keep", "validation_interval", "validation_epochs")
+    finetune.require_trainable(config)
     check_config(config, args.image_size)
     schedule = build_schedule(config.schedule)
-    validation = finetune.validation_settings(args, config)
-    validation.sampler.times(schedule, validation.steps)
+    drawn = validation.settings_of(args, config)
+    drawn.sampler.times(schedule, drawn.steps)
     finetune.timestep_bias(args, config)
     weight = finetune.timestep_weight(args, config)
     finetune.learning_rate(args, args.train_steps or 1)
@@ -236,12 +238,7 @@ def main() -> None:
     first = run.begin(task, {**settings, **data.facts(), **task.facts()})
     if ranks.is_main:
         save_model_config(config, run.folder / "model_config.yaml")
-    augment, start = (
-        Augment(args.random_crop, args.flip, args.caption_dropout),
-        first * args.gradient_accumulation_steps,
-    )
-    share = ranks.rank, ranks.size, task.needs_pictures
-    batches = Batches(data, args.train_batch_size, args.seed, augment, start, *share)
+    batches = task.batches(first)
     plan = finetune.plan_of(args, batches.steps_per_epoch)
     run.train(batches, plan, finetune.learning_rate(args, plan.total))
 

@@ -33,6 +33,10 @@ class Condition(NamedTuple):
         """The condition whose vector is the pooled text and then the sizes, as `embed_numbers` gives them."""
         return self._replace(vector=np.concatenate((self.vector, sizes), 1))
 
+    def where(self, kept: np.ndarray) -> Condition:
+        """The condition with zeros for the samples that are not kept; `kept`: [B], truth values."""
+        return self.map(lambda field: field * kept.astype(np.float32).reshape(-1, *[1] * (field.ndim - 1)))
+
     def map(self, function: Callable) -> Condition:
         """The function's results for all fields that are not None."""
         return Condition(*(None if field is None else function(field) for field in self))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Thread
 from typing import NamedTuple
 
@@ -82,6 +84,17 @@ class StableDiffusion(nn.Cell):
         """Compile UNet and text encoder block by block, in a fraction of the time and the memory; for drawing alone."""
         unet, text = self.networks.unet, self.networks.text
         self.networks = self.networks._replace(unet=BlockwiseUNet(unet), text=BlockwiseText(text))
+
+    @contextmanager
+    def unet_by_layers(self) -> Iterator[None]:
+        """Inside the block the UNet runs by one graph for each kind of layer; its weights must not change there."""
+        networks, blocks = self.networks, BlockwiseUNet(self.networks.unet)
+        self.networks = networks._replace(unet=blocks)
+        try:
+            yield
+        finally:
+            blocks.give_back()
+            self.networks = networks
 
     def told_sizes(self, condition: Condition, numbers: np.ndarray) -> Condition:
         """The condition, with the sizes where the UNet is told them; `numbers`: [B, n], rows of `Sizes.numbers`."""

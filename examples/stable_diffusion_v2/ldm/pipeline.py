@@ -185,8 +185,7 @@ class Pipeline:
         """
         condition = self.condition(prompts)
         if zeros_for_empty:
-            filled = np.array([bool(prompt) for prompt in prompts], np.float32)
-            condition = condition.map(lambda field: field * filled.reshape(-1, *[1] * (field.ndim - 1)))
+            condition = condition.where(np.array([bool(prompt) for prompt in prompts]))
         if not self.model.size_numbers:
             return condition
         return self.model.told_sizes(condition, np.array([sizes.numbers(self.model.size_numbers)] * len(prompts)))

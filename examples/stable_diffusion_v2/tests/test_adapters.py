@@ -45,6 +45,19 @@ def filled(net, seed=0):
     return net
 
 
+def lively(net):
+    """Weights with which every layer's output, and so every gradient, has a size that can be compared."""
+    rng = np.random.default_rng(0)
+    for param in net.get_parameters():
+        numbers = rng.standard_normal(param.shape, np.float32)
+        if len(param.shape) > 1:
+            numbers /= np.sqrt(np.float32(np.prod(param.shape[1:])))
+        elif param.name.endswith("weight"):
+            numbers = 1 + numbers / 10
+        fill(param, numbers, copy=True)
+    return net
+
+
 def adapted(net, targets, rank=3, scale=0.5, zero=False):
     """The network with adapters, whose B are not zero unless `zero`; the adapters."""
     places = adapter.attach(net, adapter.chosen(net, targets), rank, scale)
@@ -126,6 +139,30 @@ def test_gradients_of_adapters_and_the_same_layer_by_layer():
     for one_graph, by_layer in zip(whole, layered):
         most = np.abs(one_graph.asnumpy()).max()
         np.testing.assert_allclose(by_layer.asnumpy(), one_graph.asnumpy(), rtol=0, atol=1e-4 * most)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_of_a_unet_that_is_told_a_vector(lora):
+    """Layer by layer and in one graph: those of all weights, or, recomputed, of adapters in all linear layers.
+
+    With one channel in each group, as at the width 32, norms would take away what the vector adds.
+    """
+    rng, schedule, prediction = np.random.default_rng(0), build_schedule(ScheduleConfig()), get_prediction("v")
+    z, eps, context = (rng.standard_normal(s, np.float32) for s in ((2, 4, 8, 8), (2, 4, 8, 8), (2, 7, 32)))
+    vector = rng.standard_normal((2, 24), np.float32)
+    batch = tuple(map(Tensor, (z, eps, np.array([3, 900], np.int32), np.ones(2, np.float32), context, vector)))
+    config = replace(SMALL, channel_mult=(2,), attention_resolutions=(1,), adm_in_channels=24, size_channels=2)
+    found = []
+    for recomputed, way in ((lora, WholeGraph), (True, LayerByLayer)):
+        net = lively(UNet(replace(config, use_checkpoint=recomputed)))
+        targets = ["all-linear", r"label_emb\."]
+        params = list(adapter.parameters(adapted(net, targets)) if lora else net.get_parameters())
+        _, grads = way(DiffusionLoss(net, schedule, prediction), params)(Tensor(1.0), *batch)
+        found.append({param.name: grad.asnumpy() for param, grad in zip(params, grads)})
+    assert sum("label_emb" in name for name in found[0]) == 4
+    for name, wanted in found[0].items():
+        assert np.abs(wanted).max() > 1e-6, name
+        np.testing.assert_allclose(found[1][name], wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=name)
 
 
 def test_dropout_leaves_out_input_features_and_is_the_same_for_the_same_step():

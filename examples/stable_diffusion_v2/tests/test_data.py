@@ -25,7 +25,18 @@ from ldm.data.batches import Augment, Batches, epoch_order
 from ldm.data.captions import Sample, caption_warnings, read_captions
 from ldm.data.colour import CURVE, PRIMARIES, rgb_profile, to_srgb
 from ldm.data.dataset import CaptionedImages
-from ldm.data.images import LONGEST, BadImageError, Room, check_image, crop, decode, fingerprint, load_image, to_float
+from ldm.data.images import (
+    LONGEST,
+    BadImageError,
+    Room,
+    check_image,
+    crop,
+    decode,
+    fingerprint,
+    load_image,
+    measure,
+    to_float,
+)
 from ldm.errors import UserError
 from ldm.pictures import ENTRY, read_facts
 from ldm.text.tokenizer import Tokenizer
@@ -551,6 +562,26 @@ def test_camera_orientation_is_applied(tmp_path):
     assert picture[-1, 0].tolist() == [0, 0, 255]
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_measures_are_those_of_the_upright_file(tmp_path, suffix, orientation):
+    """Also of a JPEG that is decoded at a fraction: half of 2001 pixels is 1001."""
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    path = save(Image.new("RGB", (301, 2001)), tmp_path / f"a.{suffix}", exif=exif)
+    turned = orientation in (6, 8)
+    for size in (16, 64, 150):
+        original, scaled = measure(path, size)
+        assert original == ((301, 2001) if turned else (2001, 301))
+        assert scaled == load_image(path, size).shape[:2]
+
+
+def test_measures_of_a_ribbon_are_those_of_its_middle(tmp_path):
+    path = save(Image.new("L", (6000, 10)), tmp_path / "a.png")
+    assert measure(path, 64) == ((10, 6000), (64, 64 * LONGEST))
+
+
 def test_a_damaged_camera_record_is_ignored(tmp_path):
     for suffix, exif in (("png", b"no record"), ("jpg", b"Exif\0\0no record")):
         assert load_image(save(noise_image(0), tmp_path / f"a.{suffix}", exif=exif), 16).shape == (16, 16, 3)
@@ -774,6 +805,50 @@ def test_random_changes_happen_as_often_as_asked(folder):
     assert 70 < sum(dropping.sample(ordinal)[1] == "" for ordinal in range(400)) < 130
     always, never = (Batches(dataset, 1, 0, Augment(caption_dropout=p)) for p in (1.0, 0.0))
     assert all(always.sample(ordinal)[1] == "" != never.sample(ordinal)[1] for ordinal in range(50))
+
+
+@pytest.mark.parametrize("augment", [Augment(), Augment(random_crop=True, flip=True)])
+def test_cuts_say_where_pictures_come_from(tmp_path, augment):
+    """The caption is the picture's number, and a pixel says its place in the file: red the column, green the row."""
+    rows = []
+    for n, (width, height, orientation) in enumerate([(40, 20, 1), (20, 40, 6), (30, 20, 3), (20, 20, 1)]):
+        exif, pixels = Image.Exif(), np.zeros((height, width, 3), np.uint8)
+        exif[0x0112] = orientation
+        pixels[..., 0], pixels[..., 1] = 4 * np.arange(width), 4 * np.arange(height)[:, None]
+        Image.fromarray(pixels).save(tmp_path / f"{n}.png", exif=exif)
+        rows.append(f"{n}.png,{n}")
+    write_csv(tmp_path, "dir,text\n" + "\n".join(rows))
+    data = CaptionedImages(tmp_path, 20, keep_squares=False)
+    assert not data.square
+    whole = [data[n][0] for n in range(4)]  # no side is scaled
+    seen = {}
+    for batch in islice(Batches(data, 4, 5, augment, cuts=True), 30):
+        for image, text, mirrored, (original, (top, left), target) in zip(
+            batch.images, batch.texts, batch.mirrored, batch.cuts
+        ):
+            picture = whole[int(text)]
+            assert original == picture.shape[:2] and target == (20, 20)
+            picture = picture[:, ::-1] if mirrored else picture
+            cut = picture[top : top + 20, left : left + 20]
+            np.testing.assert_array_equal(to_float([cut])[0], image)
+            seen.setdefault(int(text), set()).add((mirrored, top, left))
+    if augment.flip:
+        assert all({mirrored for mirrored, _, _ in places} == {False, True} for places in seen.values())
+        assert len({left for _, _, left in seen[0]}) > 5 and {top for _, top, _ in seen[0]} == {0}
+    else:
+        assert seen == {0: {(False, 0, 10)}, 1: {(False, 0, 10)}, 2: {(False, 0, 5)}, 3: {(False, 0, 0)}}
+
+
+def test_cuts_without_pictures_are_the_same(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "0.png")
+    write_csv(tmp_path, "dir,text\n0.png,a\n")
+    data, flip = CaptionedImages(tmp_path, 10), Augment(flip=True)
+    with_them, without = (
+        [batch.cuts for batch in islice(Batches(data, 2, 3, flip, pictures=pictures, cuts=True), 5)]
+        for pictures in (True, False)
+    )
+    assert with_them == without
+    assert next(iter(Batches(data, 2, 3, flip))).cuts is None
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.5, float("nan")])

@@ -896,7 +896,7 @@ def test_a_full_disk_costs_no_checkpoint(place, trained, tmp_path, monkeypatch, 
 
 
 def test_a_large_unet_is_trained_block_by_block(place, tmp_path, monkeypatch):
-    """On a CPU, where its config asks for less memory; the run is the same."""
+    """On a CPU, where its config asks for less memory; the run is the same, and so are the pictures between steps."""
     save_model_config(replace(CONFIG, unet=replace(CONFIG.unet, use_checkpoint=True)), tmp_path / "model.yaml")
     made = []
 
@@ -909,11 +909,15 @@ def test_a_large_unet_is_trained_block_by_block(place, tmp_path, monkeypatch):
     losses = []
     for number, config in enumerate((place / "model.yaml", tmp_path / "model.yaml")):
         words = training(place, tmp_path / str(number), "--train_steps", 3, "--gradient_accumulation_steps", 2)
+        words += ["--validation_prompts", "a cat", "--validation_interval", 2, "--validation_steps", 2]
         call(monkeypatch, train_text_to_image, [*words, "--model_config", config, "--cache_path", place / "cache"])
         assert len(made) == number
         losses.append(read_log(tmp_path / str(number) / "result.log")["loss"])
     assert len(losses[0]) == 3
     np.testing.assert_allclose(*losses, rtol=1e-5)
+    for name in ("000000.png", "000002.png", "000003.png"):
+        one, two = (np.asarray(Image.open(tmp_path / way / "validation" / name)).astype(int) for way in "01")
+        assert one.std() > 1 and np.abs(one - two).max() <= 2
 
 
 def test_caches_are_filled_on_the_devices_of_their_ranks(monkeypatch):

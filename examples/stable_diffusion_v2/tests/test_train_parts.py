@@ -516,7 +516,7 @@ def test_other_settings_are_refused_by_name(saved):
 
 def test_states_from_before_a_setting_was_kept_are_resumed(saved, tmp_path):
     train_step, path = saved
-    now = {**SETTINGS, "data": "1", "frozen": "2"}
+    now = {**SETTINGS, "data": "1", "frozen": "2", "vae.force_upcast": False, "text.projection": None}
     assert load_state(path, make(), now) == {"step": 2}
     save_state(tmp_path / "new.safetensors", train_step, {"step": 2}, now)
     assert load_state(tmp_path / "new.safetensors", make(), now) == {"step": 2}
@@ -683,6 +683,12 @@ def test_only_own_old_checkpoints_are_deleted(tmp_path):
     (tmp_path / "sd-3.safetensors").unlink()  # by the user: no error
     assert prune(tmp_path, ["sd-3.safetensors", "sd-4.ckpt", "sd-5.ckpt", "sd-4.ckpt"], 1) == ["sd-4.ckpt"]
     assert (tmp_path / "sd-4.ckpt").exists()
+    for name in ("step5", "step10", "steps.deleted"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+    assert prune(tmp_path, ["step5", "step10"], 1) == ["step10"]
+    assert (
+        not (tmp_path / "step5").exists() and (tmp_path / "step10").exists() and (tmp_path / "steps.deleted").exists()
+    )
     with pytest.raises(ValueError):
         prune(tmp_path, ["best.ckpt", "sd-4.ckpt"], 1)
     assert (tmp_path / "best.ckpt").exists()

@@ -47,6 +47,33 @@ def tiny_sdxl_config() -> ModelConfig:
     )
 
 
+def smaller_sdxl_config() -> ModelConfig:
+    """The smallest of SDXL's kind, for tests that train: half a million parameters, 32×32 pixels."""
+    return ModelConfig(
+        prediction_type="v",
+        image_size=32,
+        scale_factor=0.13025,
+        schedule=ScheduleConfig(zero_terminal_snr=True),
+        sampling=SamplingConfig(spacing="trailing", zeros_for_empty_prompt=True),
+        unet=UNetConfig(
+            model_channels=32,
+            num_res_blocks=1,
+            attention_resolutions=(2,),
+            channel_mult=(1, 2),
+            num_head_channels=32,
+            transformer_depth=(1, 1),
+            context_dim=64,
+            adm_in_channels=32 + 6 * 8,
+            size_channels=8,
+        ),
+        vae=VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, force_upcast=True),
+        text=TextConfig("clip", vocab_size=1024, width=32, layers=2, heads=1, context_layer=1, padding="end"),
+        text_2=TextConfig(
+            "openclip", 1024, width=32, layers=2, heads=2, context_layer=1, projection=32, padding="zero"
+        ),
+    )
+
+
 def tiny_refiner_config() -> ModelConfig:
     """A tiny refiner with eps-prediction: one text encoder, five numbers of size, no attention at the deepest level."""
     return ModelConfig(

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from ldm.data.dataset import CaptionedImages
-from ldm.data.images import crop, to_float
+from ldm.data.images import crop_place, to_float
 from ldm.errors import UserError
 from ldm.randomness import generator
 
@@ -49,6 +50,28 @@ class Augment:
             raise UserError(f"caption_dropout is a probability from 0 to 1, not {self.caption_dropout}")
 
 
+class Cut(NamedTuple):
+    """Where a sample's picture comes from, as SDXL is told it: heights before widths, in pixels.
+
+    original: of the file, upright.
+    crop: (top, left) in the scaled picture; of a mirrored one as it is seen there, after mirroring.
+    target: of the sample's picture.
+    """
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+class Drawn(NamedTuple):
+    """A sample with its random changes: picture uint8 [S, S, 3] or None, caption, whether mirrored, cut or None."""
+
+    picture: np.ndarray | None
+    text: str
+    mirrored: bool
+    cut: Cut | None
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a step.
@@ -58,12 +81,16 @@ class Batch:
         texts: B captions.
         ordinals: int64 [B], the samples' numbers in the whole run.
         indices: int64 [B], the samples' places in the dataset.
+        mirrored: B truth values.
+        cuts: B cuts; None where they are not asked for.
     """
 
     images: np.ndarray | None
     texts: list[str]
     ordinals: np.ndarray
     indices: np.ndarray
+    mirrored: list[bool]
+    cuts: list[Cut] | None = None
 
 
 class Batches:
@@ -77,7 +104,8 @@ class Batches:
         start_step: the first step of the iteration, above 0 after a resume.
         rank: the rank whose share of every step is given.
         ranks: the number of ranks.
-        pictures: whether batches have pictures; otherwise they have captions, ordinals and indices alone.
+        pictures: whether batches have pictures. Without pictures, no crop may move.
+        cuts: whether batches have the cuts of the pictures.
     """
 
     def __init__(
@@ -90,11 +118,13 @@ class Batches:
         rank: int = 0,
         ranks: int = 1,
         pictures: bool = True,
+        cuts: bool = False,
     ):
         if batch_size < 1 or not 0 <= rank < ranks:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {ranks}")
         self.dataset, self.batch_size, self.seed, self.augment = dataset, batch_size, seed, augment
-        self.start_step, self.rank, self.ranks, self.pictures = start_step, rank, ranks, pictures
+        self.start_step, self.rank, self.ranks = start_step, rank, ranks
+        self.pictures, self.cuts = pictures, cuts
 
     @property
     def steps_per_epoch(self) -> int:
@@ -117,30 +147,37 @@ class Batches:
             while True:
                 samples = [future.result() for future in pending.popleft()]
                 pending.append(self._submit(pool, step + AHEAD))
-                images, texts = zip(*samples)
-                ordinals = np.array(self.ordinals(step), np.int64)
-                images = to_float(images) if self.pictures else None
-                yield Batch(images, list(texts), ordinals, np.array([self.index(i) for i in ordinals]))
+                yield self._batch(samples, np.array(self.ordinals(step), np.int64))
                 step += 1
+
+    def _batch(self, samples: list[Drawn], ordinals: np.ndarray) -> Batch:
+        pictures, texts, mirrored, cuts = map(list, zip(*samples))
+        images, indices = to_float(pictures) if self.pictures else None, np.array([self.index(i) for i in ordinals])
+        return Batch(images, texts, ordinals, indices, mirrored, cuts if self.cuts else None)
 
     def index(self, ordinal: int) -> int:
         """The place of an ordinal's sample in the dataset."""
         epoch, position = divmod(ordinal, len(self.dataset))
         return epoch_order(self.seed, len(self.dataset), epoch)[position]
 
-    def sample(self, ordinal: int) -> tuple[np.ndarray | None, str]:
-        """The picture, uint8 [S, S, 3] or None, and the caption of an ordinal, with their random changes."""
-        index = self.index(ordinal)
-        picture, text = self.dataset[index] if self.pictures else (None, self.dataset.samples[index].text)
-        if generator(self.seed, "caption dropout", ordinal).random() < self.augment.caption_dropout:
-            text = ""
-        if picture is None:
-            return None, text
+    def sample(self, ordinal: int) -> Drawn:
+        """The sample of an ordinal, with its random changes."""
+        index, data = self.index(ordinal), self.dataset
+        picture, sample = data.read_at(index) if self.pictures else (None, data.samples[index])
+        dropped = generator(self.seed, "caption dropout", ordinal).random() < self.augment.caption_dropout
+        mirrored = self.augment.flip and generator(self.seed, "flip", ordinal).random() < 0.5
+        text, measures = "" if dropped else sample.text, data.measures(sample.path) if self.cuts else None
+        if picture is None and measures is None:
+            return Drawn(None, text, mirrored, None)
+        height, width = measures.scaled if picture is None else picture.shape[:2]
         rng = generator(self.seed, "crop", ordinal) if self.augment.random_crop else None
-        picture = crop(picture, self.dataset.image_size, rng)
-        if self.augment.flip and generator(self.seed, "flip", ordinal).random() < 0.5:
-            picture = picture[:, ::-1]
-        return picture, text
+        side, (top, left) = data.image_size, crop_place((height, width), data.image_size, rng)
+        if picture is not None:
+            picture = picture[top : top + side, left : left + side]
+            picture = picture[:, ::-1] if mirrored else picture
+        seen_left = width - left - side if mirrored else left
+        cut = Cut(measures.original, (top, seen_left), (side, side)) if measures else None
+        return Drawn(picture, text, mirrored, cut)
 
     def _submit(self, pool: ThreadPoolExecutor, step: int) -> list[Future]:
         return [pool.submit(self.sample, ordinal) for ordinal in self.ordinals(step)]

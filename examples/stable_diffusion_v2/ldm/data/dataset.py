@@ -13,8 +13,8 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.captions import read_captions
-from ldm.data.images import LONGEST, BadImageError, check_image, fingerprint, load_image
+from ldm.data.captions import Sample, read_captions
+from ldm.data.images import LONGEST, BadImageError, Measures, check_image, fingerprint, load_image, measure
 from ldm.errors import UserError
 from ldm.files import quoted
 
@@ -37,6 +37,10 @@ class CaptionedImages:
         image_filter_size: pictures with a shorter side than this are left out.
         on_bad_image: "error" stops at an unreadable picture, "skip" counts it and goes on without it.
         cache_bytes: memory that decoded pictures may take.
+        keep_squares: whether decoded pictures are kept where all files are square.
+
+    Attributes:
+        square: whether all files are square, so that no crop can move.
 
     Raises:
         UserError: as `read_captions`; a picture is unreadable; no picture remains.
@@ -49,6 +53,7 @@ class CaptionedImages:
         image_filter_size: int = 0,
         on_bad_image: str = "error",
         cache_bytes: int = CACHE_BYTES,
+        keep_squares: bool = True,
     ):
         if on_bad_image not in ON_BAD_IMAGE:
             raise UserError(f"unknown on_bad_image '{on_bad_image}': choose from {', '.join(ON_BAD_IMAGE)}")
@@ -56,12 +61,15 @@ class CaptionedImages:
         self.skips_bad = on_bad_image == "skip"
         self.bad: dict[str, BadImageError] = {}
         self._pictures: dict[str, np.ndarray] = {}
+        self._measures: dict[str, Measures] = {}
 
         samples = read_captions(data_path)
         paths = list(dict.fromkeys(sample.path for sample in samples))  # captions may share a picture
         sizes = self._attempt(check_image, paths, "checking pictures")
         fitting = {path: size for path, size in sizes.items() if min(size) >= image_filter_size}
-        if sum(_scaled_bytes(size, image_size) for size in fitting.values()) <= cache_bytes:
+        self.square = all(width == height for width, height in fitting.values())
+        room = 0 if self.square and not keep_squares else cache_bytes
+        if sum(_scaled_bytes(size, image_size) for size in fitting.values()) <= room:
             self._pictures = self._attempt(lambda path: load_image(path, image_size), list(fitting), "reading pictures")
         self.samples = [sample for sample in samples if sample.path in fitting and sample.path not in self.bad]
         self.small = len(sizes) - len(fitting)
@@ -75,7 +83,12 @@ class CaptionedImages:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
-        """The picture, uint8 [height, width, 3] with min(height, width) == image_size, and its caption.
+        """The picture and the caption of `read_at`."""
+        picture, sample = self.read_at(index)
+        return picture, sample.text
+
+    def read_at(self, index: int) -> tuple[np.ndarray, Sample]:
+        """The picture, uint8 [height, width, 3] with min(height, width) == image_size, and its sample.
 
         If unreadable pictures are skipped, the next readable picture takes the place of an unreadable one. The result
         therefore depends on the data alone, and batches keep their size.
@@ -89,7 +102,7 @@ class CaptionedImages:
         for step in range(len(self)):
             sample = self.samples[(index + step) % len(self)]
             try:
-                return self._picture(sample.path), sample.text
+                return self._picture(sample.path), sample
             except BadImageError as error:
                 self._record_bad({sample.path: error})
         raise UserError("all pictures of the data folder are unreadable")
@@ -101,6 +114,12 @@ class CaptionedImages:
         except BadImageError as error:
             self._record_bad({path: error})
             return None
+
+    def measures(self, path: str) -> Measures:
+        """The measures of a picture that can be read."""
+        if path not in self._measures:
+            self._measures[path] = measure(path, self.image_size)
+        return self._measures[path]
 
     def leave_out(self, paths: set[str]) -> None:
         """Go on without these pictures. UserError where no picture remains."""

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Condition
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from ldm.data.colour import to_srgb
 from ldm.errors import UserError
@@ -70,9 +71,27 @@ def load_image(path: str, size: int) -> np.ndarray:
         BadImageError: the file is missing, truncated, of another format or too large to be decoded safely.
     """
     with opened(path) as image:
-        image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a fraction, at least at twice `size`
+        _draft(image, size)
         with _room.take(image.width * image.height):
             return np.asarray(_scale(_upright_rgb(image), size))
+
+
+class Measures(NamedTuple):
+    """The (height, width) of a picture in its file, upright, and of the picture that `load_image` makes of it."""
+
+    original: tuple[int, int]
+    scaled: tuple[int, int]
+
+
+def measure(path: str, size: int) -> Measures:
+    """The measures of a picture that `load_image` scales to `size`. BadImageError where the file cannot be read."""
+    with opened(path) as image:
+        with _room.take(image.width * image.height):  # a PNG may be decoded to its end for the mark
+            turned = _is_turned(image)
+        original = image.size
+        _draft(image, size)
+        sides = original, _scaled_sides(*image.size, size)
+    return Measures(*(each if turned else each[::-1] for each in sides))
 
 
 def decode(path: str | Path) -> np.ndarray:
@@ -117,10 +136,17 @@ def fingerprint(path: str) -> bytes:
     return hashlib.sha256(b"".join(parts)).digest()
 
 
+def crop_place(sides: tuple[int, int], size: int, rng: np.random.Generator | None = None) -> tuple[int, int]:
+    """(top, left) of a square in a picture of this (height, width): in the middle, or at a place drawn from `rng`."""
+    room_y, room_x = sides[0] - size, sides[1] - size
+    if rng is None:
+        return room_y // 2, room_x // 2
+    return int(rng.integers(room_y + 1)), int(rng.integers(room_x + 1))
+
+
 def crop(picture: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Cut a square out of uint8 [height, width, 3]: from the middle, or from a place drawn from `rng`."""
-    room_y, room_x = picture.shape[0] - size, picture.shape[1] - size
-    top, left = (room_y // 2, room_x // 2) if rng is None else (rng.integers(room_y + 1), rng.integers(room_x + 1))
+    """Cut a square out of uint8 [height, width, 3] at its `crop_place`."""
+    top, left = crop_place(picture.shape[:2], size, rng)
     return picture[top : top + size, left : left + size]
 
 
@@ -140,6 +166,20 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # Pillow's readers raise all sorts of exceptions on a broken file
         raise BadImageError(f"cannot read the picture {quoted(path, 200)}: {_reason(error)}") from error
+
+
+def _draft(image: Image.Image, size: int) -> None:
+    """Let a large JPEG be decoded at a fraction of its size, at least at twice `size`."""
+    image.draft("RGB", (2 * size, 2 * size))
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether `_upright_rgb` exchanges the width and height that the opened picture has."""
+    if image.format == "TIFF":  # Pillow has done it
+        return False
+    with suppress(Exception):
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return False
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -176,11 +216,22 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 def _scale(image: Image.Image, size: int) -> Image.Image:
     """Scale the short side to `size`, of a picture longer than LONGEST : 1 its middle alone."""
     width, height = image.size
-    short = min(width, height)
-    keep_x, keep_y = min(width, LONGEST * short), min(height, LONGEST * short)
+    keep_x, keep_y = _kept_sides(width, height)
     left, top = (width - keep_x) / 2, (height - keep_y) / 2
-    target = (round(keep_x * size / short), round(keep_y * size / short))
+    target = _scaled_sides(width, height, size)
     return image.resize(target, Image.LANCZOS, box=(left, top, left + keep_x, top + keep_y))
+
+
+def _kept_sides(width: int, height: int) -> tuple[int, int]:
+    most = LONGEST * min(width, height)
+    return min(width, most), min(height, most)
+
+
+def _scaled_sides(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) of the picture that `_scale` makes of one of these sides."""
+    short = min(width, height)
+    keep_x, keep_y = _kept_sides(width, height)
+    return round(keep_x * size / short), round(keep_y * size / short)
 
 
 def _has_end(path: str, image_format: str) -> bool:

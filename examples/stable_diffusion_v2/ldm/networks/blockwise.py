@@ -105,6 +105,11 @@ class Blocks:
         kind.take(self.weights[id(layer)])
         return kind
 
+    def give_back(self) -> None:
+        """Give every layer its own weights again."""
+        for kind in self.kinds.values():
+            self.with_weights_of(kind.layer)
+
     def key(self, layer: nn.Cell) -> tuple:
         return graph_key(layer)
 

@@ -9,7 +9,7 @@ names are those in the files, hence two classes of blocks.
 from __future__ import annotations
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from ldm import kernels
 from ldm.kernels import add
@@ -24,8 +24,11 @@ def causal_mask(length: int) -> Tensor:
 class TextEncoder(nn.Cell):
     """ids [B, context_length] int32 to (features [B, context_length, width], pooled [B, projection] if there is one).
 
-    A subclass names the parts, and has `embed(ids)`, `blocks()` and `last_norm(x)`. `mask` is for its blocks.
+    A subclass names the parts, and has `embed(ids)`, `blocks()` and `last_norm(x)`, which is the layer named `final`.
+    `mask` is for its blocks.
     """
+
+    final: str
 
     def __init__(self, config):
         super().__init__()
@@ -48,6 +51,14 @@ class TextEncoder(nn.Cell):
         """The projected vector [B, projection] at the end token, which has the largest id, of the normed features."""
         ends = ops.argmax(ids, 1)  # the first of several
         return self.project(x[ops.arange(ids.shape[0]), ends], self.text_projection)
+
+    def used_parameters(self) -> list[Parameter]:
+        """The parameters that the outputs depend on. Those behind the layer that is read are none of them."""
+        unused = list(self.blocks())[self.runs :]
+        if self.context_layer and not self.pools:
+            unused.append(getattr(self, self.final))
+        without = {id(parameter) for cell in unused for parameter in cell.get_parameters()}
+        return [parameter for parameter in self.get_parameters() if id(parameter) not in without]
 
 
 def run_block(block, x, mask):
@@ -83,6 +94,10 @@ class TextEncoders(nn.Cell):
     def construct(self, ids):
         return both(self.first(ids[:, 0]), self.second(ids[:, 1]))
 
+    def used_parameters(self) -> list[Parameter]:
+        """As those of each encoder."""
+        return self.first.used_parameters() + self.second.used_parameters()
+
 
 def both(first, second):
     """The condition's fields of two encoders, from each one's."""
@@ -91,6 +106,8 @@ def both(first, second):
 
 class OpenCLIPText(TextEncoder):
     """The text encoder with OpenCLIP's names and the exact GELU."""
+
+    final = "ln_final"
 
     def __init__(self, config):
         super().__init__(config)
@@ -170,6 +187,8 @@ class OpenCLIPMLP(nn.Cell):
 
 class CLIPText(TextEncoder):
     """The text encoder with transformers' names and the quick GELU."""
+
+    final = "final_layer_norm"
 
     def __init__(self, config):
         super().__init__(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from ldm import checkpoint, runtime
+from ldm import checkpoint
 from ldm.checkpoint import lora
 from ldm.config.model import ModelConfig
 from ldm.data.batches import Batch
@@ -69,7 +69,7 @@ class TrainAdapters(FineTune):
         adapter.initialize(self.places, args.seed)
         if args.lora_ckpt_path:
             self.start_from(args.lora_ckpt_path)
-        runtime.set_compute_dtype(self.model, dtype)
+        self.model.compute_in(dtype)
         return list(adapter.parameters(self.places))
 
     def start_from(self, path: str) -> None:
@@ -115,8 +115,14 @@ class TrainAdapters(FineTune):
         return 4 * sum(param.size for param in adapter.parameters(self.places))
 
     def export(self, step: int, plan: Plan) -> Path:
-        """Write the adapters sd-{number}, averaged where there are averages; returns the path."""
+        """Write the adapters, averaged where there are averages; returns the path.
+
+        They are sd-{number} among the checkpoints. PEFT's folders of SDXL are where DiffEngine has them, in step{step}
+        of the run's own folder.
+        """
         path = ckpt_folder(self.args) / f"sd-{plan.number(step)}{SUFFIXES[self.args.lora_format]}"
+        if self.args.lora_format == "peft" and self.config.size_numbers:
+            path = Path(self.args.output_path) / f"step{step}"
         self.write(path)
         return path
 

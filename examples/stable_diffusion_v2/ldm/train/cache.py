@@ -53,6 +53,12 @@ def file_key(path: str) -> bytes:
         raise UserError(f"cannot read the picture '{path}': {error.strerror}") from None
 
 
+def picture_key(path: str, mirrored: bool = False) -> bytes:
+    """The key of a picture as it is seen: that of its file, and another one for the mirrored picture."""
+    key = file_key(path)
+    return hashlib.sha256(b"mirrored" + key).digest() if mirrored else key
+
+
 def text_key(text: str) -> bytes:
     """The key of a caption: the sha256 of its UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

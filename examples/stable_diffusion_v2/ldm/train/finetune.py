@@ -8,17 +8,17 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor
 
 from ldm import checkpoint, runtime
-from ldm.config.model import ModelConfig
-from ldm.data.batches import Batch
+from ldm.config.model import REFINER_NUMBERS, ModelConfig
+from ldm.data.batches import Augment, Batch, Batches
 from ldm.data.captions import caption_warnings
 from ldm.data.dataset import CaptionedImages
 from ldm.diffusion.loss import DiffusionLoss
@@ -32,9 +32,6 @@ from ldm.networks.blockwise import MANY_WEIGHTS
 from ldm.networks.layers import initialize
 from ldm.parallel.ranks import Ranks, follow_parent, without_launcher
 from ldm.parts import PARTS, TEXT, UNET, VAE
-from ldm.pictures import grid, make_folder, save_png
-from ldm.pipeline import Pipeline, Settings, sampler_of
-from ldm.signals import Stopped
 from ldm.text.tokenizer import Tokenizer
 from ldm.train.cache import settings_key
 from ldm.train.ema import Ema
@@ -45,7 +42,9 @@ from ldm.train.learning_rate import LearningRate
 from ldm.train.optimizer import build_optimizer
 from ldm.train.run import Plan, Task
 from ldm.train.step import LossScale, StepResult, TrainStep
+from ldm.train.text_loss import TextLoss
 from ldm.train.trainable import trainable
+from ldm.train.validation import Validation
 from ldm.weights import Choice, Weights, check_words, open_weights, words_of
 
 log = logging.getLogger(__name__)
@@ -111,22 +110,28 @@ def timestep_bias(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
     return timestep_density(args.timestep_bias_strategy, config.schedule.timesteps, **numbers)
 
 
-def validation_settings(args: argparse.Namespace, config: ModelConfig) -> Settings:
-    """How validation pictures are drawn: as by text_to_image.py, unless an option says otherwise."""
-    own, size = config.sampling, args.image_size
-    steps = own.steps if args.validation_steps is None else args.validation_steps
-    scale = config.guidance_scale if args.validation_scale is None else args.validation_scale
-    return Settings(sampler_of(config, args.validation_sampler), steps, scale, size, size, args.seed)
+def require_trainable(config: ModelConfig) -> None:
+    """UserError for a model that cannot be trained here."""
+    if config.size_numbers == REFINER_NUMBERS:
+        raise UserError(
+            "this is SDXL's refiner, which learns from aesthetic scores that captioned pictures do not have: train the "
+            "base model, with configs/sdxl-inference.yaml or configs/sdxl-vpred-inference.yaml as its config"
+        )
 
 
-def caches_latents(args: argparse.Namespace) -> bool:
-    return args.cache_latents and not (args.random_crop or args.flip)
+def caches_latents(args: argparse.Namespace, data: CaptionedImages) -> bool:
+    """Whether latents are cached: where no crop can move. Mirrored pictures have rows of their own."""
+    return args.cache_latents and (data.square or not args.random_crop)
 
 
 def open_data(args: argparse.Namespace) -> CaptionedImages:
-    """The pictures and captions; UserError where there are none, or one cannot be read."""
-    in_memory = {"cache_bytes": 0} if caches_latents(args) else {}  # each picture is read once at most
-    return CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **in_memory)
+    """The pictures and captions; UserError where there are none, or one cannot be read.
+
+    Pictures whose latents are cached are read once at most, so they are not kept.
+    """
+    options = {"cache_bytes": 0} if args.cache_latents and not args.random_crop else {}
+    options["keep_squares"] = not args.cache_latents
+    return CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **options)
 
 
 def warn_of_captions(data: CaptionedImages, config: ModelConfig) -> None:
@@ -146,7 +151,7 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, dtype: str, rank
     facts = {"pretrained": Path(args.pretrained_model_path).name, "dtype": dtype}
     facts["samples_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * ranks.size
     facts.update(prediction_type=config.prediction_type, scale_factor=config.scale_factor)
-    for part in ("schedule", "unet", "vae", "text"):
+    for part in ("schedule", "unet", "vae", "text", *(("text_2",) if config.text_2 else ())):
         facts.update({f"{part}.{key}": value for key, value in asdict(getattr(config, part)).items()})
     del facts["unet.use_checkpoint"]  # changes memory and time, not the result
     if args.trainable_modules:
@@ -167,7 +172,9 @@ def plan_of(args: argparse.Namespace, batches_per_epoch: int) -> Plan:
         epoch=epoch,
         save_every=args.ckpt_save_interval * (1 if args.step_mode else epoch),
         micro_batches=micro,
-        validate_every=args.validation_interval if args.validation_prompts else None,
+        validate_every=(args.validation_epochs * epoch or args.validation_interval)
+        if args.validation_prompts
+        else None,
         by_steps=args.step_mode,
     )
 
@@ -195,15 +202,18 @@ def build_model(
     for part, network in ((UNET, model.unet), (TEXT, model.text_encoder)):
         if network and part in random:
             initialize(network, args.seed)
-    runtime.set_compute_dtype(model, dtype)
+    model.compute_in(dtype)
     return model
 
 
-def open_caches(args: argparse.Namespace, config: ModelConfig, tensors: dict, dtype: str) -> FrozenOutputs:
+def open_caches(
+    args: argparse.Namespace, config: ModelConfig, tensors: dict, data: CaptionedImages, dtype: str
+) -> FrozenOutputs:
     """The caches of the frozen networks' outputs, for inputs that do not change at random."""
     text = args.cache_text and not (trains_text(args) or args.text_encoder_initialize_random)
     folder = Path(args.cache_path or Path(args.output_path) / "cache")
-    return FrozenOutputs(folder, config, tensors, args.image_size, dtype, caches_latents(args), text)
+    latents = caches_latents(args, data)
+    return FrozenOutputs(folder, config, tensors, args.image_size, dtype, latents, text, args.flip)
 
 
 def fill_in_child(args: argparse.Namespace, config: ModelConfig, dtype: str, ranks: Ranks) -> None:
@@ -236,7 +246,7 @@ def fill_caches(
     share: tuple[int, int],
 ) -> None:
     """Compute a share (rank, number of ranks) of the entries that the caches lack."""
-    caches = open_caches(args, config, tensors, dtype)
+    caches = open_caches(args, config, tensors, data, dtype)
     caches.forget_damaged(data, share)
     if any(caches.missing(data, share)):
         model = build_model(args, config, tensors, (VAE, TEXT), dtype)
@@ -247,7 +257,7 @@ def prepare(
     args: argparse.Namespace, config: ModelConfig, tensors: dict, data: CaptionedImages, dtype: str, ranks: Ranks
 ) -> tuple[StableDiffusion, FrozenOutputs]:
     """Fill the caches; returns the networks that this process needs, and the caches."""
-    caches, share = open_caches(args, config, tensors, dtype), (ranks.rank, ranks.size)
+    caches, share = open_caches(args, config, tensors, data, dtype), (ranks.rank, ranks.size)
     caches.forget_damaged(data, share)
     to_fill = any(caches.missing(data, share))
     if to_fill and sum(array.nbytes for array in frozen_tensors(args, tensors).values()) > OWN_PROCESS_BYTES:
@@ -267,17 +277,6 @@ def prepare(
 # ---- the task ----
 
 
-class TextLoss(nn.Cell):
-    """The text encoder, then the diffusion loss; takes token ids int32 [B, L] instead of a condition."""
-
-    def __init__(self, text_encoder: nn.Cell, loss: nn.Cell):
-        super().__init__(auto_prefix=False)
-        self.text_encoder, self.loss = text_encoder, loss
-
-    def construct(self, latents, eps, t, weight, ids):
-        return self.loss(latents, eps, t, weight, *self.text_encoder(ids))
-
-
 class FineTune(Task):
     """The UNet of a model, and its text encoder if asked.
 
@@ -294,19 +293,23 @@ class FineTune(Task):
 
     def __init__(self, args, config: ModelConfig, tensors: dict, data: CaptionedImages, dtype: str, ranks: Ranks):
         self.args, self.config, self.keep = args, config, args.ckpt_max_keep
-        self.folder = Path(args.output_path)
+        self.data, self.ranks = data, ranks
         self.model, self.caches = prepare(args, config, tensors, data, dtype, ranks)
+        if args.validation_prompts and ranks.is_main:
+            frozen_text = self.caches.features is not None
+            self.validation = Validation(args, config, self.model, frozen_text)
         self.frozen = frozen_tensors(args, tensors)  # for networks that were not built
         self.step = build_train_step(args, config, self.model, self.trained_parameters(dtype), dtype, ranks)
         of_times = timestep_bias(args, config), timestep_weight(args, config)
-        self.inputs_of = Inputs(self.model, data, args.seed, self.caches, trains_text(args), *of_times)
+        of_text = trains_text(args), config.sampling.zeros_for_empty_prompt
+        self.inputs_of = Inputs(self.model, data, args.seed, self.caches, *of_text, *of_times)
         self.frozen_key = settings_key(self.untrained(tensors))
 
     def trained_parameters(self, dtype: str) -> list[Parameter]:
         """The parameters that the optimizer moves."""
         unet = {param.name: param for param in self.model.unet.get_parameters()}
         trained = [unet[name] for name in trained_unet(self.args, unet)]
-        return trained + (list(self.model.text_encoder.get_parameters()) if self.args.train_text_encoder else [])
+        return trained + (self.model.text_encoder.used_parameters() if self.args.train_text_encoder else [])
 
     def untrained(self, tensors: dict) -> dict[str, np.ndarray]:
         """The checkpoint's tensors that the run uses and its resume state lacks."""
@@ -314,10 +317,13 @@ class FineTune(Task):
         unet = {name: tensors[name] for name in self.model.shapes() if name.startswith(UNET) and name in tensors}
         return {name: array for name, array in {**self.frozen, **unet}.items() if name not in trained}
 
-    @property
-    def needs_pictures(self) -> bool:
-        """Whether batches must hold pictures, because no cache holds their latents."""
-        return self.caches.latents is None
+    def batches(self, first: int) -> Batches:
+        """This rank's batches from a step on. They hold pictures where no cache holds the latents."""
+        args, ranks = self.args, self.ranks
+        augment = Augment(args.random_crop, args.flip, args.caption_dropout)
+        start, pictures = first * args.gradient_accumulation_steps, self.caches.latents is None
+        stream = self.data, args.train_batch_size, args.seed, augment, start, ranks.rank, ranks.size
+        return Batches(*stream, pictures, cuts=bool(self.config.size_numbers))
 
     def inputs(self, batch: Batch, step: int) -> tuple[Tensor, ...]:
         return self.inputs_of(batch)
@@ -345,23 +351,9 @@ class FineTune(Task):
         return path
 
     def validate(self, step: int) -> None:
-        """Draw one picture per validation prompt, always from the same noise, side by side. A signal raises Stopped."""
-        args, ema = self.args, self.step.ema if step else None
-        path = make_folder(self.folder / "validation") / f"{step:06}.png"
-        settings = validation_settings(args, self.config)
+        ema = self.step.ema if step else None
         with ema.applied() if ema else nullcontext():
-            pipeline, prompts = Pipeline(self.config, self.model), args.validation_prompts
-            pictures = [pipeline.draw([p], [""], [i], settings, until_asked)[0] for i, p in enumerate(prompts)]
-        save_png(grid(np.stack(pictures), 1 if len(pictures) < 5 else 2), path)
-        log.info("validation pictures: %s", path)
-
-
-def until_asked(times: Iterable) -> Iterator:
-    """The times of a sampler. Raises Stopped once a signal asks this process to end."""
-    for t in times:
-        if runtime.signals.asked:
-            raise Stopped(runtime.signals.asked)
-        yield t
+            self.validation.draw(step, self.step.gradients.layer_by_layer)
 
 
 def ckpt_folder(args: argparse.Namespace) -> Path:
@@ -380,7 +372,7 @@ def build_train_step(
     loss = DiffusionLoss(model.unet, build_schedule(config.schedule), get_prediction(config.prediction_type))
     many = sum(param.size for param in model.unet.get_parameters()) > MANY_WEIGHTS
     return TrainStep(
-        TextLoss(model.text_encoder, loss) if trains_text(args) else loss,
+        TextLoss(model.text_encoder, loss, bool(config.size_numbers)) if trains_text(args) else loss,
         build_optimizer(args.optim, trained, tuple(args.betas), weight_decay=args.weight_decay),
         Ema(trained, args.ema_decay) if args.use_ema else None,
         args.max_grad_norm if args.clip_grad else None,

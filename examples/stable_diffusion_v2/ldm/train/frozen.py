@@ -1,4 +1,4 @@
-"""The outputs of the frozen autoencoder and text encoder, computed once per picture and caption and kept on disk.
+"""The outputs of the frozen autoencoder and text encoders, computed once per picture and caption and kept on disk.
 
 A frozen network gives the same output for the same input every time, so one computation is enough. The files are those
 of ldm.train.cache.
@@ -7,12 +7,16 @@ of ldm.train.cache.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from ldm.conditioning import Condition
 from ldm.config.model import ModelConfig
 from ldm.data.dataset import CaptionedImages
 from ldm.data.images import DECODER, crop, to_float
@@ -20,7 +24,7 @@ from ldm.errors import UserError
 from ldm.files import quoted
 from ldm.model import StableDiffusion
 from ldm.parts import TEXT, VAE
-from ldm.train.cache import OTHERWISE, ArrayStore, file_key, settings_key, text_key
+from ldm.train.cache import OTHERWISE, ArrayStore, picture_key, settings_key, text_key
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +45,17 @@ def require_finite(outputs: np.ndarray, network: str, inputs: list[str]) -> None
         )
 
 
+class View(NamedTuple):
+    """A picture's path, and whether the picture is seen mirrored."""
+
+    path: str
+    mirrored: bool = False
+
+
 class FrozenOutputs:
-    """The caches of a run: the Gaussians of the latents by picture, and the text features by caption.
+    """The caches of a run: the Gaussians of the latents by picture, and the condition by caption.
+
+    Sizes are no part of that condition. A row of text is the features of all tokens, and the pooled text after them.
 
     Args:
         folder: the folder of the caches.
@@ -51,45 +64,55 @@ class FrozenOutputs:
         image_size: side of the pictures in pixels.
         dtype: the type in which the networks compute.
         latents: whether the Gaussians of the latents are kept.
-        text: whether the text features are kept.
+        text: whether the conditions are kept.
+        mirrored: whether the Gaussians of the mirrored pictures are kept too.
     """
 
     def __init__(
-        self, folder: Path, config: ModelConfig, tensors: dict, image_size: int, dtype: str, latents: bool, text: bool
+        self,
+        folder: Path,
+        config: ModelConfig,
+        tensors: dict,
+        image_size: int,
+        dtype: str,
+        latents: bool,
+        text: bool,
+        mirrored: bool = False,
     ):
         def store(kind: str, prefix: str, shape: tuple[int, ...], **settings) -> ArrayStore:
             weights = {name: array for name, array in tensors.items() if name.startswith(prefix)}
             key = settings_key(weights, **settings)
             return ArrayStore(folder / f"{kind}-{key}", shape)
 
-        side, self.latents, self.features = image_size // config.vae.factor, None, None
+        side, self.latents, self.features, self.mirrored = image_size // config.vae.factor, None, None, mirrored
         if latents:
             shape = (2, config.vae.embed_dim, side, side)  # mean and standard deviation
             facts = {"size": image_size, "scale": config.scale_factor, "dtype": dtype, "decoder": DECODER}
             self.latents = store("latents", VAE, shape, **facts)
         if text:
-            shape = (config.text.context_length, config.text.width)
-            self.features = store(
-                "text",
-                TEXT,
-                shape,
-                variant=config.text.variant,
-                layers=config.text.layers,
-                heads=config.text.heads,
-                padding=config.text.padding,
-                dtype=dtype,
-            )
+            self.context = config.text.context_length, config.unet.context_dim
+            pooled = config.texts[-1].projection or 0
+            self.features = store("text", TEXT, (math.prod(self.context) + pooled,), **_text_facts(config), dtype=dtype)
 
-    def missing(self, data: CaptionedImages, share: tuple[int, int] = (0, 1)) -> tuple[list[str], list[str]]:
-        """The (paths, captions) without a row, each once, in a share (rank, ranks) of the data."""
-        paths, texts = self._paths(data)[share[0] :: share[1]], self._texts(data)[share[0] :: share[1]]
+    def condition(self, texts: list[str]) -> Condition:
+        """The condition of these captions, without sizes. All must be in the cache. UserError as `ArrayStore.take`."""
+        rows, end = self.features.take(map(text_key, texts)), math.prod(self.context)
+        context, pooled = rows[:, :end].reshape(-1, *self.context), rows[:, end:]
+        return Condition(context, pooled if pooled.size else None)
+
+    def missing(self, data: CaptionedImages, share: tuple[int, int] = (0, 1)) -> tuple[list[View], list[str]]:
+        """The (views, captions) without a row, each once, in a share (rank, ranks) of the data."""
+        views, texts = self._views(data)[share[0] :: share[1]], self._texts(data)[share[0] :: share[1]]
         return (
-            [path for path in paths if file_key(path) not in self.latents],
+            [view for view in views if picture_key(*view) not in self.latents],
             [text for text in texts if text_key(text) not in self.features],
         )
 
-    def _paths(self, data: CaptionedImages) -> list[str]:
-        return [*dict.fromkeys(sample.path for sample in data.samples)] if self.latents is not None else []
+    def _views(self, data: CaptionedImages) -> list[View]:
+        if self.latents is None:
+            return []
+        paths = dict.fromkeys(sample.path for sample in data.samples)
+        return [View(path, way) for way in ((False, True) if self.mirrored else (False,)) for path in paths]
 
     def _texts(self, data: CaptionedImages) -> list[str]:
         return [*dict.fromkeys(["", *(sample.text for sample in data.samples)])] if self.features is not None else []
@@ -99,10 +122,11 @@ class FrozenOutputs:
 
         Of a large cache only a sample is read: see `ArrayStore.forget_damaged`.
         """
-        for store, names in ((self.latents, self._paths(data)), (self.features, self._texts(data))):
-            if store is not None:
-                key = file_key if store is self.latents else text_key
-                store.forget_damaged([key(name) for name in names[share[0] :: share[1]]])
+        views, texts = self._views(data)[share[0] :: share[1]], self._texts(data)[share[0] :: share[1]]
+        if self.latents is not None:
+            self.latents.forget_damaged([picture_key(*view) for view in views])
+        if self.features is not None:
+            self.features.forget_damaged([text_key(text) for text in texts])
 
     def fill(
         self, model: StableDiffusion, data: CaptionedImages, batch_size: int, share: tuple[int, int] = (0, 1)
@@ -131,7 +155,8 @@ class FrozenOutputs:
         for store in (self.latents, self.features):
             if store is not None:
                 store.refresh()
-        unreadable, unknown = map(set, self.missing(data))
+        views, unknown = self.missing(data)
+        unreadable = {view.path for view in views}
         if unknown or (unreadable and not data.skips_bad):
             where = (self.features if unknown else self.latents).folder
             raise UserError(f"{where} lacks what another rank has computed: is it on a disk that all hosts share?")
@@ -139,26 +164,28 @@ class FrozenOutputs:
             log.warning("%d unreadable pictures are skipped", len(unreadable))
             data.leave_out(unreadable)
 
-    def _fill_latents(self, model: StableDiffusion, data: CaptionedImages, paths: list[str], size: int) -> None:
+    def _fill_latents(self, model: StableDiffusion, data: CaptionedImages, views: list[View], size: int) -> None:
         """Add the rows of up to `size` pictures, computed as a batch of that size."""
-        read = {path: data.read(path) for path in paths}
-        pictures = {path: crop(picture, data.image_size) for path, picture in read.items() if picture is not None}
+        read = {view: data.read(view.path) for view in views}
+        pictures = {view: crop(picture, data.image_size) for view, picture in read.items() if picture is not None}
+        pictures = {view: picture[:, ::-1] if view.mirrored else picture for view, picture in pictures.items()}
         if pictures:
             filler = [next(iter(pictures.values()))] * (size - len(pictures))  # one batch size, so one graph
             batch = to_float([*pictures.values(), *filler])
             gaussians = np.stack(model.encode_images(batch), 1)[: len(pictures)]
-            require_finite(gaussians, "the autoencoder", [*pictures])
-            self.latents.append([file_key(path) for path in pictures], gaussians)
+            require_finite(gaussians, "the autoencoder", [view.path for view in pictures])
+            self.latents.append([picture_key(*view) for view in pictures], gaussians)
 
     def _fill_text(self, model: StableDiffusion, data: CaptionedImages, texts: list[str], size: int) -> None:
         """Add the rows of up to `size` captions, computed as a batch of that size."""
-        features = model.conditioner(texts + [""] * (size - len(texts))).context[: len(texts)]
-        require_finite(features, "the text encoder", texts)
-        self.features.append([text_key(text) for text in texts], features)
+        condition = model.conditioner(texts + [""] * (size - len(texts)))
+        rows = np.concatenate([field.reshape(size, -1) for field in condition.given()], 1)[: len(texts)]
+        require_finite(rows, "the text encoder", texts)
+        self.features.append([text_key(text) for text in texts], rows)
 
-    def _check_room(self, paths: list[str], texts: list[str]) -> None:
+    def _check_room(self, views: list[View], texts: list[str]) -> None:
         """UserError where the disk has no room for so many new rows."""
-        for store, count in ((self.latents, len(paths)), (self.features, len(texts))):
+        for store, count in ((self.latents, len(views)), (self.features, len(texts))):
             if store is not None:
                 free, needed = shutil.disk_usage(store.folder).free, count * store.row_bytes
                 if needed > free:
@@ -166,3 +193,11 @@ class FrozenOutputs:
                         f"the cache {store.folder} needs {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f}: "
                         + OTHERWISE
                     )
+
+
+def _text_facts(config: ModelConfig) -> dict:
+    """The settings of the text encoders that decide their outputs."""
+    text = config.text
+    if config.size_numbers == 0 and text.context_layer is None:  # as older caches have them
+        return {name: getattr(text, name) for name in ("variant", "layers", "heads", "padding")}
+    return {"texts": [asdict(each) for each in config.texts]}

@@ -153,8 +153,7 @@ class LayerByLayer(Blocks):
                 yield self.of_trained(entry.layer), grads
         if self.head.weights:
             yield self.head.weights, self.head(demb, *told)
-        for kind in self.kinds.values():  # the optimizer updates these layers' parameters: give back their own values
-            self.with_weights_of(kind.layer)
+        self.give_back()  # the optimizer updates the layers' parameters
 
     def first_needed(self, entries: Sequence[Ran | Joined]) -> int:
         """The entry where the backward pass ends: no layer before it has a trained parameter."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor
 
-from ldm.conditioning import Condition
+from ldm.conditioning import Condition, Sizes, embed_numbers
 from ldm.data.batches import Batch
 from ldm.data.dataset import CaptionedImages
 from ldm.diffusion.timestep_bias import timesteps_at
 from ldm.model import StableDiffusion
 from ldm.randomness import generator, stratified
-from ldm.train.cache import file_key, text_key
+from ldm.train.cache import picture_key
 from ldm.train.frozen import FrozenOutputs, require_finite
 
 
@@ -23,7 +23,8 @@ class Inputs:
         data: the pictures of the batches.
         seed: of the run.
         frozen: the caches, full.
-        token_ids: give token ids int32 [B, L], for a trained text encoder, instead of features float32 [B, L, D].
+        token_ids: give token ids and sizes, for a `TextLoss` of trained text encoders, in the place of a condition.
+        zeros_for_empty: zeros stand for the text of an empty caption, as they do where the model is drawn with.
         density: how often each timestep comes, float64 [T]; see `timestep_density`.
         weight: of the squared error at each timestep, [T]; see `loss_weight`.
     """
@@ -35,16 +36,18 @@ class Inputs:
         seed: int,
         frozen: FrozenOutputs,
         token_ids: bool,
+        zeros_for_empty: bool,
         density: np.ndarray,
         weight: np.ndarray,
     ):
         self.model, self.data, self.seed, self.frozen = model, data, seed, frozen
-        self.token_ids, self.density, self.weight = token_ids, density, weight.astype(np.float32)
+        self.token_ids, self.zeros_for_empty = token_ids, zeros_for_empty
+        self.density, self.weight = density, weight.astype(np.float32)
         self.shape = model.latent_shape(data.image_size, data.image_size)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """(latents float32 [B, C, h, w] of unit variance, eps like the latents, t int32 [B], weight float32 [B], and
-        the condition's fields or the token ids).
+        the condition's fields, or the further arguments of a `TextLoss`).
 
         Latents are drawn from the autoencoder's Gaussian, as in SD's own training; they are not its mean.
         """
@@ -52,21 +55,34 @@ class Inputs:
             mean, std = self.model.encode_images(batch.images)
             require_finite(mean + std, "the autoencoder", [self.data.samples[i].path for i in batch.indices])
         else:
-            rows = self.frozen.latents.take(file_key(self.data.samples[i].path) for i in batch.indices)
+            views = zip(batch.indices, batch.mirrored)
+            rows = self.frozen.latents.take(picture_key(self.data.samples[i].path, way) for i, way in views)
             mean, std = rows[:, 0], rows[:, 1]
         latents = mean + std * self._noise("latent", batch.ordinals)
         t = timesteps_at(self.density, stratified(self.seed, "timestep", batch.ordinals))
         eps = self._noise("noise", batch.ordinals)
-        return tuple(map(Tensor, (latents, eps, t, self.weight[t], *self._condition(batch.texts))))
+        return tuple(map(Tensor, (latents, eps, t, self.weight[t], *self._condition(batch))))
 
     def _noise(self, purpose: str, ordinals: np.ndarray) -> np.ndarray:
         return np.stack([generator(self.seed, purpose, i).standard_normal(self.shape, np.float32) for i in ordinals])
 
-    def _condition(self, texts: list[str]) -> tuple[np.ndarray, ...]:
+    def _condition(self, batch: Batch) -> tuple[np.ndarray, ...]:
+        model, texts = self.model, batch.texts
+        kept = np.array([bool(text) or not self.zeros_for_empty for text in texts])
+        count = model.size_numbers
+        numbers = np.array([Sizes(*cut).numbers(count) for cut in batch.cuts]) if count else None
         if self.token_ids:
-            return (self.model.conditioner.ids(texts),)
+            sizes = (embed_numbers(numbers, model.size_channels),) if count else ()
+            return (model.conditioner.ids(texts), kept.astype(np.float32), *sizes)
+        condition = self._text(texts)
+        condition = condition if kept.all() else condition.where(kept)
+        return model.told_sizes(condition, numbers).given()
+
+    def _text(self, texts: list[str]) -> Condition:
+        """The condition of the captions, without sizes."""
         if self.frozen.features is not None:
-            return Condition(self.frozen.features.take(map(text_key, texts))).given()
+            return self.frozen.condition(texts)
         condition = self.model.conditioner(texts)
-        require_finite(condition.context, "the text encoder", texts)
-        return condition.given()
+        for field in condition.given():
+            require_finite(field, "the text encoder", texts)
+        return condition

@@ -232,7 +232,7 @@ class Run:
             written = [name for name in written if name != exported.name]
         elif exported:
             names = [*(name for name in written if name != exported.name), exported.name]
-            written = prune(self.state_folder, names, task.keep)
+            written = prune(exported.parent, names, task.keep)
         self.progress = {"step": step, "written": written}
         save_state(self.state_folder / RESUME_NAME, task.step, self.progress, self.settings)
         if changed:

@@ -28,10 +28,11 @@ from ldm.train.step import TrainStep
 
 RESUME_NAME = "train_resume.safetensors"
 _KEY, _VERSION = "train_state", 1
-_LATER = ("text.padding", "data", "picture_contents", "frozen", "max_grad_norm")  # states were once without these
+# Settings that states were once without.
+_LATER = ("text.padding", "vae.force_upcast", "data", "picture_contents", "frozen", "max_grad_norm")
 _NO_LONGER = ("schedule.spacing", "vae.double_z", "double_z")  # settings that states were written with once
 _DOOMED = ".deleted"  # the end of a checkpoint's name while it is removed
-_CHECKPOINT = re.compile(r"sd-\d+(\.ckpt|\.safetensors)?")  # or a diffusers folder
+_CHECKPOINT = re.compile(r"sd-\d+(\.ckpt|\.safetensors)?|step\d+")  # or a folder of diffusers' or PEFT's
 
 
 def resume_path(resume: str | bool, folder: str | Path) -> Path | None:
@@ -206,6 +207,7 @@ def delete(path: Path) -> None:
     doomed = path.with_name(path.name + _DOOMED)
     with suppress(OSError):
         os.replace(path, doomed)
-    for left in path.parent.glob(f"sd-*{_DOOMED}"):
-        with suppress(OSError):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for left in path.parent.glob(f"*{_DOOMED}"):
+        if _CHECKPOINT.fullmatch(left.name.removesuffix(_DOOMED)):
+            with suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -1,0 +1,77 @@
+"""The pictures of a training run that show how far it is."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+
+from ldm import runtime
+from ldm.config.model import ModelConfig
+from ldm.model import StableDiffusion
+from ldm.pictures import grid, make_folder, save_png
+from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, sampler_of
+from ldm.signals import Stopped
+
+log = logging.getLogger(__name__)
+
+
+def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
+    """How validation pictures are drawn: as by text_to_image.py, unless an option says otherwise."""
+    own, size = config.sampling, args.image_size
+    steps = own.steps if args.validation_steps is None else args.validation_steps
+    scale = config.guidance_scale if args.validation_scale is None else args.validation_scale
+    return Settings(
+        sampler_of(config, args.validation_sampler),
+        steps,
+        scale,
+        size,
+        size,
+        args.seed,
+        guidance_rescale=own.guidance_rescale or 0.0,
+        zeros_for_empty=own.zeros_for_empty_prompt,
+    )
+
+
+class Validation:
+    """One picture per validation prompt, always from the same noise, side by side.
+
+    Args:
+        args: the options of train_text_to_image.py.
+        config: the model's config.
+        model: draws with the weights that it has at that time.
+        frozen_text: the text encoders are not trained, and nothing else needs them. The prompts are encoded now, and
+            the encoders' memory is given back.
+    """
+
+    def __init__(self, args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, frozen_text: bool):
+        self.args, self.config, self.model, self.ahead = args, config, model, None
+        if frozen_text and len(args.validation_prompts) < CACHED_PROMPTS:
+            self.ahead = Pipeline(config, model)
+            self.ahead.encode_ahead([*args.validation_prompts, ""])
+
+    def draw(self, step: int, by_layers: bool) -> None:
+        """Draw and write the pictures after so many steps; `by_layers`: with one graph for each kind of layer.
+
+        Raises:
+            Stopped: a signal has come.
+        """
+        args, pipeline = self.args, self.ahead or Pipeline(self.config, self.model)
+        path = make_folder(Path(args.output_path) / "validation") / f"{step:06}.png"
+        settings, prompts = settings_of(args, self.config), enumerate(args.validation_prompts)
+        with self.model.unet_by_layers() if by_layers else nullcontext():
+            pictures = [pipeline.draw([prompt], [""], [n], settings, until_asked)[0] for n, prompt in prompts]
+        save_png(grid(np.stack(pictures), 1 if len(pictures) < 5 else 2), path)
+        log.info("validation pictures: %s", path)
+
+
+def until_asked(times: Iterable) -> Iterator:
+    """The times of a sampler. Raises Stopped once a signal asks this process to end."""
+    for t in times:
+        if runtime.signals.asked:
+            raise Stopped(runtime.signals.asked)
+        yield t
