@@ -6,26 +6,30 @@ FULL_SIZE=xl in the environment adds the base at full size (some 24 GiB of memor
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import train_text_to_image
+from PIL import Image
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: make parity")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make parity")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make parity")
+peft = pytest.importorskip("peft", reason="PEFT is not installed: make parity")
 
 from mindspore import Tensor
 from reference import relative_rms
 from tiny_sdxl import random_tensors, tiny_refiner_config, tiny_sdxl_config
 
-from ldm import checkpoint
+from ldm import checkpoint, runtime
 from ldm.conditioning import Sizes
-from ldm.config.model import load_model_config
+from ldm.config.model import load_model_config, save_model_config
 from ldm.config.versions import VERSIONS
 from ldm.model import StableDiffusion
 from ldm.pipeline import Pipeline, Settings, normal_draws, sampler_of
-from ldm.weights import words_of
+from ldm.weights import with_adapters, words_of
 
 pytestmark = pytest.mark.parity
 BASES = {"tiny": tiny_sdxl_config()}
@@ -151,3 +155,51 @@ def test_the_refiner_goes_on_where_the_base_ends(base, refiner):
     refine = refiner[1]
     wanted = refine(PROMPTS, image=half, denoising_start=0.5, negative_prompt=[""], **words).images
     assert relative_rms(got, wanted.numpy()) <= 1e-3
+
+
+def test_diffengines_snippet_draws_with_what_was_trained_here(base, tmp_path, monkeypatch):
+    """Base by diffusers, adapters by PEFT from the folders of a run, the scheduler by from_config: the same picture."""
+    _, pipe = base
+    pipe.save_pretrained(tmp_path / "base")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "img_txt.csv").write_text("dir,text\n0.png,a red fox\n1.png,a house\n")
+    for n, sides in enumerate(((150, 130), (140, 128))):
+        pixels = np.random.default_rng(n).integers(256, size=(*sides, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / f"{n}.png")
+    words = ["--train_config", "configs/train/train_config_lora_sdxl_vpred.yaml", "--data_path", data]
+    words += ["--output_path", tmp_path / "out", "--pretrained_model_path", tmp_path / "base", "--image_size", 64]
+    words += ["--model_config", save(tiny_sdxl_config(), tmp_path / "tiny.yaml"), "--train_steps", 2]
+    words += ["--start_learning_rate", 0.05, "--lora_ft_text_encoder", True, "--validation_epochs", 1]
+    words += ["--validation_steps", 1]
+    monkeypatch.setattr(sys, "argv", [train_text_to_image.__file__, *map(str, words)])
+    runtime.run(train_text_to_image.main)
+    run = tmp_path / "out/step2"
+
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "base")
+    plain = draw(theirs)
+    theirs.unet = peft.PeftModel.from_pretrained(theirs.unet, run / "unet", adapter_name="default")
+    for name, folder in (("text_encoder", "text_encoder_one"), ("text_encoder_2", "text_encoder_two")):
+        encoder = peft.PeftModel.from_pretrained(getattr(theirs, name), run / folder, adapter_name="default")
+        setattr(theirs, name, encoder)
+    wanted = draw(theirs)
+    chosen = replace(settings(tiny_sdxl_config(), 4), zeros_for_empty=True, sizes=None, negative_sizes=None)
+    tensors = with_adapters(checkpoint.load(tmp_path / "base").tensors, tiny_sdxl_config(), [str(run)], [1.0])
+    model = StableDiffusion(tiny_sdxl_config())
+    model.load(tensors, "with adapters", copy=True)
+    ours = Pipeline(tiny_sdxl_config(), model).draw(PROMPTS, [""], [0], chosen).astype(float)
+    assert np.abs(ours - 255 * wanted).max() <= 0.51 + 255 * 1e-3 and relative_rms(plain, wanted) > 0.01
+
+
+def draw(pipe) -> np.ndarray:
+    """The snippet's call, from our noise: [1, H, W, 3] in [0, 1]."""
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    pipe.set_progress_bar_config(disable=True)
+    noise = normal_draws(0, "sampling noise", (4, 8, 16), [0])(-1)
+    words = {"num_inference_steps": 4, "guidance_scale": 5.0, "height": 64, "width": 128, "output_type": "np"}
+    return pipe(PROMPTS, latents=torch.from_numpy(noise).float(), **words).images
+
+
+def save(config, path):
+    save_model_config(config, path)
+    return path
