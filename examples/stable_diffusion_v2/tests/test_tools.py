@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import convert_checkpoint
 import demo
 import measure_offline as offline
 import merge_lora
+import sdxl_from_tiny
 
 from ldm import checkpoint
 from ldm.checkpoint import formats, lora
@@ -217,11 +219,12 @@ for n in range(3):
         sampling.time_command([sys.executable, "-c", "import sys; sys.exit(1)"], 2)
 
 
-def test_the_small_model_of_the_benchmark_is_the_large_one_but_for_its_widths():
-    small, full = sampling.small_config(64), sampling.small_config(sampling.FULL_WIDTH)
-    assert full == load_model_config("configs/v2-vpred-inference.yaml")
-    assert small.text.layers == full.text.layers
-    assert (small.unet.model_channels, small.vae.ch, small.text.width) == (64, 32, 192)
+@pytest.mark.parametrize("model", sampling.MODELS)
+def test_the_small_model_of_the_benchmark_is_the_large_one_but_for_its_widths(model):
+    small, full = sampling.small_config(model, 64), sampling.small_config(model, sampling.FULL_WIDTH)
+    assert full == load_model_config(sampling.MODELS[model])
+    assert [text.layers for text in small.texts] == [text.layers for text in full.texts]
+    assert (small.unet.model_channels, small.vae.ch, small.texts[-1].width) == (64, 32, 256 if small.text_2 else 192)
 
 
 def test_a_checkpoint_is_not_converted_to_pytorchs_own_files(tmp_path):
@@ -401,3 +404,22 @@ def test_what_a_source_says_of_itself_is_checked_before_it_is_converted(monkeypa
             with pytest.raises(UserError, match=said):
                 convert(monkeypatch, tmp_path / f"{n}", tmp_path / destination)
             assert not (tmp_path / destination).exists()
+
+
+def test_weights_that_look_at_texts_take_the_norm_in():
+    """Keys and values of unnormed features are those of the normed ones, but for a bias, which the output's has."""
+    rng, norm, name = np.random.default_rng(0), "cond_stage_model.model.ln_final.", UNET + "x.attn2."
+    old = {f"{norm}weight": rng.standard_normal(8), f"{norm}bias": rng.standard_normal(8)}
+    old |= {f"{name}to_v.weight": rng.standard_normal((6, 8)), f"{name}to_out.0.weight": rng.standard_normal((6, 6))}
+    old |= {f"{name}to_out.0.bias": rng.standard_normal(6), f"{name}to_q.weight": rng.standard_normal((6, 6))}
+    fresh = {**old, f"{name}to_v.weight": np.zeros((6, 11))}
+    config = SimpleNamespace(text=SimpleNamespace(width=3))
+    got = sdxl_from_tiny.looking_at_texts(old, fresh, config, 5.0)
+    normed = rng.standard_normal((4, 8))
+    normed = (normed - normed.mean(1, keepdims=True)) / normed.std(1, keepdims=True)
+    features = np.concatenate((rng.standard_normal((4, 3)), 5 * normed + 0.3), 1)
+    wanted = (normed * old[f"{norm}weight"] + old[f"{norm}bias"]) @ old[f"{name}to_v.weight"].T
+    out = old[f"{name}to_out.0.weight"]
+    left = features @ got[f"{name}to_v.weight"].T @ out.T + got[f"{name}to_out.0.bias"]
+    np.testing.assert_allclose(left, wanted @ out.T + old[f"{name}to_out.0.bias"], rtol=1e-4, atol=1e-4)
+    assert got.keys() == {f"{name}to_v.weight", f"{name}to_out.0.bias"}
