@@ -188,7 +188,7 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
     def networks(found: Model, parts: tuple[str, ...]) -> StableDiffusion:
         model = StableDiffusion(found.config, parts)
         blockwise = device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS
-        model.load(found.tensors, found.path, parts, as_stored=blockwise)
+        model.load(found.tensors, found.path, parts, as_stored=(UNET, TEXT) if blockwise else ())
         model.compute_in(job.facts["dtype"])
         if blockwise:
             model.compile_blockwise()

@@ -150,17 +150,19 @@ class StableDiffusion(nn.Cell):
         path: str,
         prefixes: tuple[str, ...] = ("",),
         copy: bool = False,
-        as_stored: bool = False,
+        as_stored: tuple[str, ...] = (),
     ) -> None:
         """Set the parameters under these prefixes, all of them or none; UserError where names or shapes do not fit.
 
-        Without `copy` they are views of the file where possible, for short runs: the file must not change then. With
-        `as_stored` the weights of layers that are run one by one stay in the file in its own type, and each layer gets
-        them in float32 for as long as it runs: see ldm.networks.blockwise. NaN or infinity gives a warning. A thread
-        checks the views while this one goes on. It reads the file ahead, in the order in which the networks are used.
+        Without `copy` they are views of the file where possible, for short runs: the file must not change then.
+        `as_stored` are parts whose layers are run one by one: their weights stay in the file in its own type, and each
+        layer gets them in float32 for as long as it runs; see ldm.networks.blockwise. NaN or infinity gives a warning.
+        A thread checks the views while this one goes on. It reads the file ahead, in the order in which the networks
+        are used.
         """
         fitting, bad, views = checkpoint.match(tensors, self.shapes(), path, prefixes), [], {}
-        lent = lent_parameters(self.networks.unet, self.networks.text) if as_stored else set()
+        by_layers = {UNET: self.networks.unet, TEXT: self.networks.text}
+        lent = lent_parameters(*(by_layers[part] for part in as_stored))
         for name, parameter in self.parameters_and_names():
             if name not in fitting:
                 continue

@@ -19,6 +19,7 @@ from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.schedule import build_schedule
 from ldm.model import StableDiffusion
 from ldm.networks import blockwise
+from ldm.parts import TEXT, UNET
 from ldm.pictures import read_facts
 from ldm.pipeline import Pipeline, Settings, sampler_of
 from ldm.weights import words_of
@@ -26,12 +27,10 @@ from ldm.weights import words_of
 CONFIG, REFINER = tiny_sdxl_config(), tiny_refiner_config()
 
 
-def pipeline(config, dtype="float32", as_stored=False, refiner=None) -> Pipeline:
+def pipeline(config) -> Pipeline:
     model = StableDiffusion(config)
-    model.load(random_tensors(config, dtype=dtype), "random", as_stored=as_stored)
-    if as_stored:
-        model.compile_blockwise()
-    return Pipeline(config, model, refiner)
+    model.load(random_tensors(config), "random")
+    return Pipeline(config, model)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,7 @@ def test_half_weights_are_lent_from_their_file_layer_by_layer(tmp_path, dtype):
     pictures = []
     for given, as_stored in ((tensors, True), (wide, False)):
         model = StableDiffusion(CONFIG)
-        model.load(given, "random", as_stored=as_stored)
+        model.load(given, "random", as_stored=(UNET, TEXT) if as_stored else ())
         lent = blockwise.lent_parameters(model.unet, model.text_encoder)
         empty = [p for p in model.get_parameters() if id(p) in lent and not p.asnumpy().any()]
         assert bool(empty) == as_stored

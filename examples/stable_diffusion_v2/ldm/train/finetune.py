@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
 from ldm import checkpoint, runtime
 from ldm.config.model import REFINER_NUMBERS, ModelConfig
@@ -193,12 +193,13 @@ def build_model(
 ) -> StableDiffusion:
     """The networks with the checkpoint's weights; those of `random_parts` have random ones.
 
-    Weights that adapters leave as they are stay views of the file.
+    Weights that adapters leave as they are stay views of the file, also in half precision where the UNet is trained
+    layer by layer.
     """
     random, model = random_parts(args), StableDiffusion(config, parts)
-    model.load(
-        tensors, args.pretrained_model_path, tuple(part for part in parts if part not in random), not args.use_lora
-    )
+    stored = (UNET,) if args.use_lora and model.unet and trains_by_layers(args, config, dtype, model.unet) else ()
+    loaded = tuple(part for part in parts if part not in random)
+    model.load(tensors, args.pretrained_model_path, loaded, not args.use_lora, stored)
     for part, network in ((UNET, model.unet), (TEXT, model.text_encoder)):
         if network and part in random:
             initialize(network, args.seed)
@@ -370,7 +371,6 @@ def build_train_step(
 ) -> TrainStep:
     """The training step of these parameters: loss, optimizer and gradients."""
     loss = DiffusionLoss(model.unet, build_schedule(config.schedule), get_prediction(config.prediction_type))
-    many = sum(param.size for param in model.unet.get_parameters()) > MANY_WEIGHTS
     return TrainStep(
         TextLoss(model.text_encoder, loss, bool(config.size_numbers)) if trains_text(args) else loss,
         build_optimizer(args.optim, trained, tuple(args.betas), weight_decay=args.weight_decay),
@@ -378,12 +378,14 @@ def build_train_step(
         args.max_grad_norm if args.clip_grad else None,
         LossScale(args.init_loss_scale, args.scale_window) if dtype == "float16" else None,
         ranks,
-        LayerByLayer(loss, trained) if many and trains_by_layers(args, config, dtype) else None,
+        LayerByLayer(loss, trained) if trains_by_layers(args, config, dtype, model.unet) else None,
     )
 
 
-def trains_by_layers(args: argparse.Namespace, config: ModelConfig, dtype: str) -> bool:
-    """Whether a large UNet is trained layer by layer: where MindSpore's own recomputation would save no memory."""
+def trains_by_layers(args: argparse.Namespace, config: ModelConfig, dtype: str, unet: nn.Cell) -> bool:
+    """Whether a UNet is trained layer by layer: a large one, where MindSpore's recomputation would save no memory."""
+    if sum(param.size for param in unet.get_parameters()) <= MANY_WEIGHTS:
+        return False
     device = args.device_target or runtime.default_device()
     plain = dtype == "float32" and not trains_text(args)
     return device == "CPU" and args.mode == 0 and config.unet.use_checkpoint and plain
