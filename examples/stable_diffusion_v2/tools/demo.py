@@ -39,13 +39,12 @@ def run(*words: str) -> None:
         sys.exit(f"error: {words[0]} failed; its message is above")
 
 
-def draw(checkpoint: str, prompts: Path, output: Path) -> np.ndarray:
-    """One picture per prompt, uint8 [N, H, W, 3]."""
+def draw(checkpoint: str, prompts: Path, output: Path, *more: str) -> np.ndarray:
+    """One picture per prompt, uint8 [N, H, W, 3]; `more`: further words of the command."""
     first = len(list((output / "samples").glob("*.png")))
     words = f"--n_iter 1 --n_samples 1 --batch_size {len(SHOWN)} --seed 1".split()
-    run(
-        "text_to_image.py", *words, "--ckpt_path", checkpoint, "--data_path", str(prompts), "--output_path", str(output)
-    )
+    words += ["--ckpt_path", checkpoint, "--data_path", str(prompts), "--output_path", str(output), *more]
+    run("text_to_image.py", *words)
     return np.stack([np.asarray(Image.open(path)) for path in sorted((output / "samples").glob("*.png"))[first:]])
 
 
