@@ -17,10 +17,10 @@ from tqdm import tqdm
 from ldm import runtime
 from ldm.conditioning import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from ldm.config.mindone import IGNORED_DRAW_OPTIONS, REFUSED_DRAW_OPTIONS
-from ldm.config.model import ModelConfig, SamplingConfig, add_set
+from ldm.config.model import SamplingConfig, add_set
 from ldm.config.options import Parser, read_options, seed, str2bool
 from ldm.config.versions import VERSIONS, version
-from ldm.diffusion.samplers import FINAL_SIGMAS, SAMPLERS, Sampler
+from ldm.diffusion.samplers import FINAL_SIGMAS, SAMPLERS
 from ldm.diffusion.schedule import build_schedule
 from ldm.diffusion.spacing import SPACINGS
 from ldm.drawing import (
@@ -31,15 +31,14 @@ from ldm.drawing import (
     file_facts,
     find_model,
     find_refiner,
-    guidance_scale,
     in_background,
     missing,
     noise_number,
     plan,
     run_facts,
+    settings_of,
     warn_of_long_prompts,
     warn_of_plain_words,
-    with_sdxl,
 )
 from ldm.errors import UserError
 from ldm.files import claimed
@@ -48,7 +47,7 @@ from ldm.networks.blockwise import MANY_WEIGHTS
 from ldm.parallel.ranks import Ranks
 from ldm.parts import PARTS, TEXT, UNET
 from ldm.pictures import make_folder, next_number
-from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config, sampler_of
+from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config
 from ldm.randomness import settled_seed
 
 log = logging.getLogger("text_to_image")
@@ -135,13 +134,6 @@ def _add_output(add: Callable) -> None:
     add("--n_rows", type=int, default=0, help="rows of the grid (default: one per prompt and iteration)")
 
 
-def chosen_sampler(args: argparse.Namespace, config: ModelConfig) -> Sampler:
-    wanted = [name for name in SAMPLERS if getattr(args, name) or args.sampler == name]
-    if len(wanted) > 1:
-        raise UserError(f"more than one sampler asked for: {', '.join(wanted)}; choose one")
-    return sampler_of(config, wanted[0] if wanted else None, args.ddim_eta, args.spacing, args.final_sigma)
-
-
 class Job(NamedTuple):
     """The pictures that are not drawn yet, the models, and the settings."""
 
@@ -162,18 +154,15 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
         model = find_model(args)
         refiner = find_refiner(args, model.config) if args.refiner else None
     config = model.config
-    height, width = args.H or config.image_size, args.W or config.image_size
+    settings = settings_of(args, config)
     for found in filter(None, (model, refiner)):
-        check_config(found.config, height, width)
-    sampler, steps = chosen_sampler(args, config), args.sampling_steps or config.sampling.steps
-    sampler.times(build_schedule(config.schedule), steps)  # raises for a wrong number of steps
+        check_config(found.config, settings.height, settings.width)
+    settings.sampler.times(build_schedule(config.schedule), settings.steps)  # raises for a wrong number of steps
     with ranks.main_first("folder"):
         samples = make_folder(Path(args.output_path) / "samples")
         if ranks.is_main:
             runtime.until_end(claimed(args.output_path, "drawing"))
     ranks.check_shared(samples)
-    settings = Settings(sampler, steps, guidance_scale(args, config), height, width, args.seed)
-    settings = with_sdxl(settings, args, config)
     facts = run_facts(args, config, model.path, settings)
     if args.resume:
         if next_number(samples):

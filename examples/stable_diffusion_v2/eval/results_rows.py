@@ -90,8 +90,8 @@ def plan_row(
     if options.skip_save:
         raise UserError("--skip_save leaves nothing to measure")
     config, checkpoint, _ = text_to_image.find_model(options)
-    sampler, pictures = text_to_image.chosen_sampler(options, config), text_to_image.plan(options)
-    drawing = text_to_image.run_facts(options, config, checkpoint, sampler)
+    settings, pictures = text_to_image.settings_of(options, config), text_to_image.plan(options)
+    drawing = text_to_image.run_facts(options, config, checkpoint, settings)
     check_config(config, drawing["H"], drawing["W"])
     sources = {**text_to_image.file_facts(options, checkpoint), "fixed_code": options.fixed_code}
     key = digest(json.dumps([pictures, drawing, sources], sort_keys=True))

@@ -22,11 +22,12 @@ from ldm.config.options import require_at_least
 from ldm.config.versions import VERSIONS, existing, find_checkpoint
 from ldm.config.yaml_file import search
 from ldm.data.prompts import paired, read_lines
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.files import escaped
 from ldm.parallel.ranks import Ranks
 from ldm.pictures import grid, next_number, read_facts, read_png, save_drawn, save_png
-from ldm.pipeline import Settings
+from ldm.pipeline import Settings, sampler_of
 from ldm.text.tokenizer import Tokenizer
 from ldm.weights import (
     choose_config,
@@ -130,18 +131,35 @@ def find_refiner(args: argparse.Namespace, base: ModelConfig) -> Model:
     return Model(config.config, args.refiner, tensors_of(weights, config))
 
 
-def guidance_scale(args: argparse.Namespace, config: ModelConfig) -> float:
-    return config.guidance_scale if args.scale is None else args.scale
+def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
+    """How the command draws: by its options, and by the model's config where they say nothing.
 
-
-def with_sdxl(settings: Settings, args: argparse.Namespace, config: ModelConfig) -> Settings:
-    """The settings with what SDXL is told, and what guidance does; UserError for values that mean nothing."""
-    own = config.sampling
+    Raises:
+        UserError: more than one sampler, or values that mean nothing.
+    """
+    wanted, own = [name for name in SAMPLERS if getattr(args, name) or args.sampler == name], config.sampling
+    if len(wanted) > 1:
+        raise UserError(f"more than one sampler asked for: {', '.join(wanted)}; choose one")
     rescale = (own.guidance_rescale or 0.0) if args.guidance_rescale is None else args.guidance_rescale
     if not 0 <= rescale <= 1:
         raise UserError(f"--guidance_rescale must be between 0 and 1, got {rescale}")
-    zeros = own.zeros_for_empty_prompt if args.zeros_for_empty_prompt is None else args.zeros_for_empty_prompt
-    settings = replace(settings, guidance_rescale=rescale, zeros_for_empty=zeros)
+    settings = Settings(
+        sampler_of(config, wanted[0] if wanted else None, args.ddim_eta, args.spacing, args.final_sigma),
+        args.sampling_steps or own.steps,
+        config.guidance_scale if args.scale is None else args.scale,
+        args.H or config.image_size,
+        args.W or config.image_size,
+        args.seed,
+        guidance_rescale=rescale,
+        zeros_for_empty=own.zeros_for_empty_prompt
+        if args.zeros_for_empty_prompt is None
+        else args.zeros_for_empty_prompt,
+    )
+    return _with_sizes(settings, args, config)
+
+
+def _with_sizes(settings: Settings, args: argparse.Namespace, config: ModelConfig) -> Settings:
+    """The settings with what SDXL is told; UserError where another model is to be told something."""
     names = [f"{side}{name}" for side in ("", "negative_") for name in ("original_size", "crop", "target_size")]
     given = [name for name in names if getattr(args, name)]
     if not config.size_numbers:
