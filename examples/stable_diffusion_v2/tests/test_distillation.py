@@ -1,12 +1,15 @@
-"""The mathematics of progressive distillation, in float64 and without networks."""
+"""The mathematics of progressive distillation, in float64, and networks that are told a guidance scale."""
+
+from dataclasses import replace
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
 
-from ldm.conditioning import Condition
-from ldm.config.model import ScheduleConfig
+from ldm.conditioning import Condition, embed_guidance
+from ldm.config.model import ModelConfig, ScheduleConfig, UNetConfig, from_yaml, to_yaml
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.distillation import ddim_step, nests, one_step_x0, second_share, student_steps, target
 from ldm.diffusion.loss import DiffusionLoss
@@ -15,6 +18,10 @@ from ldm.diffusion.samplers import get_sampler
 from ldm.diffusion.schedule import CLEAN, NoiseSchedule, build_schedule, per_sample
 from ldm.diffusion.spacing import trailing
 from ldm.errors import UserError
+from ldm.networks.layers import initialize
+from ldm.networks.unet import UNet
+from ldm.pipeline import Pipeline
+from ldm.weights import config_key
 
 SD = build_schedule(ScheduleConfig())
 ZERO = build_schedule(ScheduleConfig(zero_terminal_snr=True))
@@ -267,3 +274,75 @@ def test_the_training_loss_takes_the_target_in_the_place_of_latents_and_noise(na
     wrong = prediction.target(*pair_of(learnt.x0 + 0.25, learnt.z, learnt.t, schedule), *shares(learnt.t, schedule))
     _, of_x0, _ = loss.compare(Tensor(wrong, ms.float32), *pair, t, weight)
     np.testing.assert_allclose(of_x0.asnumpy(), 0.25**2, rtol=1e-3)
+
+
+# ---- networks that are told the guidance scale ----
+
+SMALL = UNetConfig(
+    model_channels=64,  # two channels to a group: the norm of one channel takes away what the time adds to it
+    channel_mult=(1,),
+    num_res_blocks=1,
+    attention_resolutions=(1,),
+    context_dim=8,
+    num_head_channels=16,
+)
+
+
+def test_a_guidance_scale_is_embedded_as_diffusers_reads_it():
+    """Sines first, then cosines, of 1000 (w - 1); the least frequency is 1/10000."""
+    got = embed_guidance(np.array([1, 7.5]), 6)
+    angles = 6500 * np.array([1, 0.01, 0.0001])
+    np.testing.assert_allclose(got, [[0, 0, 0, 1, 1, 1], [*np.sin(angles), *np.cos(angles)]], atol=1e-7)
+    assert got.dtype == np.float32 and embed_guidance(np.ones(3), 256).shape == (3, 256)
+
+
+def test_a_student_starts_as_its_teacher_and_can_learn_the_scale():
+    teacher, student = UNet(SMALL), UNet(replace(SMALL, time_cond_proj_dim=8))
+    rng = np.random.default_rng(0)
+    for net in (teacher, student):
+        net.set_train(False)
+        initialize(net, 0)
+    own, others = ({param.name: param for param in net.get_parameters()} for net in (student, teacher))
+    assert own.keys() - others.keys() == {"guidance_embed.weight"}
+    assert not own["guidance_embed.weight"].asnumpy().any()
+    for name, param in others.items():  # a trained teacher has no zeros, such as those that random blocks end with
+        values = 0.1 * rng.standard_normal(param.shape, np.float32)
+        for net in (own, others):
+            net[name].set_data(Tensor(values))
+    z, context = Tensor(rng.standard_normal((2, 4, 8, 8), np.float32)), Tensor(rng.random((2, 3, 8), np.float32))
+    given, t = Tensor(embed_guidance(np.array([1.5, 9]), 8)), Tensor(np.array([999, 20], np.int32))
+    wanted = teacher(z, t, context).asnumpy()
+    assert np.abs(wanted).max() > 0.1
+    np.testing.assert_array_equal(student(z, t, context, given).asnumpy(), wanted)
+    student.guidance_embed.weight.set_data(Tensor(rng.standard_normal((64, 8), np.float32)))
+    changed = np.abs(student(z, t, context, given).asnumpy() - wanted).max((1, 2, 3))
+    assert (changed > 1e-3).all()
+
+
+def test_a_pipeline_tells_the_network_the_scale_and_runs_it_once():
+    calls = []
+
+    def network(z, t, context, guidance):
+        calls.append((context.shape, guidance.asnumpy()))
+        return z
+
+    features = Condition(np.ones((1, 3, 8), np.float32))
+    model = SimpleNamespace(unet=network, conditioner=lambda texts: features, size_numbers=0, guidance_channels=6)
+    pipeline = Pipeline(ModelConfig("v"), model)
+    pipeline.denoiser(["a fox", "a hen"], ["", ""], 7.5)(np.zeros((2, 4, 2, 2)), 999)
+    np.testing.assert_array_equal(calls[0][1], embed_guidance(np.array([7.5, 7.5]), 6))
+    assert calls[0][0] == (2, 3, 8) and len(calls) == 1
+
+
+def test_a_condition_carries_the_embedded_scale():
+    whole = Condition.join([Condition(np.ones((1, 2, 3))).with_guidance(np.array([w]), 6) for w in (1, 4)])
+    np.testing.assert_array_equal(whole.guidance, embed_guidance(np.array([1, 4]), 6))
+    assert [field.shape for field in whole.given()] == [(2, 2, 3), (2, 6)]
+
+
+def test_configs_of_other_networks_are_written_as_before():
+    plain, guided = ModelConfig("v"), ModelConfig("v", unet=UNetConfig(time_cond_proj_dim=256))
+    assert "time_cond_proj_dim" not in to_yaml(plain)
+    for config in (plain, guided):
+        assert from_yaml(to_yaml(config), "it") == config
+    assert config_key(plain) != config_key(guided)
