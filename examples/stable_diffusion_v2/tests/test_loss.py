@@ -181,6 +181,11 @@ def test_nan_names_the_time():
     denoise = Denoiser(Linear(a=np.nan), SD, get_prediction("v"), contexts()[0])
     with pytest.raises(UserError, match="t = 981.*float32"):
         denoise(np.zeros(SHAPE), 981)
+    one_bad = Denoiser(lambda z, t, context: z, SD, get_prediction("v"), contexts()[0])
+    z = np.zeros(SHAPE)
+    z[2] = np.inf
+    with pytest.raises(UserError, match="t = 7.0:"):
+        one_bad(z, np.array([981, 3, 7.0, 20]))
 
 
 def test_denoiser_refuses_what_it_cannot_mean():
