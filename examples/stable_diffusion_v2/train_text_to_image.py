@@ -112,7 +112,8 @@ def _add_training(add: Callable) -> None:
 
 
 def _add_times_and_rate(add: Callable) -> None:
-    add("--loss_weighting", choices=list(WEIGHTINGS), default="none", help="of the times: min_snr is arXiv 2303.09556")
+    weightings = "of the times: min_snr is arXiv 2303.09556, truncated_snr and snr_plus_one are arXiv 2202.00512"
+    add("--loss_weighting", choices=list(WEIGHTINGS), default="none", help=weightings)
     add("--snr_gamma", type=float, default=5.0, help="of min_snr")
     add("--timestep_bias_strategy", choices=list(STRATEGIES), default="none", help="which timesteps come more often")
     add("--timestep_bias_multiplier", type=float, default=1.0, help="how many times as often as the others")

@@ -20,10 +20,12 @@ class Condition(NamedTuple):
 
     context: [B, L, D], the encoded text.
     vector: [B, V], joined to the time embedding: the pooled text and embedded sizes.
+    guidance: [B, G], the embedded guidance scale of a distilled network; see `embed_guidance`.
     """
 
     context: Any
     vector: Any = None
+    guidance: Any = None
 
     def given(self) -> tuple:
         """The arguments of a network after z and t: the fields that are not None, in their order."""
@@ -32,6 +34,10 @@ class Condition(NamedTuple):
     def with_sizes(self, sizes: np.ndarray) -> Condition:
         """The condition whose vector is the pooled text and then the sizes, as `embed_numbers` gives them."""
         return self._replace(vector=np.concatenate((self.vector, sizes), 1))
+
+    def with_guidance(self, scales: np.ndarray, channels: int) -> Condition:
+        """The condition that tells these guidance scales, [B], in so many channels."""
+        return self._replace(guidance=embed_guidance(scales, channels))
 
     def where(self, kept: np.ndarray) -> Condition:
         """The condition with zeros for the samples that are not kept; `kept`: [B], truth values."""
@@ -102,3 +108,18 @@ def embed_numbers(numbers: np.ndarray, channels: int) -> np.ndarray:
     half = channels // 2
     angles = np.asarray(numbers, np.float64)[..., None] * np.exp(-np.log(10000) * np.arange(half) / half)
     return np.concatenate((np.cos(angles), np.sin(angles)), -1).reshape(len(numbers), -1).astype(np.float32)
+
+
+def embed_guidance(scales: np.ndarray, channels: int) -> np.ndarray:
+    """Guidance scales w as distilled networks are told them (arXiv 2210.03142, section 3), float32 [B, channels].
+
+    They are sines, then cosines of 1000 (w - 1), at frequencies that fall geometrically from 1 to 1/10000, both
+    included. diffusers reads this form; its angles are float32, and so differ by up to 2e-4 at w = 5.
+
+    Args:
+        scales: [B]; 1 is no guidance.
+        channels: even, at least 4.
+    """
+    frequencies = 10000 ** -np.linspace(0, 1, channels // 2)
+    angles = 1000 * (np.asarray(scales, np.float64)[:, None] - 1) * frequencies
+    return np.concatenate((np.sin(angles), np.cos(angles)), -1).astype(np.float32)

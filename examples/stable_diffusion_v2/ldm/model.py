@@ -59,6 +59,7 @@ class StableDiffusion(nn.Cell):
         self.scale_factor = config.scale_factor
         self.vae_in_float32 = config.vae.force_upcast
         self.size_numbers, self.size_channels = config.size_numbers, config.unet.size_channels
+        self.guidance_channels = config.unet.time_cond_proj_dim
         self.channels, self.factor = config.vae.embed_dim, config.vae.factor
         self.views: dict[str, np.ndarray] = {}  # of a checkpoint's file; parameters share their memory
         self.set_train(False)

@@ -172,7 +172,10 @@ class Pipeline:
     ) -> Denoiser:
         """This model's denoiser of a batch of prompts; `told` as from `Settings.told`, the rest as in `Settings`."""
         cond, uncond = self.told(prompts, told[0]), None
-        if guidance_scale != 1:
+        if self.model.guidance_channels:  # the network itself guides: it runs once, without the negative prompts
+            cond = cond.with_guidance(np.full(len(prompts), guidance_scale), self.model.guidance_channels)
+            guidance_scale = 1
+        elif guidance_scale != 1:
             uncond = self.told(negative_prompts, told[1], zeros_for_empty)
         network = self.model.unet
         return Denoiser(network, self.schedule, self.prediction, cond, uncond, guidance_scale, guidance_rescale)

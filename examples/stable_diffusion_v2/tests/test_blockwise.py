@@ -30,6 +30,7 @@ CONFIG = UNetConfig(
     num_heads=2,
     num_head_channels=None,
 )
+TOLD = replace(CONFIG, adm_in_channels=6, size_channels=2, time_cond_proj_dim=8)  # a vector and a guidance scale
 
 
 @pytest.fixture
@@ -42,6 +43,12 @@ def filled(net, rng):
     for parameter in net.get_parameters():
         fill(parameter, rng.standard_normal(parameter.shape, np.float32) * np.float32(0.1), copy=True)
     return net
+
+
+def draws(rng, config):
+    """Contexts, and what else the network takes."""
+    widths = [width for width in (config.adm_in_channels, config.time_cond_proj_dim) if width]
+    return [rng.standard_normal(shape, np.float32) for shape in ((2, 7, 32), *((2, width) for width in widths))]
 
 
 def outputs(net, inputs):
@@ -61,9 +68,9 @@ def compare(net, blockwise, inputs):
 
 
 def test_unet(rng):
-    net = filled(UNet(CONFIG), rng)
-    z, context = rng.standard_normal((2, 4, 8, 8), np.float32), rng.standard_normal((2, 7, 32), np.float32)
-    inputs = [(Tensor(z * s), Tensor(np.array([t, t], np.int32)), Tensor(context)) for s, t in ((1, 3), (2, 900))]
+    net = filled(UNet(TOLD), rng)
+    z, told = rng.standard_normal((2, 4, 8, 8), np.float32), [Tensor(array) for array in draws(rng, TOLD)]
+    inputs = [(Tensor(z * s), Tensor(np.array([t, t], np.int32)), *told) for s, t in ((1, 3), (2, 900))]
     compare(net, BlockwiseUNet(net), inputs)
 
 
@@ -94,22 +101,22 @@ def test_layers_share_a_graph_where_all_that_makes_it_is_the_same():
         assert graph_key(cls(*words)) == graph_key(cls(*words))
 
 
-@pytest.mark.parametrize("chosen, limits", [([], [1.0, None]), (PART, [None])])
-def test_training(rng, chosen, limits):
+@pytest.mark.parametrize("chosen, limits, config", [([], [1.0, None], TOLD), (PART, [None], CONFIG)])
+def test_training(rng, chosen, limits, config):
     """Of one and of two micro-batches: all that a step changes is as with one graph for all of the network. Without
     clipping, a layer is updated as soon as its gradients are there. What is not trained stays as it is."""
     schedule, prediction, both = build_schedule(ScheduleConfig()), get_prediction("v"), []
     for gradients in (WholeGraph, LayerByLayer):
-        net = UNet(replace(CONFIG, num_res_blocks=1))
+        net = UNet(replace(config, num_res_blocks=1))
         loss = DiffusionLoss(net, schedule, prediction)
         params = {param.name: param for param in net.get_parameters()}
         params = [params[name] for name in trainable(params, chosen)]
         both.append((loss, params, gradients(loss, params)))
     for most in limits:
-        compare_steps(both, most, rng)
+        compare_steps(both, most, rng, config)
 
 
-def compare_steps(both, most, rng):
+def compare_steps(both, most, rng, config):
     """Four steps with the gradients of one graph and of many: (loss, trained parameters, gradients) of each way."""
     steps = []
     for loss, params, gradients in both:
@@ -120,9 +127,9 @@ def compare_steps(both, most, rng):
     for number in range(4):
         micro = []
         for _ in range(1 + number % 2):
-            z, eps, context = (rng.standard_normal(shape, np.float32) for shape in [(2, 4, 8, 8)] * 2 + [(2, 7, 32)])
+            z, eps = rng.standard_normal((2, 2, 4, 8, 8), np.float32)
             t, weight = np.array([300, 3 + number], np.int32), np.array([1, 0.5], np.float32)
-            micro.append(tuple(map(Tensor, (z, eps, t, weight, context))))
+            micro.append(tuple(map(Tensor, (z, eps, t, weight, *draws(rng, config)))))
         wanted, got = (step(micro, 1e-3, number) for step in steps)
         for step in steps:
             with step.ema.applied():  # gives the weights other memory
@@ -133,7 +140,7 @@ def compare_steps(both, most, rng):
     assert len(steps[1].gradients.kinds) < len(steps[1].gradients.weights)
     wanted, got = ({name: v.asnumpy() for name, v in step.variables().items()} for step in steps)
     assert wanted.keys() == got.keys()
-    untouched = filled(UNet(replace(CONFIG, num_res_blocks=1)), np.random.default_rng(0))
+    untouched = filled(UNet(replace(config, num_res_blocks=1)), np.random.default_rng(0))
     for before, after in zip(untouched.get_parameters(), steps[1].gradients.network.get_parameters()):
         assert np.array_equal(before.asnumpy(), after.asnumpy()) == (after.name not in got), after.name
     for name, array in wanted.items():

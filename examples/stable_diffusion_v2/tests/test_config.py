@@ -407,6 +407,8 @@ def test_a_command_changes_a_config(changes, wanted):
         ("model.unet={depth: 3}", ["unknown key 'model.unet.depth'"]),
         ("model.unet.channel_mult=[1, 2", ["model.unet.channel_mult, line 1"]),
         ("model.unet.model_channels=100", ["must be a multiple of 32"]),
+        ("model.unet.time_cond_proj_dim=7", ["time_cond_proj_dim must be even", "256 is usual"]),
+        ("model.unet.time_cond_proj_dim=2", ["time_cond_proj_dim must be even and at least 4, got 2"]),
         ("model.text.width=512", ["context_dim 1024 must be equal"]),
         ("model.unet.num_heads=8", ["num_heads or num_head_channels, not both"]),
         ("model.unet.context_dim=${model.text.widht}", ["'model.text.widht' not found"]),

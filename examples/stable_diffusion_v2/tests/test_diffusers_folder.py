@@ -10,7 +10,8 @@ import tiny_sdxl
 
 from ldm import checkpoint
 from ldm.checkpoint import diffusers_config as configs
-from ldm.checkpoint import diffusers_folder, formats
+from ldm.checkpoint import diffusers_folder, formats, names
+from ldm.checkpoint.names import GUIDANCE
 from ldm.config.model import SamplingConfig, from_dict, from_yaml, load_model_config, to_dict
 from ldm.errors import UserError
 from ldm.weights import read_checkpoint, words_of
@@ -209,6 +210,7 @@ def described(folder):
     return from_yaml(checkpoint.load(folder).meta["model_config"], str(folder))
 
 
+@pytest.mark.parametrize("guidance", [None, 256])
 @pytest.mark.parametrize(
     "name",
     [
@@ -216,8 +218,9 @@ def described(folder):
         *("sdxl-inference", "sdxl-vpred-inference", "sdxl-refiner-inference"),
     ],
 )
-def test_a_config_survives_diffusers_files(tmp_path, name):
+def test_a_config_survives_diffusers_files(tmp_path, name, guidance):
     config = load_model_config(f"configs/{name}.yaml")
+    config = replace(config, unet=replace(config.unet, time_cond_proj_dim=guidance))
     for path, text in configs.files(to_dict(config)["model"]).items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -235,11 +238,26 @@ def test_a_config_survives_diffusers_files(tmp_path, name):
         zeros_for_empty_prompt=config.sampling.zeros_for_empty_prompt,
     )
     assert read == replace(config, unet=replace(config.unet, use_checkpoint=False), sampling=kept)
+    assert unet.content.get("time_cond_proj_dim") == guidance
 
 
 def test_a_folder_by_others_has_the_whole_config(folder):
     strip(folder)
     assert described(folder) == replace(load_model_config("configs/tiny-vpred.yaml"), sampling=SamplingConfig())
+
+
+def test_a_network_that_is_told_the_guidance_scale(tmp_path, tiny):
+    config = from_yaml(tiny.meta["model_config"], TINY)
+    config = replace(config, unet=replace(config.unet, time_cond_proj_dim=8))
+    weight = np.random.default_rng(0).standard_normal((config.unet.model_channels, 8), np.float32)
+    tensors = {**tiny.tensors, GUIDANCE: weight}
+    checkpoint.save(tmp_path / "guided", tensors, words_of(config), "diffusers")
+    unet, _, _ = formats.read(tmp_path / "guided/unet/diffusion_pytorch_model.safetensors")
+    assert np.array_equal(unet["time_embedding.cond_proj.weight"], weight)
+    strip(tmp_path / "guided")
+    same(checkpoint.load(tmp_path / "guided").tensors, tensors)
+    assert described(tmp_path / "guided").unet == config.unet
+    same(names.from_mindone(names.to_mindone(tensors)), names.from_mindone(tensors))
 
 
 def test_other_heads_are_another_config(folder):

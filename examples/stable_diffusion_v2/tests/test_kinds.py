@@ -194,8 +194,10 @@ def test_a_config_of_another_model_is_noticed(tiny):
     assert kinds.contradiction(sd1, sd2) == "model.unet.context_dim is 1024, the weights have 768"
     xl = to_dict(tiny_sdxl.tiny_sdxl_config())["model"]
     refiner = to_dict(tiny_sdxl.tiny_refiner_config())["model"]
+    guided = {**own, "unet": {**own["unet"], "time_cond_proj_dim": 8}}
     told = set()
     for model_, tensors in (
+        (guided, {**tiny.tensors, names.GUIDANCE: blank(64, 8)}),
         (own, tiny.tensors),
         (xl, {name: blank(*shape) for name, shape in tiny_sdxl.parameters(tiny_sdxl.tiny_sdxl_config()).items()}),
         (

@@ -11,7 +11,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import PREDICTIONS, get_prediction
 from ldm.diffusion.samplers import get_sampler
-from ldm.diffusion.schedule import build_schedule
+from ldm.diffusion.schedule import NoiseSchedule, build_schedule
 from ldm.diffusion.weighting import WEIGHTINGS, loss_weight
 from ldm.errors import UserError
 
@@ -115,6 +115,22 @@ def test_min_snr_values():
         loss_weight("min_snr", SD, get_prediction("v"), gamma=0.0)
 
 
+def test_weightings_of_progressive_distillation():
+    snr = np.exp(SD.log_snr(np.arange(1000)))
+    for name, of_x0 in (("truncated_snr", np.maximum(snr, 1)), ("snr_plus_one", snr + 1)):
+        for prediction, factor in (("eps", snr), ("x0", 1), ("v", snr + 1)):
+            weight = loss_weight(name, SD, get_prediction(prediction))
+            np.testing.assert_allclose(weight, of_x0 / factor, rtol=1e-9)
+    for name in ("truncated_snr", "snr_plus_one"):
+        without_signal = [loss_weight(name, ZERO, get_prediction(prediction))[-1] for prediction in ("x0", "v")]
+        assert without_signal == [1.0, 1.0]
+    ends = NoiseSchedule(np.array([1 - 1e-12, 1e-300]))  # almost without noise, and almost without signal
+    for name in ("truncated_snr", "snr_plus_one"):
+        np.testing.assert_allclose(loss_weight(name, ends, get_prediction("v")), [1, 1], rtol=1e-9)
+        np.testing.assert_allclose(loss_weight(name, ends, get_prediction("x0")), [1e12, 1], rtol=1e-3)
+    assert loss_weight("truncated_snr", ends, get_prediction("eps"))[0] == 1
+
+
 def test_last_step_without_signal(batch):
     v = get_prediction("v")
     loss = DiffusionLoss(Linear(), ZERO, v)
@@ -165,6 +181,11 @@ def test_nan_names_the_time():
     denoise = Denoiser(Linear(a=np.nan), SD, get_prediction("v"), contexts()[0])
     with pytest.raises(UserError, match="t = 981.*float32"):
         denoise(np.zeros(SHAPE), 981)
+    one_bad = Denoiser(lambda z, t, context: z, SD, get_prediction("v"), contexts()[0])
+    z = np.zeros(SHAPE)
+    z[2] = np.inf
+    with pytest.raises(UserError, match="t = 7.0:"):
+        one_bad(z, np.array([981, 3, 7.0, 20]))
 
 
 def test_denoiser_refuses_what_it_cannot_mean():

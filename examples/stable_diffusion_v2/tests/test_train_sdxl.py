@@ -158,6 +158,12 @@ def test_a_refiner_is_not_trained(xl, tmp_path, monkeypatch, capsys):
     assert "refiner" in refusal(monkeypatch, capsys, train_text_to_image, words)
 
 
+def test_a_student_that_is_told_the_guidance_scale_is_not_trained(xl, tmp_path, monkeypatch, capsys):
+    words = training(xl, tmp_path / "out", "--set", "model.unet.time_cond_proj_dim=8")
+    said = refusal(monkeypatch, capsys, train_text_to_image, words)
+    assert "range of guidance scales" in said and "distilled from" in said and not (tmp_path / "out").exists()
+
+
 def test_unet_and_both_text_encoders_are_trained(xl, tmp_path, monkeypatch):
     """One command; all that is used moves, the rest stays. The sizes and the pooled text reach the UNet."""
     output = tmp_path / "out"

@@ -31,6 +31,7 @@ _SCHEDULE = {  # diffusers' key: the field of ScheduleConfig, and its kind
     "num_train_timesteps": ("timesteps", "a whole number"),
     "rescale_betas_zero_snr": ("zero_terminal_snr", "true or false"),
 }
+_GUIDANCE = "time_cond_proj_dim"  # the width of the embedded guidance scale; ours is named alike
 _ZEROS = "force_zeros_for_empty_prompt"
 _VERSION = "0.31.0"  # of diffusers, whose keys these are
 _PAD_TOKENS = {"zero": "!", "end": END}  # "!" has the id 0
@@ -138,7 +139,6 @@ _UNET_FIXED = {  # the values that the UNet here supports; () allows none
     "resnet_out_scale_factor": (1,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
-    "time_cond_proj_dim": (),
     "time_embedding_act_fn": (),
     "time_embedding_dim": (),
     "time_embedding_type": ("positional",),
@@ -148,7 +148,7 @@ _UNET_FIXED = {  # the values that the UNet here supports; () allows none
 _UNET_READ = (
     *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
     *("attention_head_dim", "num_attention_heads", "use_linear_projection", "transformer_layers_per_block"),
-    *("sample_size", "upcast_attention"),  # upcast_attention changes the precision only
+    *("sample_size", _GUIDANCE, "upcast_attention"),  # upcast_attention changes the precision only
     *("addition_embed_type_num_heads", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
     *("decay", "inv_gamma", "min_decay", "power", "optimization_step", "update_after_step", "use_ema_warmup"),  # EMA's
 )
@@ -288,6 +288,7 @@ def _unet_config(table: Table) -> dict:
         "transformer_depth": _depth(table, levels),
         "context_dim": table.get("cross_attention_dim", "a whole number", 1280),
         **(_vector(table) if is_xl(table) else {}),
+        **({_GUIDANCE: table.get(_GUIDANCE, "a whole number")} if _GUIDANCE in table else {}),
     }
 
 
@@ -491,6 +492,7 @@ def _unet(model: dict) -> dict:
         # The scores of SD 2.1 exceed float16, says its own config; those of SDXL do not.
         "upcast_attention": unet["use_linear_in_transformer"] and not xl,
         "use_linear_projection": unet["use_linear_in_transformer"],
+        **({_GUIDANCE: unet[_GUIDANCE]} if unet.get(_GUIDANCE) else {}),
         **(_addition(unet) if xl else {}),
     }
 

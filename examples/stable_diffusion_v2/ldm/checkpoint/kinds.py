@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.checkpoint.arrays import Strings, Tensors
-from ldm.checkpoint.names import LABELS, is_mindone_state
+from ldm.checkpoint.names import GUIDANCE, LABELS, is_mindone_state
 from ldm.parts import PARTS, TEXT, UNET, VAE
 
 RUN_STATE = "train_state"  # the key among the strings of a run's resume state
@@ -225,6 +225,7 @@ _SIZES = (
     ("unet", "out_channels", (UNET + "out.2.weight",), 0),
     ("unet", "context_dim", (_CONTEXT,), 1),
     ("unet", "adm_in_channels", (LABELS,), 1),
+    ("unet", "time_cond_proj_dim", (GUIDANCE,), 1),
     ("vae", "ch", (VAE + "encoder.conv_in.weight",), 0),
     ("vae", "z_channels", (VAE + "post_quant_conv.weight",), 0),
     ("vae", "embed_dim", (VAE + "post_quant_conv.weight",), 1),

@@ -32,6 +32,7 @@ Tensors = dict[str, np.ndarray]
 _OPENCLIP, _CLIP = TEXT + "model.", TEXT + "transformer.text_model."  # the text encoder of SD 2.x, of SD 1.x
 _MINDONE_TEXT = TEXT + "transformer."
 _PROJECTION = "text_projection"  # of OpenCLIP's encoder, [width, projection]; Hugging Face has its transpose
+GUIDANCE = UNET + "guidance_embed.weight"  # of a distilled UNet that is told the guidance scale; the name is ours
 LABELS = UNET + "label_emb.0.0.weight"  # the first layer of what a UNet is told beside texts: of SDXL and unCLIP
 # The same prefixes in regular expressions.
 _RE_UNET, _RE_VAE, _RE_TEXT, _RE_OPENCLIP, _RE_CLIP = map(re.escape, (UNET, VAE, TEXT, _OPENCLIP, _CLIP))
@@ -74,6 +75,7 @@ _PARAMETER = re.compile(
     "|".join(
         (
             _RE_UNET + r"(time_embed\.[02]|label_emb\.0\.[02]|input_blocks\.0\.0|out\.[02])" + _WB,
+            re.escape(GUIDANCE),
             _RE_UNET + r"((in|out)put_blocks\.\d+|middle_block)\.\d\." + _UNET_BLOCK,
             _RE_VAE + r"((post_)?quant_conv|(en|de)coder\.(conv_in|conv_out|norm_out))" + _WB,
             _RE_VAE + r"(en|de)coder\.(mid\.block_[12]|(down|up)\.\d+\.block\.\d+)\." + _VAE_BLOCK,
@@ -537,6 +539,7 @@ def unet_modules(scheme: Scheme) -> dict[str, str]:
     modules = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
+        "guidance_embed": "time_embedding.cond_proj",
         "label_emb.0.0": "add_embedding.linear_1",
         "label_emb.0.2": "add_embedding.linear_2",
         "input_blocks.0.0": "conv_in",

@@ -123,6 +123,10 @@ class UNetConfig:
     Attention has `num_heads` heads (SD 1.x), or heads of the width `num_head_channels` (SD 2.x); the other one is None.
     SDXL has `adm_in_channels`, the width of the vector that is joined to the time embedding: the pooled text, then
     `size_channels` for each number of the picture's size and crop. None: there is no such vector.
+
+    A network that was distilled for a range of guidance scales has `time_cond_proj_dim`, diffusers' name for the width
+    of the embedded scale, which is added to the embedded time (`ldm.conditioning.embed_guidance`). None: it is told
+    none.
     """
 
     in_channels: int = 4
@@ -139,6 +143,7 @@ class UNetConfig:
     use_checkpoint: bool = False  # recompute activations while training: half the memory, a third more time
     adm_in_channels: int | None = None
     size_channels: int | None = None
+    time_cond_proj_dim: int | None = None
 
     def __post_init__(self):
         where = "model.unet"
@@ -164,6 +169,9 @@ class UNetConfig:
         both = (self.adm_in_channels is None) == (self.size_channels is None)
         _require(both, f"{where}: give both adm_in_channels and size_channels, or neither")
         _require((self.size_channels or 2) % 2 == 0, f"{where}.size_channels must be even, got {self.size_channels}")
+        told = self.time_cond_proj_dim
+        fits = told is None or (told % 2 == 0 and told >= 4)
+        _require(fits, f"{where}.time_cond_proj_dim must be even and at least 4, got {told}; 256 is usual")
 
     @property
     def transformer_depths(self) -> tuple[int, ...]:
@@ -423,8 +431,14 @@ def from_yaml(text: str, source: str) -> ModelConfig:
 
 
 def to_dict(cfg: ModelConfig) -> dict:
-    """The config as plain data, every key written out: {"model": {...}}."""
-    return {"model": asdict(cfg)}
+    """The config as plain data, every key written out: {"model": {...}}.
+
+    But `time_cond_proj_dim` is left out where it is None, so that files and keys of other models stay as they were.
+    """
+    model = asdict(cfg)
+    if cfg.unet.time_cond_proj_dim is None:
+        del model["unet"]["time_cond_proj_dim"]
+    return {"model": model}
 
 
 def from_dict(data: dict, source: str) -> ModelConfig:

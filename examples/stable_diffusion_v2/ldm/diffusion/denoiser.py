@@ -10,7 +10,7 @@ from mindspore import Tensor, nn
 
 from ldm.conditioning import Condition
 from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule, per_sample
 from ldm.errors import UserError
 
 
@@ -27,7 +27,7 @@ class Denoiser:
         prediction: what the network predicts.
         cond: the prompts' condition, arrays.
         uncond: the condition of the negative or empty prompts; it is not used where guidance_scale is 1.
-        guidance_scale: 1 is no guidance and half the work; 0 ignores the prompts.
+        guidance_scale: of all prompts, or of each, [B]. 1 is no guidance and half the work; 0 ignores the prompts.
         guidance_rescale: from 0 to 1, how far the guided output's deviation is brought back to that with caption alone
             (arXiv 2305.08891, section 3.4).
 
@@ -42,36 +42,45 @@ class Denoiser:
         prediction: Prediction,
         cond: Condition,
         uncond: Condition | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | np.ndarray = 1.0,
         guidance_rescale: float = 0.0,
     ):
         schedule.check(prediction)
-        conditions = [cond] if guidance_scale == 1 else [uncond, cond]
+        conditions = [cond] if np.all(np.equal(guidance_scale, 1)) else [uncond, cond]
         assert all(each.context.shape == cond.context.shape for each in conditions), "one negative prompt per prompt"
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
+        self.guidance_scale, self.guidance_rescale = per_sample(guidance_scale), guidance_rescale
         self.copies = len(conditions)
         self.samples = self.copies * len(cond.context)
         self.condition = Condition.join(conditions).map(Tensor).given()  # of copies * B
 
-    def __call__(self, x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
-        """(x0, eps), float64 [B, C, H, W] each, for x [B, C, H, W] at time t. The time may lie between two steps.
+    def __call__(self, x: np.ndarray, t: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(x0, eps), float64 [B, C, H, W] each, for x [B, C, H, W] at time t, which may lie between two steps.
+
+        Args:
+            t: a time, or one for each sample, [B].
 
         Raises:
             UserError: the network returned NaN or infinity.
         """
         batch = np.concatenate([x] * self.copies).astype(np.float32)  # [copies * B, C, H, W]
         assert len(batch) == self.samples, "as many latents as prompts"
-        times = np.full(len(batch), t, np.float32)
-        output = self.network(Tensor(batch), Tensor(times), *self.condition).astype(ms.float32).asnumpy()
-        if not np.isfinite(output).all():
-            raise UserError(f"the network returned NaN or infinity at t = {t}: check the checkpoint, or run in float32")
+        times = np.concatenate([np.broadcast_to(t, len(x))] * self.copies)
+        output = self.network(Tensor(batch), Tensor(times.astype(np.float32)), *self.condition)
+        output = output.astype(ms.float32).asnumpy()
+        finite = np.isfinite(output).all((1, 2, 3))
+        if not finite.all():
+            at = times[~finite][0]
+            raise UserError(
+                f"the network returned NaN or infinity at t = {at}: check the checkpoint, or run in float32"
+            )
         outputs = np.split(output.astype(np.float64), self.copies)  # the last one is with caption, the first without
         output = outputs[0] + self.guidance_scale * (outputs[-1] - outputs[0])  # [B, C, H, W]
-        if self.guidance_rescale and self.guidance_scale != 1:
+        if self.guidance_rescale and self.copies > 1:
             alone, guided = (each.std((1, 2, 3), keepdims=True) for each in (outputs[-1], output))
             output *= 1 + self.guidance_rescale * (alone / np.maximum(guided, np.finfo(float).tiny) - 1)
-        return self.prediction.to_x0_eps(output, x, self.schedule.alpha(t), self.schedule.sigma(t))
+        shares = (per_sample(share(t)) for share in (self.schedule.alpha, self.schedule.sigma))
+        return self.prediction.to_x0_eps(output, x, *shares)
 
 
 class Relay:

@@ -42,6 +42,11 @@ def rescale_zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
     return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
 
 
+def per_sample(values) -> np.ndarray:
+    """Numbers [B], or one number, as [B, 1, 1, 1], to be multiplied by latents [B, C, H, W]."""
+    return np.reshape(values, (-1, 1, 1, 1))
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """A noise schedule.

@@ -23,7 +23,17 @@ def min_snr(snr: np.ndarray, x0_factor: np.ndarray, gamma: float) -> np.ndarray:
     return np.minimum(snr, gamma)
 
 
-WEIGHTINGS = {"none": none, "min_snr": min_snr}
+def truncated_snr(snr: np.ndarray, x0_factor: np.ndarray, gamma: float) -> np.ndarray:
+    """max(SNR, 1) (arXiv 2202.00512, section 4). The weight for v is 1/2 at SNR 1, and rises to 1 at both ends."""
+    return np.maximum(snr, 1.0)
+
+
+def snr_plus_one(snr: np.ndarray, x0_factor: np.ndarray, gamma: float) -> np.ndarray:
+    """SNR + 1 (arXiv 2202.00512, section 4). The weight for v is 1 at every step; for eps it is 1 + 1 / SNR."""
+    return snr + 1.0
+
+
+WEIGHTINGS = {"none": none, "min_snr": min_snr, "truncated_snr": truncated_snr, "snr_plus_one": snr_plus_one}
 
 
 def loss_weight(name: str, schedule: NoiseSchedule, prediction: Prediction, gamma: float = 5.0) -> np.ndarray:

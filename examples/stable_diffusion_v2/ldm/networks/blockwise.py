@@ -128,9 +128,9 @@ class BlockwiseUNet(Blocks):
         super().__init__(network)
         self.embed = Embed(network)
 
-    def __call__(self, z: Tensor, t: Tensor, context: Tensor, *vector: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, t: Tensor, context: Tensor, *told: Tensor) -> Tensor:
         net = self.network
-        return net.read_out(walk(net, z, self.embed(t, *vector), context, self.run, join))
+        return net.read_out(walk(net, z, self.embed(t, *told), context, self.run, join))
 
 
 class BlockwiseText(Blocks):

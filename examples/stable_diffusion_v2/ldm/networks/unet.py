@@ -19,19 +19,24 @@ from ldm.networks.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear, Mat
 
 
 class UNet(nn.Cell):
-    """f(z_t, t, context, vector), the raw prediction: eps, x0 or v, as the network was trained.
+    """f(z_t, t, context, *told), the raw prediction: eps, x0 or v, as the network was trained.
 
     Shapes: z [B, in_channels, H, W], t [B] (integer or float), context [B, L, context_dim] -> [B, out_channels, H, W].
     H and W must be divisible by `config.factor`. SDXL (arXiv 2307.01952, section 2.2) is told a vector
-    [B, adm_in_channels] too: the pooled text, and embedded numbers of the picture's size and crop.
+    [B, adm_in_channels] too: the pooled text, and embedded numbers of the picture's size and crop. A network that was
+    distilled for a range of guidance scales (arXiv 2210.03142, section 3) is told the embedded scale
+    [B, time_cond_proj_dim] last. `told` is what the network takes of these two.
     """
 
     def __init__(self, config):
         super().__init__()
         width, emb = config.model_channels, 4 * config.model_channels
-        self.time_embed = in_order(frequencies=Frequencies(width), **mlp(width, emb))
-        self.told = config.adm_in_channels is not None
-        if self.told:
+        self.frequencies, self.time_embed = Frequencies(width), in_order(**mlp(width, emb))
+        self.takes_guidance = config.time_cond_proj_dim is not None
+        if self.takes_guidance:  # zeros: a student starts as its teacher
+            self.guidance_embed = Linear(config.time_cond_proj_dim, width, bias=False, zero=True)
+        self.takes_vector = config.adm_in_channels is not None
+        if self.takes_vector:
             self.label_emb = nn.CellList([in_order(**mlp(config.adm_in_channels, emb))])
         self.silu = kernels.select().SiLU()
         depths = config.transformer_depths
@@ -72,22 +77,27 @@ class UNet(nn.Cell):
         if config.use_checkpoint:
             self.recompute_blocks()
 
-    def construct(self, z, t, context, vector=None):
-        return self.read_out(walk(self, z, self.embed(t, vector), context, run_layer, join))
+    def construct(self, z, t, context, *told):
+        return self.read_out(walk(self, z, self.embed(t, *told), context, run_layer, join))
 
-    def embed(self, t, vector=None):
-        """[B, 4 width], what every residual block is told: the time, and the vector if the network takes one.
+    def embed(self, t, *told):
+        """[B, 4 width], what every residual block is told: the time, and the guidance scale and the vector if the
+        network takes them.
 
         It ends with the SiLU that every residual block would begin with.
         """
-        emb = self.time_embed(t)
-        if self.told:
-            emb = add(emb, self.label_emb[0](vector))
+        time = self.frequencies(t)
+        if self.takes_guidance:
+            time = add(time, self.guidance_embed(told[-1]))
+        emb = self.time_embed(time)
+        if self.takes_vector:
+            emb = add(emb, self.label_emb[0](told[0]))
         return self.silu(emb)
 
     def embeddings(self) -> list[nn.Cell]:
         """The layers of `embed` with parameters."""
-        return [self.time_embed, *(self.label_emb if self.told else ())]
+        guidance = [self.guidance_embed] if self.takes_guidance else []
+        return [self.time_embed, *guidance, *(self.label_emb if self.takes_vector else ())]
 
     def read_out(self, h):
         """The prediction, float32, from the last layer's output."""
@@ -111,8 +121,8 @@ class Embed(nn.Cell):
         super().__init__(auto_prefix=False)
         self.net = net
 
-    def construct(self, t, *vector):
-        return self.net.embed(t, *vector)
+    def construct(self, t, *told):
+        return self.net.embed(t, *told)
 
 
 def in_order(**layers: nn.Cell) -> nn.SequentialCell:

@@ -117,6 +117,11 @@ def require_trainable(config: ModelConfig) -> None:
             "this is SDXL's refiner, which learns from aesthetic scores that captioned pictures do not have: train the "
             "base model, with configs/sdxl-inference.yaml or configs/sdxl-vpred-inference.yaml as its config"
         )
+    if config.unet.time_cond_proj_dim:
+        raise UserError(
+            "this model was distilled for a range of guidance scales (model.unet.time_cond_proj_dim), which captioned "
+            "pictures do not have: train the model that it was distilled from"
+        )
 
 
 def caches_latents(args: argparse.Namespace, data: CaptionedImages) -> bool:

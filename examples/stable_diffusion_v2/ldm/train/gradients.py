@@ -124,7 +124,7 @@ class LayerByLayer(Blocks):
         return outputs, self.grads
 
     def layers(
-        self, scale: Tensor, latents: Tensor, eps: Tensor, t: Tensor, weight: Tensor, context: Tensor, *vector: Tensor
+        self, scale: Tensor, latents: Tensor, eps: Tensor, t: Tensor, weight: Tensor, context: Tensor, *told: Tensor
     ) -> tuple[Outputs, Iterator[OfLayer]]:
         """(outputs of the loss, the backward pass: (parameters, gradients) of one layer after the other, last first).
 
@@ -132,10 +132,10 @@ class LayerByLayer(Blocks):
         end.
         """
         self.weights.clear()  # parameters may have other memory now, for example after validation with the average
-        emb, tape = self.embed(t, *vector), Tape(self.run)
+        emb, tape = self.embed(t, *told), Tape(self.run)
         h = walk(self.network, self.noisy(latents, eps, t), emb, context, tape.run, tape.join)
         (_, outputs), (dh, of_tail) = self.tail(h, scale, latents, eps, t, weight)
-        return outputs, self.way_back(tape.entries, dh, of_tail, (t, *vector), emb, context)
+        return outputs, self.way_back(tape.entries, dh, of_tail, (t, *told), emb, context)
 
     def way_back(self, entries: list[Ran | Joined], dh: Tensor, of_tail, told, emb, context) -> Iterator[OfLayer]:
         """The backward pass over the tape's entries, from the gradient `dh` of the last layer's output."""
@@ -211,7 +211,7 @@ class _Backward(nn.Cell):
 
 
 class _Head(nn.Cell):
-    """(gradient of the embedding, t, vector) -> gradients of its trained parameters; only where there are any."""
+    """(gradient of the embedding, t, further inputs of it) -> gradients of its trained parameters, if there are any."""
 
     def __init__(self, embed: nn.Cell, params: Sequence[Parameter]):
         super().__init__(auto_prefix=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,9 +15,15 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from mindspore import Tensor
 from reference import CONFIGS, THEIR_TYPES, reference, relative_rms, states
 
+from ldm.checkpoint import diffusers_config
 from ldm.checkpoint.names import from_diffusers
+from ldm.conditioning import embed_guidance
+from ldm.config.model import ModelConfig, TextConfig, UNetConfig, to_dict
 from ldm.diffusion.samplers import get_sampler
 from ldm.model import StableDiffusion
+from ldm.networks.layers import fill
+from ldm.networks.unet import UNet
+from ldm.parts import UNET
 from ldm.pipeline import Pipeline
 
 pytestmark = pytest.mark.parity
@@ -45,6 +54,35 @@ def test_unet(pair):
         wanted = unet(torch.from_numpy(z), torch.from_numpy(t), torch.from_numpy(context)).sample.numpy()
     got = model.unet(Tensor(z), Tensor(t), Tensor(context)).asnumpy()
     assert relative_rms(got, wanted) <= 1e-4
+
+
+def test_unet_that_is_told_the_guidance_scale():
+    """diffusers' network by our JSON file, at diffusers' own embedding of the scale."""
+    unet = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,))
+    unet = replace(unet, context_dim=64, num_head_channels=16, time_cond_proj_dim=256)
+    config = ModelConfig("v", unet=unet, text=TextConfig(width=64))
+    torch.manual_seed(0)
+    table = json.loads(diffusers_config.files(to_dict(config)["model"])[diffusers_config.UNET])
+    theirs = diffusers.UNet2DConditionModel.from_config(table).eval()
+    ours = UNet(unet)
+    ours.set_train(False)
+    tensors = from_diffusers({name: tensor.numpy() for name, tensor in theirs.state_dict().items()}, {}, {}, "openclip")
+    parameters = {UNET + parameter.name: parameter for parameter in ours.get_parameters()}
+    assert parameters.keys() == tensors.keys()
+    for name, parameter in parameters.items():
+        fill(parameter, tensors[name], copy=True)
+
+    rng = np.random.default_rng(0)
+    z, context = rng.standard_normal((2, 4, 8, 8), np.float32), rng.standard_normal((2, 7, 64), np.float32)
+    t, scales = np.array([3, 977], np.int32), np.array([1.5, 14.25])
+    embed = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding
+    told = embed(None, torch.from_numpy(scales).float() - 1, embedding_dim=256)
+    np.testing.assert_allclose(embed_guidance(scales, 256), told.numpy(), atol=13250 * 2**-23)
+    with torch.no_grad():
+        arrays = [torch.from_numpy(array) for array in (z, t, context)]
+        wanted, plain = (theirs(*arrays, timestep_cond=each).sample.numpy() for each in (told, None))
+    got = ours(*map(Tensor, (z, t, context, embed_guidance(scales, 256)))).asnumpy()
+    assert relative_rms(got, wanted) <= 1e-4 < relative_rms(plain, wanted)
 
 
 def test_vae(pair):

@@ -148,6 +148,8 @@ _WORD = re.compile(
         (
             "(?:down|up|mid|transformer|input|output|middle)_blocks?",
             "label_emb",
+            "guidance_embed",
+            "cond_proj",
             "add_embedding",
             "to_(?:q|k|v|out)",
             "(?:q|k|v|out)_proj",
