@@ -27,7 +27,7 @@ from ldm.errors import UserError
 from ldm.files import escaped
 from ldm.parallel.ranks import Ranks
 from ldm.pictures import grid, next_number, read_facts, read_png, save_drawn, save_png
-from ldm.pipeline import Settings, sampler_of
+from ldm.pipeline import Settings, sampler_of, settings_for
 from ldm.text.tokenizer import Tokenizer
 from ldm.weights import (
     choose_config,
@@ -137,24 +137,22 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
     Raises:
         UserError: more than one sampler, or values that mean nothing.
     """
-    wanted, own = [name for name in SAMPLERS if getattr(args, name) or args.sampler == name], config.sampling
+    wanted = [name for name in SAMPLERS if getattr(args, name) or args.sampler == name]
     if len(wanted) > 1:
         raise UserError(f"more than one sampler asked for: {', '.join(wanted)}; choose one")
-    rescale = (own.guidance_rescale or 0.0) if args.guidance_rescale is None else args.guidance_rescale
-    if not 0 <= rescale <= 1:
-        raise UserError(f"--guidance_rescale must be between 0 and 1, got {rescale}")
-    settings = Settings(
+    settings = settings_for(
+        config,
         sampler_of(config, wanted[0] if wanted else None, args.ddim_eta, args.spacing, args.final_sigma),
-        args.sampling_steps or own.steps,
-        config.guidance_scale if args.scale is None else args.scale,
-        args.H or config.image_size,
-        args.W or config.image_size,
         args.seed,
-        guidance_rescale=rescale,
-        zeros_for_empty=own.zeros_for_empty_prompt
-        if args.zeros_for_empty_prompt is None
-        else args.zeros_for_empty_prompt,
+        steps=args.sampling_steps or None,
+        guidance_scale=args.scale,
+        height=args.H or None,
+        width=args.W or None,
+        guidance_rescale=args.guidance_rescale,
+        zeros_for_empty=args.zeros_for_empty_prompt,
     )
+    if not 0 <= settings.guidance_rescale <= 1:
+        raise UserError(f"--guidance_rescale must be between 0 and 1, got {settings.guidance_rescale}")
     return _with_sizes(settings, args, config)
 
 

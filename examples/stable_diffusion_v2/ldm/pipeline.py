@@ -83,6 +83,36 @@ class Settings:
         return sizes, self.negative_sizes or sizes._replace(aesthetic_score=NEGATIVE_AESTHETIC_SCORE)
 
 
+def settings_for(
+    config: ModelConfig,
+    sampler: Sampler,
+    seed: int,
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    guidance_rescale: float | None = None,
+    zeros_for_empty: bool | None = None,
+) -> Settings:
+    """The settings that are asked for; None is the model's own."""
+
+    def either(asked, own):
+        return own if asked is None else asked
+
+    own = config.sampling
+    return Settings(
+        sampler,
+        either(steps, own.steps),
+        either(guidance_scale, config.guidance_scale),
+        either(height, config.image_size),
+        either(width, config.image_size),
+        seed,
+        guidance_rescale=either(guidance_rescale, own.guidance_rescale or 0.0),
+        zeros_for_empty=either(zeros_for_empty, own.zeros_for_empty_prompt),
+    )
+
+
 def normal_draws(seed: int, purpose: str, shape: tuple[int, ...], numbers: list[int]) -> Callable[[int], np.ndarray]:
     """A sampler's source of noise: step -> unit Gaussian, float64 [B, *shape]; step -1 is where the sampler starts. One
     number has the same noise in every batch."""

@@ -133,6 +133,16 @@ def test_a_teacher_that_is_consistent_is_its_own_target(schedule):
     np.testing.assert_allclose(got.eps, pair_of(known, got.z, steps.begin, schedule)[1], atol=1e-12)
 
 
+def through(prediction, denoise, schedule):
+    """The denoiser, whose answer goes through a network's output of this prediction type."""
+
+    def teacher(z, t):
+        given = shares(t, schedule)
+        return prediction.to_x0_eps(prediction.target(*denoise(z, t), *given), z, *given)
+
+    return teacher
+
+
 @SCHEDULES
 def test_all_prediction_types_give_the_same_target(schedule):
     x0, eps, index, steps = batch(16, schedule)
@@ -140,12 +150,7 @@ def test_all_prediction_types_give_the_same_target(schedule):
     for prediction in PREDICTIONS.values():
         if prediction.needs_signal and schedule.zero_terminal_snr:
             continue
-
-        def teacher(z, t):
-            given = shares(t, schedule)
-            return prediction.to_x0_eps(prediction.target(*plain(z, t), *given), z, *given)  # noqa: B023
-
-        found.append(target(x0, eps, index, steps, schedule, teacher))
+        found.append(target(x0, eps, index, steps, schedule, through(prediction, plain, schedule)))
     assert len(found) > 1
     for other in found[1:]:
         np.testing.assert_allclose(other.x0, found[0].x0, atol=1e-12)

@@ -47,9 +47,8 @@ def _facts(cell: nn.Cell) -> Iterator[tuple]:
 def layers_of(network: nn.Cell) -> Iterator[nn.Cell]:
     """The layers of a UNet or of text encoders that are run one by one."""
     if isinstance(network, UNet):
-        yield from (
-            layer for stage in (*network.input_blocks, network.middle_block, *network.output_blocks) for layer in stage
-        )
+        for stage in (*network.input_blocks, network.middle_block, *network.output_blocks):
+            yield from stage
     elif isinstance(network, TextEncoders):
         yield from (*network.first.blocks(), *network.second.blocks())
     else:

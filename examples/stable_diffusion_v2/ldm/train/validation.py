@@ -14,7 +14,7 @@ from ldm import runtime
 from ldm.config.model import ModelConfig
 from ldm.model import StableDiffusion
 from ldm.pictures import grid, make_folder, save_png
-from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, sampler_of
+from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, sampler_of, settings_for
 from ldm.signals import Stopped
 
 log = logging.getLogger(__name__)
@@ -22,19 +22,9 @@ log = logging.getLogger(__name__)
 
 def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
     """How validation pictures are drawn: as by text_to_image.py, unless an option says otherwise."""
-    own, size = config.sampling, args.image_size
-    steps = own.steps if args.validation_steps is None else args.validation_steps
-    scale = config.guidance_scale if args.validation_scale is None else args.validation_scale
-    return Settings(
-        sampler_of(config, args.validation_sampler),
-        steps,
-        scale,
-        size,
-        size,
-        args.seed,
-        guidance_rescale=own.guidance_rescale or 0.0,
-        zeros_for_empty=own.zeros_for_empty_prompt,
-    )
+    sampler, size = sampler_of(config, args.validation_sampler), args.image_size
+    steps, scale = args.validation_steps, args.validation_scale
+    return settings_for(config, sampler, args.seed, steps=steps, guidance_scale=scale, height=size, width=size)
 
 
 class Validation:
