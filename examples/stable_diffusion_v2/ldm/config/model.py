@@ -100,6 +100,10 @@ class SamplingConfig:
 
     `ldm.diffusion.samplers` explains the words. None: the guidance scale is `ModelConfig.guidance_scale`, spacing and
     final sigma are the sampler's own, guidance is not rescaled.
+
+    A student (`ldm.diffusion.distillation`) has learnt these settings, and it draws worse with others. It has
+    `distilled_guidance`: the scale that is in its weights, and it is drawn with scale 1; or the least and the largest
+    scale that it can be told. None: the model is no student.
     """
 
     sampler: str = DEFAULT_SAMPLER
@@ -109,11 +113,15 @@ class SamplingConfig:
     final_sigma: str | None = None
     guidance_rescale: float | None = None  # of arXiv 2305.08891, section 3.4; at most 1
     zeros_for_empty_prompt: bool = False  # zeros in the place of an empty negative prompt's features, as in SDXL's base
+    distilled_guidance: tuple[float, ...] | None = None
 
     def __post_init__(self):
         _require_sizes(self, "model.sampling")
         rescale = self.guidance_rescale or 0
         _require(rescale <= 1, f"model.sampling.guidance_rescale must be between 0 and 1, got {rescale}")
+        baked = self.distilled_guidance or (1.0,)
+        ordered = len(baked) == 1 or (len(baked) == 2 and baked[0] < baked[1])
+        _require(ordered, f"model.sampling.distilled_guidance must be one scale, or the least and the largest: {baked}")
 
 
 @dataclass(frozen=True)
@@ -281,6 +289,9 @@ class ModelConfig:
         same = len({text.context_length for text in self.texts}) == 1
         _require(same, "model.text.context_length and model.text_2.context_length must be equal")
         self._require_vector()
+        several = len(self.sampling.distilled_guidance or ()) == 2
+        fits = unet.time_cond_proj_dim is not None or not several
+        _require(fits, "model.sampling.distilled_guidance is a range, but model.unet.time_cond_proj_dim is missing")
         fits = unet.out_channels == vae.embed_dim == unet.in_channels
         _require(fits, "model.unet.in_channels and model.unet.out_channels must equal model.vae.embed_dim")
         step = vae.factor * unet.factor
@@ -353,6 +364,10 @@ def _is_ints(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(map(_is_int, value))
 
 
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_number, value))
+
+
 _KINDS = {  # a field's type: what to call it, and whether a value is one
     "str": ("a word", lambda v: isinstance(v, str)),
     "str | None": ("a word", lambda v: v is None or isinstance(v, str)),
@@ -362,6 +377,7 @@ _KINDS = {  # a field's type: what to call it, and whether a value is one
     "float": ("a number", _is_number),
     "float | None": ("a number", lambda v: v is None or _is_number(v)),
     "tuple[int, ...]": ("a list of whole numbers", _is_ints),
+    "tuple[float, ...] | None": ("a list of numbers", lambda v: v is None or _is_numbers(v)),
     "int | tuple[int, ...]": ("a whole number or a list of them", lambda v: _is_int(v) or _is_ints(v)),
 }
 
@@ -388,6 +404,8 @@ def _value(kind: str, value: Any, path: str) -> Any:
     _require(is_one(value), f"{path} must be {name}, got {quoted(value)}")
     if kind.startswith("float") and value is not None:
         return float(value)
+    if kind.startswith("tuple[float") and value is not None:
+        return tuple(map(float, value))
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -433,11 +451,12 @@ def from_yaml(text: str, source: str) -> ModelConfig:
 def to_dict(cfg: ModelConfig) -> dict:
     """The config as plain data, every key written out: {"model": {...}}.
 
-    But `time_cond_proj_dim` is left out where it is None, so that files and keys of other models stay as they were.
+    But what students alone have is left out where it is None, so that files and keys of other models stay as they were.
     """
     model = asdict(cfg)
-    if cfg.unet.time_cond_proj_dim is None:
-        del model["unet"]["time_cond_proj_dim"]
+    for section, key in (("unet", "time_cond_proj_dim"), ("sampling", "distilled_guidance")):
+        if model[section][key] is None:
+            del model[section][key]
     return {"model": model}
 
 

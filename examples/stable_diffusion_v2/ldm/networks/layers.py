@@ -36,6 +36,12 @@ def fill(target: Parameter, array: np.ndarray, copy: bool = False) -> bool:
     return copy
 
 
+def set_values(parameters: Iterable[Parameter], arrays: Iterable[np.ndarray]) -> None:
+    """Give parameters the values of arrays of their shapes and types, which nobody else may change."""
+    for parameter, array in zip(parameters, arrays):
+        parameter.set_data(Tensor(array))
+
+
 def require_own(parameters: Iterable[Parameter]) -> None:
     """Assert that no parameter is a view of a file, which cannot be written to. Call it before changing parameters."""
     views = [each.name for each in parameters if getattr(each, "is_view", False)]

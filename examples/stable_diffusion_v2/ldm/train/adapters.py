@@ -16,6 +16,7 @@ from ldm.data.batches import Batch
 from ldm.data.dataset import CaptionedImages
 from ldm.errors import UserError
 from ldm.files import quoted
+from ldm.model import StableDiffusion
 from ldm.networks import adapter
 from ldm.networks.layers import fill
 from ldm.parallel.ranks import Ranks
@@ -23,7 +24,6 @@ from ldm.parts import TEXT, UNET
 from ldm.randomness import generator
 from ldm.train.finetune import FineTune, ckpt_folder
 from ldm.train.run import Plan
-from ldm.weights import words_of
 
 SUFFIXES = {"mindone": ".ckpt", "kohya": ".safetensors", "diffusers": ".safetensors", "peft": ""}  # by --lora_format
 
@@ -72,6 +72,12 @@ class TrainAdapters(FineTune):
         self.model.compute_in(dtype)
         return list(adapter.parameters(self.places))
 
+    def twin(self, tensors: dict, dtype: str) -> StableDiffusion:
+        args, model = self.args, super().twin(tensors, dtype)
+        adapter.attach(model, adapter.chosen(model, args.lora_targets, (UNET,)), args.lora_rank, scale(args))
+        model.compute_in(dtype)
+        return model
+
     def start_from(self, path: str) -> None:
         """Give the adapters the values of a file, of any form, which must hold the same layers in the same rank.
 
@@ -115,16 +121,22 @@ class TrainAdapters(FineTune):
         return 4 * sum(param.size for param in adapter.parameters(self.places))
 
     def export(self, step: int, plan: Plan) -> Path:
-        """Write the adapters, averaged where there are averages; returns the path.
-
-        They are sd-{number} among the checkpoints. PEFT's folders of SDXL are where DiffEngine has them, in step{step}
-        of the run's own folder.
-        """
-        path = ckpt_folder(self.args) / f"sd-{plan.number(step)}{SUFFIXES[self.args.lora_format]}"
-        if self.args.lora_format == "peft" and self.config.size_numbers:
-            path = Path(self.args.output_path) / f"step{step}"
+        """Write the adapters, averaged where there are averages; returns the path."""
+        path = self.exported(step, plan)
         self.write(path)
         return path
+
+    def exported(self, step: int, plan: Plan) -> Path:
+        """The path of the adapters' file or folder.
+
+        PEFT's folders of SDXL are where DiffEngine has them, in step{step} of the run's own folder.
+        """
+        if self.args.lora_format == "peft" and self.config.size_numbers:
+            return Path(self.args.output_path) / f"step{step}"
+        return super().exported(step, plan)
+
+    def suffix(self) -> str:
+        return SUFFIXES[self.args.lora_format]
 
     def write(self, path: Path) -> None:
         """UserError where the form has no place for some of the adapters."""
@@ -136,12 +148,12 @@ class TrainAdapters(FineTune):
             down, up = trained[place.adapter.lora_A.name], trained[place.adapter.lora_B.name]
             up = up.reshape(*up.shape, *(1 for _ in down.shape[2:]))
             pairs[module] = lora.Pair(down, up, alpha)
-        lora.save(path, lora.Adapter(pairs, words_of(self.config), args.lora_format), args.lora_format, args.ckpt_dtype)
+        lora.save(path, lora.Adapter(pairs, self.words(), args.lora_format), args.lora_format, args.ckpt_dtype)
 
     def try_export(self, folder: Path) -> None:
         """Write once, and delete: a form that cannot hold these adapters is found before the first step."""
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            self.write(Path(scratch) / f"sd-0{SUFFIXES[self.args.lora_format]}")
+            self.write(Path(scratch) / f"sd-0{self.suffix()}")
 
     def validate(self, step: int) -> None:
         for place in self.places:

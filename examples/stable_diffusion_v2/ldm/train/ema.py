@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.errors import UserError
+from ldm.networks.layers import set_values
 
 
 class Ema(nn.Cell):
@@ -61,6 +62,11 @@ class Ema(nn.Cell):
         """Copies of the averaged weights, under the parameters' own names."""
         return {param.name: shadow.asnumpy().copy() for param, shadow in zip(self.params, self.shadow)}
 
+    def begin_anew(self) -> None:
+        """Begin with the weights as they are."""
+        self.updates = 0
+        set_values(self.shadow, (param.asnumpy().copy() for param in self.params))
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the block the network has the averaged weights; afterwards it has its own again, bit for bit.
@@ -70,13 +76,8 @@ class Ema(nn.Cell):
         own = [param.asnumpy().copy() for param in self.params]
         self.swapped = True
         try:
-            _set(self.params, (shadow.asnumpy().copy() for shadow in self.shadow))
+            set_values(self.params, (shadow.asnumpy().copy() for shadow in self.shadow))
             yield
         finally:
-            _set(self.params, own)
+            set_values(self.params, own)
             self.swapped = False
-
-
-def _set(params: Iterable[Parameter], arrays: Iterable[np.ndarray]) -> None:
-    for param, array in zip(params, arrays):
-        param.set_data(Tensor(array))

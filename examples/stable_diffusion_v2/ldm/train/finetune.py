@@ -110,13 +110,18 @@ def timestep_bias(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
     return timestep_density(args.timestep_bias_strategy, config.schedule.timesteps, **numbers)
 
 
-def require_trainable(config: ModelConfig) -> None:
-    """UserError for a model that cannot be trained here."""
+def refuse_refiner(config: ModelConfig) -> None:
+    """UserError for SDXL's refiner, which cannot be trained here."""
     if config.size_numbers == REFINER_NUMBERS:
         raise UserError(
             "this is SDXL's refiner, which learns from aesthetic scores that captioned pictures do not have: train the "
             "base model, with configs/sdxl-inference.yaml or configs/sdxl-vpred-inference.yaml as its config"
         )
+
+
+def require_trainable(config: ModelConfig) -> None:
+    """UserError for a model that cannot be fine-tuned here."""
+    refuse_refiner(config)
     if config.unet.time_cond_proj_dim:
         raise UserError(
             "this model was distilled for a range of guidance scales (model.unet.time_cond_proj_dim), which captioned "
@@ -317,6 +322,10 @@ class FineTune(Task):
         trained = [unet[name] for name in trained_unet(self.args, unet)]
         return trained + (self.model.text_encoder.used_parameters() if self.args.train_text_encoder else [])
 
+    def twin(self, tensors: dict, dtype: str) -> StableDiffusion:
+        """A second UNet like the one that is trained, its parameters named alike."""
+        return build_model(self.args, self.config, tensors, (UNET,), dtype)
+
     def untrained(self, tensors: dict) -> dict[str, np.ndarray]:
         """The checkpoint's tensors that the run uses and its resume state lacks."""
         trained = {param.name for param in self.step.optimizer.params}
@@ -349,12 +358,23 @@ class FineTune(Task):
         return (2 if self.args.ckpt_dtype == "float16" else 4) * int(sum(map(np.prod, shapes.values())))
 
     def export(self, step: int, plan: Plan) -> Path:
-        """Write the checkpoint sd-{number}, with the moving averages where there are any; returns its path."""
-        args, ema = self.args, self.step.ema
-        path = ckpt_folder(args) / f"sd-{plan.number(step)}{SUFFIXES[args.ckpt_format]}"
+        """Write the checkpoint, with the moving averages where there are any; returns its path."""
+        args, ema, path = self.args, self.step.ema, self.exported(step, plan)
         tensors = {**self.frozen, **self.model.tensors(), **(ema.tensors() if ema else {})}
-        checkpoint.save(path, tensors, words_of(self.config), args.ckpt_format, args.ckpt_dtype)
+        checkpoint.save(path, tensors, self.words(), args.ckpt_format, args.ckpt_dtype)
         return path
+
+    def exported(self, step: int, plan: Plan) -> Path:
+        """The path of the exported file."""
+        return ckpt_folder(self.args) / f"sd-{plan.number(step)}{self.suffix()}"
+
+    def suffix(self) -> str:
+        """The end of the exported file's name."""
+        return SUFFIXES[self.args.ckpt_format]
+
+    def words(self) -> dict[str, str]:
+        """What an exported file says of itself."""
+        return words_of(self.config)
 
     def validate(self, step: int) -> None:
         ema = self.step.ema if step else None

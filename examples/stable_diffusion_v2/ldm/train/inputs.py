@@ -47,9 +47,15 @@ class Inputs:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """(latents float32 [B, C, h, w] of unit variance, eps like the latents, t int32 [B], weight float32 [B], and
-        the condition's fields, or the further arguments of a `TextLoss`).
+        the condition's fields, or the further arguments of a `TextLoss`)."""
+        t = timesteps_at(self.density, stratified(self.seed, "timestep", batch.ordinals))
+        further = self._for_text_loss(batch) if self.token_ids else self.condition(batch).given()
+        return tuple(map(Tensor, (self.latents(batch), self.eps(batch), t, self.weight[t], *further)))
 
-        Latents are drawn from the autoencoder's Gaussian, as in SD's own training; they are not its mean.
+    def latents(self, batch: Batch) -> np.ndarray:
+        """Scaled latents of the pictures, float32 [B, C, h, w].
+
+        They are drawn from the autoencoder's Gaussian, as in SD's own training; they are not its mean.
         """
         if self.frozen.latents is None:
             mean, std = self.model.encode_images(batch.images)
@@ -58,25 +64,34 @@ class Inputs:
             views = zip(batch.indices, batch.mirrored)
             rows = self.frozen.latents.take(picture_key(self.data.samples[i].path, way) for i, way in views)
             mean, std = rows[:, 0], rows[:, 1]
-        latents = mean + std * self._noise("latent", batch.ordinals)
-        t = timesteps_at(self.density, stratified(self.seed, "timestep", batch.ordinals))
-        eps = self._noise("noise", batch.ordinals)
-        return tuple(map(Tensor, (latents, eps, t, self.weight[t], *self._condition(batch))))
+        return mean + std * self._noise("latent", batch.ordinals)
+
+    def eps(self, batch: Batch) -> np.ndarray:
+        """Unit Gaussian noise, float32 like the latents."""
+        return self._noise("noise", batch.ordinals)
 
     def _noise(self, purpose: str, ordinals: np.ndarray) -> np.ndarray:
         return np.stack([generator(self.seed, purpose, i).standard_normal(self.shape, np.float32) for i in ordinals])
 
-    def _condition(self, batch: Batch) -> tuple[np.ndarray, ...]:
-        model, texts = self.model, batch.texts
-        kept = np.array([bool(text) or not self.zeros_for_empty for text in texts])
-        count = model.size_numbers
-        numbers = np.array([Sizes(*cut).numbers(count) for cut in batch.cuts]) if count else None
-        if self.token_ids:
-            sizes = (embed_numbers(numbers, model.size_channels),) if count else ()
-            return (model.conditioner.ids(texts), kept.astype(np.float32), *sizes)
-        condition = self._text(texts)
+    def condition(self, batch: Batch, texts: list[str] | None = None) -> Condition:
+        """The condition of the captions, or of other texts with the batch's sizes."""
+        texts = batch.texts if texts is None else texts
+        condition, kept = self._text(texts), self._kept(texts)
         condition = condition if kept.all() else condition.where(kept)
-        return model.told_sizes(condition, numbers).given()
+        return self.model.told_sizes(condition, self._numbers(batch))
+
+    def _for_text_loss(self, batch: Batch) -> tuple[np.ndarray, ...]:
+        model, numbers = self.model, self._numbers(batch)
+        sizes = () if numbers is None else (embed_numbers(numbers, model.size_channels),)
+        return (model.conditioner.ids(batch.texts), self._kept(batch.texts).astype(np.float32), *sizes)
+
+    def _kept(self, texts: list[str]) -> np.ndarray:
+        """Whether each text stands for itself, not for zeros."""
+        return np.array([bool(text) or not self.zeros_for_empty for text in texts])
+
+    def _numbers(self, batch: Batch) -> np.ndarray | None:
+        count = self.model.size_numbers
+        return np.array([Sizes(*cut).numbers(count) for cut in batch.cuts]) if count else None
 
     def _text(self, texts: list[str]) -> Condition:
         """The condition of the captions, without sizes."""

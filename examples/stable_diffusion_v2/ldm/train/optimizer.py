@@ -18,6 +18,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.errors import UserError
+from ldm.networks.layers import set_values
 
 PART_BYTES = 256 * 2**20  # of parameters updated at once; the scaled gradients of more would fill the memory
 
@@ -89,6 +90,11 @@ class Optimizer(nn.Cell):
             last = self.map(one, self.decayed[start:end], self.params[start:end], *slots, part)
             done += last
         return done
+
+    def begin_anew(self) -> None:
+        """Forget all gradients."""
+        self.updates = 0
+        set_values(self.state, (np.zeros(tensor.shape, np.float32) for tensor in self.state))
 
     def wait(self, before, grad):
         return ops.depend(grad, before)

@@ -66,7 +66,10 @@ class Task:
         raise NotImplementedError
 
     def export(self, step: int, plan: Plan) -> Path | None:
-        """Write the weights trained so far; returns the path if the file may be deleted later, else None."""
+        """Write the weights trained so far; returns the path if the file may be deleted later, else None.
+
+        A task may write none after this step.
+        """
         raise NotImplementedError
 
     def export_bytes(self) -> int:
@@ -91,7 +94,7 @@ class Plan:
 
     total: of the whole run. epoch: of a pass over the data. micro_batches: of one step. save_every: from one save to
     the next. validate_every: likewise; None for no validation, 0 for one at the end alone. by_steps: exported files are
-    numbered by steps, not by epochs.
+    numbered by steps, not by epochs. ends: of the run's stages, where it saves and validates too.
     """
 
     total: int
@@ -100,18 +103,22 @@ class Plan:
     micro_batches: int = 1
     validate_every: int | None = None
     by_steps: bool = True
+    ends: frozenset[int] = frozenset()
 
     def number(self, step: int) -> int:
         """The number of the file that is exported after so many steps."""
         return step if self.by_steps else -(-step // self.epoch)
 
     def saves(self, done: int) -> bool:
-        return done % self.save_every == 0 or done == self.total
+        return done % self.save_every == 0 or self.ends_a_stage(done)
 
     def validates(self, done: int) -> bool:
         return self.validate_every is not None and (
-            done % (self.validate_every or self.total) == 0 or done == self.total
+            done % (self.validate_every or self.total) == 0 or self.ends_a_stage(done)
         )
+
+    def ends_a_stage(self, done: int) -> bool:
+        return done == self.total or done in self.ends
 
 
 class Run:

@@ -32,7 +32,7 @@ _KEY, _VERSION = "train_state", 1
 _LATER = ("text.padding", "vae.force_upcast", "data", "picture_contents", "frozen", "max_grad_norm")
 _NO_LONGER = ("schedule.spacing", "vae.double_z", "double_z")  # settings that states were written with once
 _DOOMED = ".deleted"  # the end of a checkpoint's name while it is removed
-_CHECKPOINT = re.compile(r"sd-\d+(\.ckpt|\.safetensors)?|step\d+")  # or a folder of diffusers' or PEFT's
+_CHECKPOINT = re.compile(r"(sd|student)-\d+(\.ckpt|\.safetensors)?|step\d+")  # or a folder of diffusers' or PEFT's
 
 
 def resume_path(resume: str | bool, folder: str | Path) -> Path | None:

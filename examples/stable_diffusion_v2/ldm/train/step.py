@@ -22,7 +22,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ldm.errors import UserError
-from ldm.networks.layers import require_own
+from ldm.networks.layers import require_own, set_values
 from ldm.parallel.ranks import Ranks
 from ldm.train.ema import Ema
 from ldm.train.gradients import LayerByLayer, WholeGraph
@@ -85,6 +85,9 @@ class TrainStep:
         loss_scale: for half precision.
         ranks: they make the same steps, each with its own micro-batches, all of one size.
         gradients: of the loss, for the optimizer's parameters; by default by one graph.
+
+    Attributes:
+        kept: further tensors that the caller changes between steps; they are saved with the others.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class TrainStep:
         self.check(max_grad_norm)
         require_own(optimizer.params)
         self.optimizer, self.ema, self.ranks = optimizer, ema, ranks or Ranks()
+        self.kept: tuple[Parameter, ...] = ()
         self.max_grad_norm = max_grad_norm or math.inf
         self.loss_scale = loss_scale or LossScale()
         self.batch_names = tuple(inspect.signature(loss.construct).parameters)
@@ -169,9 +173,8 @@ class TrainStep:
     def variables(self) -> dict[str, Parameter]:
         """Every tensor that training changes, by name: weights, moving average, optimizer state."""
         assert not (self.ema and self.ema.swapped), "the weights are not the network's own now"
-        return {
-            v.name: v for v in (*self.optimizer.params, *self.optimizer.state, *(self.ema.state if self.ema else ()))
-        }
+        averages = self.ema.state if self.ema else ()
+        return {v.name: v for v in (*self.optimizer.params, *self.optimizer.state, *averages, *self.kept)}
 
     def counters(self) -> dict[str, float]:
         """Every number that training changes."""
@@ -188,6 +191,14 @@ class TrainStep:
         if self.ema:
             self.ema.updates = counters["ema_updates"]
         self.loss_scale.value, self.loss_scale.good = counters["loss_scale"], counters["good_in_a_row"]
+
+    def begin_anew(self) -> None:
+        """Go on from these weights as from a start: with their averages where there are some, an optimizer that has
+        seen no gradient, and new averages."""
+        if self.ema:
+            set_values(self.optimizer.params, self.ema.tensors().values())
+            self.ema.begin_anew()
+        self.optimizer.begin_anew()
 
     def _apply(self, grads: tuple[Tensor, ...], factor: float, lr: float) -> None:
         scalars = (factor, self.ema.weight() if self.ema else 0.0, *self.optimizer.scalars(lr))
