@@ -38,6 +38,7 @@ from ldm.drawing import (
     run_facts,
     settings_of,
     warn_of_long_prompts,
+    warn_of_other_steps,
     warn_of_plain_words,
 )
 from ldm.errors import UserError
@@ -204,7 +205,8 @@ def main() -> None:
     if not pictures:
         log.info("all pictures are in %s", job.samples)
         return
-    warn_of_plain_words(pictures, settings.guidance_scale)
+    warn_of_plain_words(pictures, settings, job.model.config)
+    warn_of_other_steps(settings, job.model.config)
     device = runtime.start(args.device_target, args.mode, ranks)
     known = args.skip_save or "checkpoint_sha256" in job.facts
     files = None if known else in_background(file_facts, args, job.model.path)

@@ -113,8 +113,8 @@ def find_model(args: argparse.Namespace) -> Model:
     if args.use_lora and not args.lora_ckpt_path:
         raise UserError("use_lora needs the adapter: give it as --lora_ckpt_path")
     tensors = tensors_of(weights, choice, args.vae_path)
-    tensors = with_adapters(tensors, choice.config, args.lora_ckpt_path, args.lora_scale)
-    return Model(choice.config, path, tensors)
+    tensors, config = with_adapters(tensors, choice.config, args.lora_ckpt_path, args.lora_scale)
+    return Model(config, path, tensors)
 
 
 def find_refiner(args: argparse.Namespace, base: ModelConfig) -> Model:
@@ -348,15 +348,38 @@ class Output:
         log.info("%s together: %s", "all" if len(tiles) == self.count else f"the first {len(tiles)}", name)
 
 
-def warn_of_plain_words(pictures: list[Picture], guidance_scale: float) -> None:
+def warn_of_other_steps(settings: Settings, config: ModelConfig) -> None:
+    """One line where a student (`SamplingConfig.distilled_guidance`) is drawn otherwise than it was distilled."""
+    own, scales = config.sampling, config.sampling.distilled_guidance
+    if scales is None:
+        return
+    sampler, scale = settings.sampler, settings.guidance_scale
+    fits = scale == 1 if len(scales) == 1 else scales[0] <= scale <= scales[1]
+    wanted = "1" if len(scales) == 1 else f"from {scales[0]:g} to {scales[1]:g}"
+    facts = (  # the option, what was distilled, what is asked for
+        ("sampler", own.sampler, sampler.name),
+        ("sampling_steps", own.steps, settings.steps),
+        ("spacing", own.spacing, sampler.spacing),
+        ("final_sigma", own.final_sigma, sampler.final_sigma),
+        ("ddim_eta", 0.0, sampler.eta),
+        ("scale", wanted, wanted if fits else f"{scale:g}"),
+    )
+    other = [f"--{option} {then}, not {now}" for option, then, now in facts if then != now]
+    if other:
+        log.warning("the model was distilled for %s: expect worse pictures", "; ".join(other))
+
+
+def warn_of_plain_words(pictures: list[Picture], settings: Settings, config: ModelConfig) -> None:
     """Warn once of words that only other programs understand, and of negative prompts without effect."""
     prompts = "\n".join(dict.fromkeys(text for picture in pictures for text in picture[:2]))
     for pattern, what in SPECIAL_ELSEWHERE.items():
         found = re.search(pattern, prompts)
         if found:
             log.warning("%s and the like are read as plain words: %s", escaped(found.group()), what)
-    if guidance_scale == 1 and any(picture.negative_prompt for picture in pictures):
-        log.warning("negative prompts have no effect with --scale 1, which is no guidance")
+    why = "with --scale 1, which is no guidance" if settings.guidance_scale == 1 else None
+    why = "with this model, which has learnt guidance without them" if config.unet.time_cond_proj_dim else why
+    if why and any(picture.negative_prompt for picture in pictures):
+        log.warning("negative prompts have no effect %s", why)
 
 
 def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer) -> None:

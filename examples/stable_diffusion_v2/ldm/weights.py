@@ -321,8 +321,10 @@ def tensors_of(weights: Weights, choice: Choice, vae: str | None = None) -> dict
 
 def with_adapters(
     tensors: dict[str, np.ndarray], config: ModelConfig, paths: Sequence[str], scales: Sequence[float]
-) -> dict[str, np.ndarray]:
-    """A model's tensors with adapters merged in; the weights that no adapter touches stay the same arrays.
+) -> tuple[dict[str, np.ndarray], ModelConfig]:
+    """A model's tensors with adapters merged in, and its config.
+
+    The weights that no adapter touches stay the same arrays. The config draws as an adapter was distilled.
 
     Raises:
         UserError: an adapter cannot be read, does not fit, or was trained for another prediction type; or `scales` does
@@ -331,7 +333,10 @@ def with_adapters(
     adapters = [(lora.load(path), scale) for path, scale in each_with_scale(paths, scales)]
     for adapter, _ in adapters:
         lora.check_type(adapter, config.prediction_type)
-    return lora.merged(tensors, adapters) if adapters else tensors
+        if "distilled_guidance" in adapter.meta.get("model_config", ""):
+            own = from_yaml(adapter.meta["model_config"], f"{adapter.origin}: its model_config")
+            config = replace(config, sampling=own.sampling)
+    return lora.merged(tensors, adapters) if adapters else tensors, config
 
 
 def each_with_scale(paths: Sequence[str], scales: Sequence[float]) -> list[tuple[str, float]]:

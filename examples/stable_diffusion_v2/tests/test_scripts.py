@@ -842,7 +842,8 @@ def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, 
 )
 def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, words, caplog):
     pictures = [text_to_image.Picture(prompt, negative, number) for number in range(3)]
-    text_to_image.warn_of_plain_words(pictures, scale)
+    settings = SimpleNamespace(guidance_scale=scale)
+    text_to_image.warn_of_plain_words(pictures, settings, load_model_config("configs/tiny-vpred.yaml"))
     assert len(caplog.messages) == bool(words) and all(word in caplog.text for word in words)
 
 

@@ -85,9 +85,11 @@ def misuse(args: argparse.Namespace) -> str | None:
 
 def merge(args: argparse.Namespace) -> None:
     weights, choice, tensors = read(args.base, args.config, args.version)
-    sums = with_adapters(tensors, choice.config, args.lora_ckpt_path, args.lora_scale)
+    sums, config = with_adapters(tensors, choice.config, args.lora_ckpt_path, args.lora_scale)
     changed = sum(sums[name] is not tensors[name] for name in sums)
-    meta = {**words_of(choice.config), **weights.checkpoint.meta}
+    meta = {**words_of(config), **weights.checkpoint.meta}
+    if config != choice.config:  # the adapters' way to draw
+        meta["model_config"] = words_of(config)["model_config"]
     form = destination_format(args.destination)
     checkpoint.save(args.destination, sums, meta, form, args.dtype)
     told = "%s (%s) is %s with %d LoRAs, %d tensors changed"

@@ -184,7 +184,7 @@ def test_diffengines_snippet_draws_with_what_was_trained_here(base, tmp_path, mo
         setattr(theirs, name, encoder)
     wanted = draw(theirs)
     chosen = replace(settings(tiny_sdxl_config(), 4), zeros_for_empty=True, sizes=None, negative_sizes=None)
-    tensors = with_adapters(checkpoint.load(tmp_path / "base").tensors, tiny_sdxl_config(), [str(run)], [1.0])
+    tensors, _ = with_adapters(checkpoint.load(tmp_path / "base").tensors, tiny_sdxl_config(), [str(run)], [1.0])
     model = StableDiffusion(tiny_sdxl_config())
     model.load(tensors, "with adapters", copy=True)
     ours = Pipeline(tiny_sdxl_config(), model).draw(PROMPTS, [""], [0], chosen).astype(float)

@@ -1,0 +1,191 @@
+"""What students of few steps draw, beside the model that they were distilled from, at equal numbers of network calls.
+
+    pip install -r requirements-dev.txt
+    python tools/measure_few_steps.py --students output/few_steps/ckpt/rank_0 --output_path output/few_steps/measured
+
+It draws with the tiny model and with every student-N of the folder, from the same noise, and writes OUT/figures.csv:
+the offline KID (see tools/measure_offline.py, with its limits), precision and recall (arXiv 1904.06991) against the
+real pictures, and the root mean square of the pixels' distance, in units of 255, to the teacher's pictures. The teacher
+is the base with its default guidance, drawn in 32 steps of DDIM. OUT/SET.png shows a few noises at every number of
+steps.
+
+The sets of prompts are the empty caption, the style's words alone, and captions. The first two do not determine the
+picture. What was drawn before is kept, so the command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eval.metrics import kid, precision_recall
+from ldm import runtime
+from ldm.data.captions import read_captions
+from ldm.data.images import load_image
+from ldm.files import replacing
+from ldm.model import StableDiffusion
+from ldm.parts import PARTS
+from ldm.pictures import captioned_rows, make_folder, save_png
+from ldm.pipeline import Pipeline, sampler_of, settings_for
+from ldm.weights import choose_config, open_weights, tensors_of
+from tools.measure_offline import OpenNsfw
+
+HERE = Path(__file__).resolve().parents[1]
+EMOJI = HERE / "datasets" / "emoji"
+BATCH = 50
+SHOWN = 10  # noises on a sheet
+
+
+class PromptSet(NamedTuple):
+    """Prompts, each drawn from a noise of its own, and the folder of the real pictures."""
+
+    name: str
+    prompts: list[str]
+    real: Path
+
+
+class Row(NamedTuple):
+    """A way to draw; `name` is also its file's. None is the model's own setting."""
+
+    name: str
+    checkpoint: Path
+    steps: int | None = None
+    scale: float | None = None
+    sampler: str | None = None
+    spacing: str | None = None
+    final_sigma: str | None = None
+
+
+def prompt_sets(count: int) -> list[PromptSet]:
+    captions = [sample.text for sample in read_captions(EMOJI / "noto" / "test")]
+    styles = ("noto", "twemoji", "fluent")
+    return [
+        PromptSet("empty", [""] * count, EMOJI),
+        *(PromptSet(style, [f"{style} style"] * count, EMOJI / style / "train") for style in styles),
+        PromptSet("captions", captions, EMOJI / "noto" / "test"),
+    ]
+
+
+def rows(base: Path, students: Path) -> list[Row]:
+    """The teacher first, then the base in other ways, then the students."""
+    ddim = {"sampler": "ddim", "spacing": "trailing", "final_sigma": "zero"}
+    guided = [Row(f"ddim-{steps}-guided", base, steps, **ddim) for steps in (32, 16, 8, 4, 2, 1)]
+    plain = [Row(f"ddim-{steps}", base, steps, 1.0, **ddim) for steps in (32, 16, 8, 4, 2, 1)]
+    others = [Row(f"dpm_solver_pp-{steps}-guided", base, steps, None, "dpm_solver_pp") for steps in (8, 4, 2)]
+    others += [Row(f"dpm_solver_pp-{steps}", base, steps, 1.0, "dpm_solver_pp") for steps in (8, 4)]
+    others += [Row("ddpm-15-guided", base, 15), Row("ddpm-8", base, 8, 1.0), Row("ddpm-4", base, 4, 1.0)]
+    found = sorted(students.glob("student-*.safetensors"), key=lambda path: -int(path.stem.split("-")[1]))
+    return [*guided, *plain, *others, *(Row(path.stem, path) for path in found)]
+
+
+def pipelines() -> Callable[[Path], Pipeline]:
+    """A checkpoint's pipeline; the last one is kept."""
+    last: dict[Path, Pipeline] = {}
+
+    def of(path: Path) -> Pipeline:
+        if path not in last:
+            weights = open_weights(str(path), widen=False)
+            choice = choose_config(weights)
+            model = StableDiffusion(choice.config)
+            model.load(tensors_of(weights, choice), str(path), PARTS)
+            last.clear()
+            last[path] = Pipeline(choice.config, model)
+            last[path].config = choice.config
+        return last[path]
+
+    return of
+
+
+def draw(pipeline: Pipeline, row: Row, prompts: list[str], seed: int) -> tuple[np.ndarray, int]:
+    """(pictures uint8 [N, H, W, 3], network calls for each)."""
+    config = pipeline.config
+    sampler = sampler_of(config, row.sampler, None, row.spacing, row.final_sigma)
+    settings = settings_for(config, sampler, seed, steps=row.steps, guidance_scale=row.scale)
+    pictures = []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        filled = part + part[-1:] * (BATCH - len(part))  # the graph is compiled for one size
+        numbers = list(range(start, start + BATCH))
+        pictures.append(pipeline.draw(filled, [""] * BATCH, numbers, settings)[: len(part)])
+    guided = settings.guidance_scale != 1 and not config.unet.time_cond_proj_dim
+    return np.concatenate(pictures), settings.steps * (2 if guided else 1)
+
+
+def drawn(folder: Path, chosen: PromptSet, ways: list[Row], seed: int) -> Iterator[tuple[Row, np.ndarray, int]]:
+    """(row, pictures, network calls) of every row, drawn now or before."""
+    pipeline_of = pipelines()
+    for row in ways:
+        path = folder / chosen.name / f"{row.name}.npz"
+        if not path.exists():
+            pictures, calls = draw(pipeline_of(row.checkpoint), row, chosen.prompts, seed)
+            make_folder(path.parent)
+            with replacing(path) as file:
+                np.savez_compressed(file, pictures=pictures, calls=calls)
+        with np.load(path) as kept:
+            yield row, kept["pictures"], int(kept["calls"])
+
+
+def figures(pictures: np.ndarray, teacher: np.ndarray, features: OpenNsfw, real: np.ndarray) -> dict[str, float]:
+    """The figures of a row; `real`: the real pictures' features."""
+    own = features([Image.fromarray(picture) for picture in pictures])
+    precision, recall = precision_recall(real, own)
+    rms = float(np.sqrt(((pictures.astype(np.float64) - teacher) ** 2).mean()))
+    found = {"kid_x1000": 1000 * kid(own, real), "precision": precision, "recall": recall, "rms": rms}
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def real_features(folder: Path, chosen: PromptSet, features: OpenNsfw) -> np.ndarray:
+    """The features of the real pictures, computed once."""
+    path = make_folder(folder / chosen.name) / "real.npy"
+    if not path.exists():
+        paths = dict.fromkeys(sample.path for sample in read_captions(chosen.real))
+        found = features([Image.fromarray(load_image(path, 64)) for path in paths])
+        with replacing(path) as file:
+            np.save(file, found)
+    return np.load(path)
+
+
+def measure(folder: Path, chosen: PromptSet, ways: list[Row], seed: int, features: OpenNsfw) -> Iterator[dict]:
+    """A table's rows for one set of prompts, and its sheet."""
+    real, teacher, shown = real_features(folder, chosen, features), None, {}
+    for row, pictures, calls in drawn(folder, chosen, ways, seed):
+        teacher = pictures if teacher is None else teacher
+        shown[row.name] = pictures[:SHOWN]
+        yield {"set": chosen.name, "row": row.name, "calls": calls, **figures(pictures, teacher, features, real)}
+    save_png(captioned_rows(shown, chosen.prompts[:SHOWN], scale=1), folder / f"{chosen.name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", type=Path, default=HERE / "models" / "tiny-vpred.safetensors")
+    parser.add_argument("--students", type=Path, required=True, help="the folder with student-N.safetensors")
+    parser.add_argument("--output_path", type=Path, default=Path("output/few_steps/measured"))
+    parser.add_argument("--count", type=int, default=1000, help="pictures of each set but the captions")
+    parser.add_argument("--sets", nargs="+", help="names of the sets to measure (default: all)")
+    parser.add_argument("--seed", type=int, default=1, help="of the noise")
+    args = parser.parse_args()
+    runtime.start()
+    features, table = OpenNsfw(), []
+    for chosen in prompt_sets(args.count):
+        if args.sets and chosen.name not in args.sets:
+            continue
+        for figure in measure(args.output_path, chosen, rows(args.base, args.students), args.seed, features):
+            print(*figure.values(), sep="\t", flush=True)
+            table.append(figure)
+    with open(args.output_path / "figures.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+
+
+if __name__ == "__main__":
+    runtime.run(main)
