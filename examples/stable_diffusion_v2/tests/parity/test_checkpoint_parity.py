@@ -19,11 +19,11 @@ from reference import CONFIGS, THEIR_TYPES, reference, states
 
 from ldm import checkpoint
 from ldm.checkpoint import formats
-from ldm.checkpoint.names import from_diffusers
+from ldm.checkpoint.names import GUIDANCE, from_diffusers
 from ldm.config.model import SamplingConfig, from_yaml, load_model_config
 from ldm.diffusion.samplers import get_sampler
 from ldm.model import StableDiffusion
-from ldm.pipeline import Pipeline
+from ldm.pipeline import Pipeline, sampler_of, settings_for
 from ldm.weights import words_of
 
 pytestmark = pytest.mark.parity
@@ -141,6 +141,39 @@ def test_diffusers_draws_the_same_from_our_folder(ours, pipe):
     decoded = pipe.vae.decode(torch.from_numpy(latents).float() / pipe.vae.config.scaling_factor).sample
     picture = decoded.detach().numpy()
     assert np.sqrt(np.mean((model.decode(latents) - picture) ** 2) / np.mean(picture**2)) < 1e-3
+
+
+@pytest.mark.parametrize("scales", [(1.5,), (1.0, 8.0)])
+def test_diffusers_draws_a_student_as_it_was_distilled(tmp_path, ours, scales):
+    """What text_to_image.py takes from the checkpoint is all that StableDiffusionPipeline is told."""
+    config, tensors = load_model_config("configs/tiny-vpred.yaml"), ours.tensors
+    told, unet = scales[-1] - 1 if len(scales) == 2 else 1.0, config.unet
+    if len(scales) == 2:
+        weight = np.random.default_rng(1).standard_normal((64, 256)) / 16
+        tensors, unet = {**tensors, GUIDANCE: weight.astype(np.float32)}, replace(unet, time_cond_proj_dim=256)
+    sampling = SamplingConfig("ddim", 4, told, "trailing", "zero", distilled_guidance=scales)
+    config = replace(config, unet=unet, sampling=sampling)
+    checkpoint.save(tmp_path / "student", tensors, words_of(config), "diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "student")
+    model = StableDiffusion(config)
+    model.load(tensors, "student")
+    pipeline, prompts = Pipeline(config, model), ["a drawing of a tomato, red, noto style"]
+    settings = settings_for(config, sampler_of(config), 0)
+    noise = np.random.default_rng(0).standard_normal((1, *model.latent_shape(64, 64)))
+    times = settings.sampler.times(pipeline.schedule, settings.steps)
+    latents = settings.sampler(pipeline.guided(prompts, [""], settings), noise, times, pipeline.schedule)
+    theirs = pipe(
+        prompts,
+        num_inference_steps=sampling.steps,
+        guidance_scale=told,
+        height=64,
+        width=64,
+        latents=torch.from_numpy(noise).float(),
+        output_type="latent",
+    ).images.numpy()
+    assert pipe.scheduler.config.timestep_spacing == "trailing" and pipe.scheduler.config.set_alpha_to_one
+    assert bool(pipe.unet.config.time_cond_proj_dim) == (len(scales) == 2)
+    assert np.sqrt(np.mean((latents - theirs) ** 2) / np.mean(theirs**2)) < 1e-3
 
 
 @pytest.mark.parametrize(
