@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import text_to_image
 import train_autoencoder
+import train_distillation
 import train_text_to_image
 import yaml
 
@@ -423,7 +424,7 @@ def test_a_wrong_change_is_told_in_one_line(change, words):
 
 def test_changes_are_given_by_the_file_and_by_the_command(tmp_path):
     (tmp_path / "run.yaml").write_text("data_path: d\nset: [model.sampling.steps=3, model.image_size=64]\n")
-    for script in (train_text_to_image, train_autoencoder):
+    for script in (train_text_to_image, train_autoencoder, train_distillation):
         words = ["--train_config", str(tmp_path / "run.yaml"), "--set", "a=1", "b=2", "--set", "c=3"]
         args = read_options(script.build_parser(), words)
         assert args.set == ["model.sampling.steps=3", "model.image_size=64", "a=1", "b=2", "c=3"]
@@ -743,7 +744,8 @@ def test_an_option_required_on_the_command_line_may_stand_in_the_file(tmp_path, 
 
 @pytest.mark.parametrize("path", TRAIN_FILES, ids=lambda path: path.stem)
 def test_our_train_files_fit_their_script(path):
-    script = train_autoencoder if "vae" in path.stem else train_text_to_image
+    words = {"vae": train_autoencoder, "distill": train_distillation}
+    script = next((script for word, script in words.items() if word in path.stem), train_text_to_image)
     args = read_options(script.build_parser(), ["--train_config", str(path), "--data_path", "d"])
     model = load_model_config(args.model_config)
     assert args.image_size in (None, 32 if "lowres" in path.stem else model.image_size)
