@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,7 +91,7 @@ def test_a_file_of_sdxl_without_marks_is_asked_about():
             choose(weights)
     with pytest.raises(UserError, match=asked.format("the refiner of Stable Diffusion XL", "xl-refiner")):
         choose(unet(2560))
-    with pytest.raises(UserError, match=asked.format("a model of Stable Diffusion 2.x", "1.5, 2.0, .*2.1-v, tiny")):
+    with pytest.raises(UserError, match=asked.format("a model of Stable Diffusion 2.x", "1.5, 2.0, .*2.1-v, tiny, tiny-4step")):
         choose(unet(0))
     for zero in ("true", "false"):
         marked = unet(0, {**v, "schedule": f'{{"zero_terminal_snr": {zero}}}'})
@@ -229,7 +229,7 @@ def test_the_file_in_the_repository_says_how_it_draws_best():
     assert "sampling:" not in old
     lines = [line for line in old.splitlines() if "left_out" not in line]
     start = next(i for i, line in enumerate(lines) if "sampler:" in line)
-    text = "\n".join(lines[:start] + lines[start + len(fields(SamplingConfig)) :])
+    text = "\n".join(lines[:start] + lines[start + len(to_dict(TINY)["model"]["sampling"]) :])
     assert from_yaml(text, "x").sampling == SamplingConfig()
     meta = {**words_of(TINY), "model_config": text}
     assert choose(file("models/tiny-vpred.safetensors", meta)).sampling == TINY.sampling

@@ -22,13 +22,15 @@ _STABILITY = "https://huggingface.co/stabilityai"
 class Version(NamedTuple):
     """A published model. `also`: other names of its file, without a suffix. `page`: where it is, if not at MindONE's.
 
-    `checkpoint` is the name of its file under models/; None where there is no single one.
+    `checkpoint` is the name of its file under models/; None where there is no single one. `rest` is the version whose
+    file has the other networks, where this file has a UNet alone.
     """
 
     config: str
     checkpoint: str | None
     also: tuple[str, ...] = ()
     page: str | None = None
+    rest: str | None = None
 
     @property
     def is_mindone(self) -> bool:
@@ -72,6 +74,7 @@ VERSIONS = {
         f"{_STABILITY}/stable-diffusion-xl-refiner-1.0",
     ),
     "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors"),
+    "tiny-4step": Version("configs/tiny-vpred.yaml", "tiny-4step.safetensors", rest="tiny"),
 }
 XL_VPRED = "xl-vpred"
 
@@ -105,7 +108,8 @@ def existing(path: str) -> str:
         raise UserError(f"{path}: {_NOT_WUKONG}")
     if os.path.exists(path):
         return path
-    known = next((known for known, model in VERSIONS.items() if model.checkpoint == name and known != "tiny"), None)
+    public = {model.checkpoint: known for known, model in VERSIONS.items() if model.is_mindone or model.page}
+    known = public.get(name)
     if known is None:
         raise UserError(f"checkpoint {path} does not exist")
     place = Path(path).parent
@@ -149,9 +153,15 @@ def find_checkpoint(version: str, fetch: bool = False, prediction_type: str | No
     return str(place / name)
 
 
+def rest_of(path: str) -> str | None:
+    """The published file with the networks that a published UNet's file lacks; None for any other file."""
+    name = published(path)
+    return find_checkpoint(VERSIONS[name].rest) if name and VERSIONS[name].rest else None
+
+
 def _not_there(version: str, place: Path) -> str:
     """What to do where the file of a version is missing and cannot be downloaded."""
-    _, name, _, page = VERSIONS[version]
+    name, page = VERSIONS[version].checkpoint, VERSIONS[version].page
     if name is None:
         models = "NoobAI-XL V-Pred or terminus-xl, for instance"
         return f"--version {version} is no single published file: give the path of such a model ({models})"
