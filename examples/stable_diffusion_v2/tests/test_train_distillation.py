@@ -137,7 +137,8 @@ def test_the_first_teacher_is_the_guided_model(place, tmp_path, monkeypatch, sca
     pipeline.model.guidance_channels = None
     conds = pipeline.condition(texts), pipeline.condition([""] * 3)
     if task.plan.told:  # the layer that is told is still zero
-        assert not any(p.asnumpy().any() for p in task.learnt if p.name.endswith("guidance_embed.weight"))
+        (layer,) = (param for param in task.learnt if param.name.endswith("guidance_embed.weight"))
+        assert not layer.asnumpy().any()
         conds = [each.with_guidance(np.ones(3), 256) for each in conds]
     guided = distill.Denoiser(task.model.unet, task.schedule, task.prediction, *conds, scales)
     t = inputs[2].asnumpy()
@@ -146,6 +147,9 @@ def test_the_first_teacher_is_the_guided_model(place, tmp_path, monkeypatch, sca
     wanted = target(task.inputs_of.latents(batch), task.inputs_of.eps(batch), index, steps, task.schedule, guided)
     for got, expected in zip(inputs, (wanted.x0, wanted.eps)):
         np.testing.assert_allclose(got.asnumpy(), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    one = task.export_bytes()
+    task.plan = replace(task.plan, stages=task.plan.stages * 3)  # room is needed for every student
+    assert task.export_bytes() == 3 * one and {path.name for path in task.replaces} == {"student-2.safetensors"}
 
 
 # ---- a run ----

@@ -300,7 +300,18 @@ class Distilling:
         return super().export(step, plan) if plan.ends_a_stage(step) else None
 
     def exported(self, step: int, plan: Plan) -> Path:
-        return ckpt_folder(self.args) / f"student-{self.stage.steps}{self.suffix()}"
+        return self.path_of(self.stage)
+
+    def path_of(self, stage: Stage) -> Path:
+        """The file or folder of a stage's student."""
+        return ckpt_folder(self.args) / f"student-{stage.steps}{self.suffix()}"
+
+    def export_bytes(self) -> int:
+        return super().export_bytes() * len(self.plan.stages)
+
+    @property
+    def replaces(self) -> tuple[Path, ...]:
+        return tuple(map(self.path_of, self.plan.stages))
 
     def words(self) -> dict[str, str]:
         return words_of(self.plan.student(self.config, self.stage))
