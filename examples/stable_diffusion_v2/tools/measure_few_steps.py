@@ -42,7 +42,12 @@ from tools.measure_offline import OpenNsfw
 HERE = Path(__file__).resolve().parents[1]
 EMOJI = HERE / "datasets" / "emoji"
 BATCH = 50
-SHOWN = 10  # noises on a sheet
+SHOWN = 8  # noises on a sheet
+SHEET = {  # the rows on a sheet, and what it calls them
+    "ddim-32-guided": "teacher, 64 calls",
+    **{f"ddim-{calls}": f"base, {calls} calls" for calls in (8, 4, 2, 1)},
+    **{f"student-{calls}": f"student, {calls}" for calls in (8, 4, 2, 1)},
+}
 
 
 class PromptSet(NamedTuple):
@@ -159,9 +164,10 @@ def measure(folder: Path, chosen: PromptSet, ways: list[Row], seed: int, feature
     real, teacher, shown = real_features(folder, chosen, features), None, {}
     for row, pictures, calls in drawn(folder, chosen, ways, seed):
         teacher = pictures if teacher is None else teacher
-        shown[row.name] = pictures[:SHOWN]
+        if row.name in SHEET:
+            shown[SHEET[row.name]] = pictures[:SHOWN]
         yield {"set": chosen.name, "row": row.name, "calls": calls, **figures(pictures, teacher, features, real)}
-    save_png(captioned_rows(shown, chosen.prompts[:SHOWN], scale=1), folder / f"{chosen.name}.png")
+    save_png(captioned_rows(shown, chosen.prompts[:SHOWN], scale=2), folder / f"{chosen.name}.png")
 
 
 def main() -> None:
