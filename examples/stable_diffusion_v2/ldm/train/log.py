@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from ldm.errors import UserError
 from ldm.files import replacing
-from ldm.pictures import save_png
+from ldm.plot import Plot, ticks
 
 log = logging.getLogger(__name__)
 
@@ -86,11 +85,7 @@ def _line(values: Sequence) -> str:
 
 # ---- the loss curve ----
 
-_SIZE = (1200, 640)
 _POINTS = 2000  # at most in a curve; more than it has pixels
-_SHARPNESS = 2  # the picture is drawn so many times larger, then reduced, for smooth lines
-_MARGINS = (92, 72, 96, 62)  # left, top, right, bottom
-_TEXT, _GRID, _FRAME = "#333a44", "#e6e9ee", "#9aa3b0"
 _RAW, _SMOOTH, _RATE = "#bcd6f2", "#1f63b5", "#e08a2e"
 
 
@@ -114,15 +109,20 @@ def loss_curve(path: str | Path, log: dict[str, np.ndarray]) -> None:
     low, high = np.percentile(loss, [0.5, 99.5])
     low, high = min(low, smooth.min()), max(high, smooth.max())
     pad = 0.06 * (high - low) or abs(high) / 2 or 1.0
-    plot = _Plot(step[0], max(step[-1], step[0] + 1), max(low - pad, 0.0) if low >= 0 else low - pad, high + pad)
-    plot.axes(rate.max())
+    plot = Plot(step[0], max(step[-1], step[0] + 1), max(low - pad, 0.0) if low >= 0 else low - pad, high + pad)
+    marks = np.unique(np.round(ticks(plot.first, plot.last, 8)))
+    shares = {plot.low + 0.94 * share * plot.height: f"{share * rate.max():.2g}" for share in (0, 0.5, 1)}
+    plot.axes({x: f"{x:.10g}" for x in marks}, "step", shares, _RATE)
     plot.curve(centre, rate / (rate.max() or 1) * plot.height * 0.94 + plot.low, _RATE, 1.5)
     ends = np.stack([np.minimum.reduceat(loss, groups), np.maximum.reduceat(loss, groups)], -1)
     short = len(groups) == len(step)
     plot.curve(centre if short else centre.repeat(2), loss if short else ends.reshape(-1), _RAW, 1)
     plot.curve(centre, smooth, _SMOOTH, 3)
-    plot.legend([(_RAW, "loss"), (_SMOOTH, f"smoothed, last {smooth[-1]:.4g}"), (_RATE, "learning rate (right)")])
-    save_png(plot.image.resize(_SIZE, Image.LANCZOS), Path(path))
+    plot.legend(
+        "Training loss",
+        [(_RAW, "loss"), (_SMOOTH, f"smoothed, last {smooth[-1]:.4g}"), (_RATE, "learning rate (right)")],
+    )
+    plot.save(path)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
@@ -132,65 +132,3 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     kernel = np.exp(-((reach / sigma) ** 2) / 2)
     inside = slice(len(kernel) // 2, len(kernel) // 2 + len(values))
     return np.convolve(values, kernel)[inside] / np.convolve(np.ones(len(values)), kernel)[inside]
-
-
-def _ticks(low: float, high: float, count: int) -> np.ndarray:
-    """About ``count`` round numbers from low to high."""
-    raw = (high - low) / count
-    power = 10 ** math.floor(math.log10(raw))
-    distance = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= raw)
-    return np.arange(math.ceil(low / distance - 1e-9), math.floor(high / distance + 1e-9) + 1) * distance
-
-
-class _Plot:
-    """A frame with axes, in the units of the data."""
-
-    def __init__(self, first: float, last: float, low: float, high: float):
-        self.first, self.last, self.low, self.height = first, last, low, high - low
-        self.image = Image.new("RGB", tuple(_SHARPNESS * n for n in _SIZE), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        left, top, right, bottom = _MARGINS
-        self.box = np.array([left, top, _SIZE[0] - right, _SIZE[1] - bottom]) * _SHARPNESS
-
-    def pixels(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Positions in pixels [N, 2]; points outside the frame are moved onto it."""
-        left, top, right, bottom = self.box
-        across = left + (np.asarray(x) - self.first) / (self.last - self.first) * (right - left)
-        down = bottom - (np.asarray(y) - self.low) / self.height * (bottom - top)
-        return np.stack([np.clip(across, left, right), np.clip(down, top, bottom)], -1)
-
-    def curve(self, x: np.ndarray, y: np.ndarray, color: str, width: float) -> None:
-        points = [tuple(point) for point in self.pixels(x, y)]
-        if len(points) == 1:
-            (x, y), r = points[0], 4 * _SHARPNESS
-            self.draw.ellipse((x - r, y - r, x + r, y + r), color)
-        self.draw.line(points, color, round(width * _SHARPNESS), joint="curve")
-
-    def text(self, place: Sequence[float], text: str, anchor: str, size: int = 17, color: str = _TEXT) -> None:
-        self.draw.text(tuple(place), text, color, ImageFont.load_default(size * _SHARPNESS), anchor)
-
-    def axes(self, highest_rate: float) -> None:
-        left, top, right, bottom = self.box
-        gap = 10 * _SHARPNESS
-        for y in _ticks(self.low, self.low + self.height, 6):
-            _, down = self.pixels(self.first, y)
-            self.draw.line([(left, down), (right, down)], _GRID, _SHARPNESS)
-            self.text((left - gap, down), f"{y:.4g}", "rm")
-        for x in np.unique(np.round(_ticks(self.first, self.last, 8))):
-            across, _ = self.pixels(x, self.low)
-            self.draw.line([(across, bottom), (across, bottom + gap // 2)], _FRAME, _SHARPNESS)
-            self.text((across, bottom + gap), f"{x:.10g}", "mt")
-        for share in (0, 0.5, 1):
-            _, down = self.pixels(self.first, self.low + 0.94 * share * self.height)
-            self.text((right + gap, down), f"{share * highest_rate:.2g}", "lm", color=_RATE)
-        self.draw.rectangle(tuple(self.box), outline=_FRAME, width=_SHARPNESS)
-        self.text(((left + right) / 2, bottom + 3.4 * gap), "step", "mt")
-
-    def legend(self, entries: list[tuple[str, str]]) -> None:
-        left, top, *_ = self.box
-        self.text((left, top - 44 * _SHARPNESS), "Training loss", "lm", 22)
-        across, down = left + 200 * _SHARPNESS, top - 43 * _SHARPNESS
-        for color, text in entries:
-            self.draw.line([(across, down), (across + 34 * _SHARPNESS, down)], color, 4 * _SHARPNESS)
-            self.text((across + 44 * _SHARPNESS, down), text, "lm")
-            across += 90 * _SHARPNESS + self.draw.textlength(text, ImageFont.load_default(17 * _SHARPNESS))
