@@ -76,12 +76,12 @@ class Plot:
         self.draw.rectangle(tuple(self.box), outline=_FRAME, width=_SHARPNESS)
         self.text(((left + edge) / 2, bottom + 3.4 * gap), name, "mt")
 
-    def legend(self, title: str, entries: Sequence[tuple[str, str]]) -> None:
-        """Write a title above the frame, and the curves' (colour, name) behind it."""
+    def legend(self, title: str, names: Mapping[str, str]) -> None:
+        """Write a title above the frame, and the curves' names by their colours behind it."""
         left, top, *_ = self.box
         self.text((left, top - 44 * _SHARPNESS), title, "lm", 22)
         across, down = left + 200 * _SHARPNESS, top - 43 * _SHARPNESS
-        for color, text in entries:
+        for color, text in names.items():
             self.draw.line([(across, down), (across + 34 * _SHARPNESS, down)], color, 4 * _SHARPNESS)
             self.text((across + 44 * _SHARPNESS, down), text, "lm")
             across += 90 * _SHARPNESS + self.draw.textlength(text, ImageFont.load_default(17 * _SHARPNESS))

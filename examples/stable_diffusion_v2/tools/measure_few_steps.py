@@ -7,7 +7,7 @@ It draws with the tiny model and with every student-N of the folder, from the sa
 the offline KID (see tools/measure_offline.py, with its limits), precision and recall (arXiv 1904.06991) against the
 real pictures, and the root mean square of the pixels' distance, in units of 255, to the teacher's pictures. The teacher
 is the base with its default guidance, drawn in 32 steps of DDIM. OUT/SET.png shows a few noises at every number of
-steps.
+steps, OUT/SET_kid.png the KID over the network calls.
 
 The sets of prompts are the empty caption, the style's words alone, and captions. The first two do not determine the
 picture. What was drawn before is kept, so the command goes on where it was stopped.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from ldm.model import StableDiffusion
 from ldm.parts import PARTS
 from ldm.pictures import captioned_rows, make_folder, save_png
 from ldm.pipeline import Pipeline, sampler_of, settings_for
+from ldm.plot import Plot
 from ldm.weights import choose_config, open_weights, tensors_of
 from tools.measure_offline import OpenNsfw
 
@@ -148,6 +150,32 @@ def figures(pictures: np.ndarray, teacher: np.ndarray, features: OpenNsfw, real:
     return {name: round(value, 3) for name, value in found.items()}
 
 
+CURVES = {  # the beginnings of the rows' names in a curve, its name and colour
+    "ddim-guided": ("base, guided", "#e08a2e"),
+    "ddim": ("base, without guidance", "#8a97a8"),
+    "student": ("students", "#1f63b5"),
+}
+
+
+def plot(path: Path, title: str, table: list[dict]) -> None:
+    """Draw the KID over the network calls of a picture."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in table:
+        family, *more = row["row"].split("-")
+        name = f"{family}-guided" if more[-1] == "guided" else family
+        if name in CURVES:
+            curves.setdefault(name, []).append((math.log2(row["calls"]), row["kid_x1000"]))
+    high = max(y for points in curves.values() for _, y in points)
+    low = min(y for points in curves.values() for _, y in points)
+    room = 0.06 * (high - low)
+    frame = Plot(0, 6, max(0.0, low - room), high + room)
+    frame.axes({n: str(2**n) for n in range(7)}, "network calls for a picture")
+    for name, points in curves.items():
+        frame.curve(*np.transpose(points), CURVES[name][1], 4)
+    frame.legend(title, {color: name for key, (name, color) in CURVES.items() if key in curves})
+    frame.save(path)
+
+
 def real_features(folder: Path, chosen: PromptSet, features: OpenNsfw) -> np.ndarray:
     """The features of the real pictures, computed once."""
     path = make_folder(folder / chosen.name) / "real.npy"
@@ -184,9 +212,12 @@ def main() -> None:
     for chosen in prompt_sets(args.count):
         if args.sets and chosen.name not in args.sets:
             continue
+        of_set = []
         for figure in measure(args.output_path, chosen, rows(args.base, args.students), args.seed, features):
             print(*figure.values(), sep="\t", flush=True)
-            table.append(figure)
+            of_set.append(figure)
+        plot(args.output_path / f"{chosen.name}_kid.png", "KID x 1000", of_set)
+        table += of_set
     with open(args.output_path / "figures.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, table[0])
         writer.writeheader()

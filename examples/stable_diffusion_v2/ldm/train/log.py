@@ -118,10 +118,8 @@ def loss_curve(path: str | Path, log: dict[str, np.ndarray]) -> None:
     short = len(groups) == len(step)
     plot.curve(centre if short else centre.repeat(2), loss if short else ends.reshape(-1), _RAW, 1)
     plot.curve(centre, smooth, _SMOOTH, 3)
-    plot.legend(
-        "Training loss",
-        [(_RAW, "loss"), (_SMOOTH, f"smoothed, last {smooth[-1]:.4g}"), (_RATE, "learning rate (right)")],
-    )
+    names = {_RAW: "loss", _SMOOTH: f"smoothed, last {smooth[-1]:.4g}", _RATE: "learning rate (right)"}
+    plot.legend("Training loss", names)
     plot.save(path)
 
 
