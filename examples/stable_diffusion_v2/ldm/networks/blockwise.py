@@ -19,7 +19,7 @@ from mindspore.ops import Primitive
 
 from ldm.checkpoint.arrays import widened
 from ldm.networks.text import TextEncoders, both, encode
-from ldm.networks.unet import Embed, UNet, join, walk
+from ldm.networks.unet import Embed, UNet, add_back, in_parts, join, parts_of, walk
 
 MANY_WEIGHTS = 50_000_000  # larger networks gain by going block by block; smaller ones lose a few percent of a step
 _OF_EVERY_CELL = frozenset(vars(nn.Cell()))
@@ -48,7 +48,8 @@ def layers_of(network: nn.Cell) -> Iterator[nn.Cell]:
     """The layers of a UNet or of text encoders that are run one by one."""
     if isinstance(network, UNet):
         for stage in (*network.input_blocks, network.middle_block, *network.output_blocks):
-            yield from stage
+            for layer in stage:
+                yield from parts_of(layer)
     elif isinstance(network, TextEncoders):
         yield from (*network.first.blocks(), *network.second.blocks())
     else:
@@ -129,7 +130,7 @@ class BlockwiseUNet(Blocks):
 
     def __call__(self, z: Tensor, t: Tensor, context: Tensor, *told: Tensor) -> Tensor:
         net = self.network
-        return net.read_out(walk(net, z, self.embed(t, *told), context, self.run, join))
+        return net.read_out(walk(net, z, self.embed(t, *told), context, in_parts(self.run, add_back), join))
 
 
 class BlockwiseText(Blocks):
