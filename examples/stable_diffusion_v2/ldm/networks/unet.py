@@ -74,8 +74,6 @@ class UNet(nn.Cell):
         self.out = nn.SequentialCell(
             [GroupNorm(channels, 1e-5, silu=True), nn.Identity(), Conv2d(channels, config.out_channels, 3, zero=True)]
         )
-        if config.use_checkpoint:
-            self.recompute_blocks()
 
     def construct(self, z, t, context, *told):
         return self.read_out(walk(self, z, self.embed(t, *told), context, run_layer, join))
@@ -104,7 +102,7 @@ class UNet(nn.Cell):
         return self.out(h).astype(ms.float32)
 
     def recompute_blocks(self) -> None:
-        """Keep only the inputs of these parts for the backward pass: less memory for a third more time.
+        """Keep only the inputs of these parts for the backward pass of one graph: less memory for a third more time.
 
         A whole transformer block is not among them: MindSpore 2.8 makes a loop in its graph, around the norms' own
         gradients.
