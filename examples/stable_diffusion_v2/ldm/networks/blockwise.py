@@ -73,14 +73,23 @@ class Kind:
 
     def __init__(self, layer: nn.Cell, parameters: list[Parameter]):
         self.layer, self.parameters, self.values = layer, parameters, None
+        self.buffers: dict[int, tuple[np.ndarray, Tensor]] = {}  # by a parameter's number; both are the same memory
 
     def take(self, values: list[Tensor | np.ndarray]) -> None:
         """Give the layer these weights; arrays of another type, which lie in a file, become float32 here."""
         if self.values is not values:
-            for parameter, value in zip(self.parameters, values):
-                is_tensor = isinstance(value, Tensor)
-                parameter.set_data(value if is_tensor else Tensor.from_numpy(widened(value).astype(np.float32)))
+            for number, (parameter, value) in enumerate(zip(self.parameters, values)):
+                parameter.set_data(value if isinstance(value, Tensor) else self.as_float32(number, value))
             self.values = values
+
+    def as_float32(self, number: int, stored: np.ndarray) -> Tensor:
+        """The array in the buffer of this parameter. New memory for each layer would leave gaps that nothing fits."""
+        if number not in self.buffers:
+            array = np.empty(stored.shape, np.float32)
+            self.buffers[number] = array, Tensor.from_numpy(array)
+        array, tensor = self.buffers[number]
+        np.copyto(array, widened(stored))
+        return tensor
 
 
 class Blocks:
