@@ -14,7 +14,7 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.networks.blockwise import BlockwiseText, BlockwiseUNet, graph_key
 from ldm.networks.layers import Conv2d, GroupNorm, fill
 from ldm.networks.text import VARIANTS
-from ldm.networks.unet import ResBlock, SpatialTransformer, UNet
+from ldm.networks.unet import ResBlock, SpatialTransformer, UNet, parts_of
 from ldm.train.ema import Ema
 from ldm.train.gradients import LayerByLayer, WholeGraph
 from ldm.train.optimizer import build_optimizer
@@ -31,6 +31,7 @@ CONFIG = UNetConfig(
     num_head_channels=None,
 )
 TOLD = replace(CONFIG, adm_in_channels=6, size_channels=2, time_cond_proj_dim=8)  # a vector and a guidance scale
+CONVOLVED = replace(CONFIG, use_linear_in_transformer=False)
 
 
 @pytest.fixture
@@ -67,8 +68,9 @@ def compare(net, blockwise, inputs):
     assert len(blockwise.kinds) < len(blockwise.weights)
 
 
-def test_unet(rng):
-    net = filled(UNet(TOLD), rng)
+@pytest.mark.parametrize("linear", [True, False])
+def test_unet(rng, linear):
+    net = filled(UNet(replace(TOLD, use_linear_in_transformer=linear)), rng)
     z, told = rng.standard_normal((2, 4, 8, 8), np.float32), [Tensor(array) for array in draws(rng, TOLD)]
     inputs = [(Tensor(z * s), Tensor(np.array([t, t], np.int32)), *told) for s, t in ((1, 3), (2, 900))]
     compare(net, BlockwiseUNet(net), inputs)
@@ -86,6 +88,7 @@ PART = ["attn2", r"^out\.2"]  # the way back ends at the first transformer
 
 def test_layers_share_a_graph_where_all_that_makes_it_is_the_same():
     """Shapes of parameters alone do not tell: heads, strides, epsilons and groups are in none of them."""
+    parts = parts_of(SpatialTransformer(64, CONFIG, 2))
     silu = [GroupNorm(32, eps, silu=act) for eps, act in ((1e-5, False), (1e-6, False), (1e-5, True))]
     different = [
         *silu,
@@ -93,15 +96,19 @@ def test_layers_share_a_graph_where_all_that_makes_it_is_the_same():
         Conv2d(32, 32, 3, stride=2),
         Conv2d(32, 32, 3, padding=(0, 1, 0, 1)),
         Conv2d(32, 32, 1),
-        *(SpatialTransformer(64, replace(CONFIG, num_heads=heads)) for heads in (2, 4)),
-        SpatialTransformer(64, replace(CONFIG, use_linear_in_transformer=False)),
+        parts[0],
+        *parts[2:],
+        parts_of(SpatialTransformer(64, replace(CONFIG, num_heads=4)))[1],
+        *parts_of(SpatialTransformer(64, replace(CONFIG, use_linear_in_transformer=False)))[::2],
     ]
     assert len({graph_key(layer) for layer in different}) == len(different)
-    for cls, *words in ((SpatialTransformer, 64, CONFIG), (ResBlock, 32, 64, 128)):
-        assert graph_key(cls(*words)) == graph_key(cls(*words))
+    for cls, *words in ((SpatialTransformer, 64, CONFIG, 2), (ResBlock, 32, 64, 128)):
+        keys = [[graph_key(part) for part in parts_of(cls(*words))] for _ in range(2)]
+        assert keys[0] == keys[1]
+    assert graph_key(parts[1]) == graph_key(parts[2])
 
 
-@pytest.mark.parametrize("chosen, limits, config", [([], [1.0, None], TOLD), (PART, [None], CONFIG)])
+@pytest.mark.parametrize("chosen, limits, config", [([], [1.0, None], TOLD), (PART, [None], CONVOLVED)])
 def test_training(rng, chosen, limits, config):
     """Of one and of two micro-batches: all that a step changes is as with one graph for all of the network. Without
     clipping, a layer is updated as soon as its gradients are there. What is not trained stays as it is."""

@@ -17,7 +17,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from ldm.files import sha256
-from ldm.kernels import cpu, plain, sliced
+from ldm.kernels import convolution, cpu, plain, sliced
 
 pytestmark = pytest.mark.skipif(cpu.native_library() is None, reason="no C++ compiler on this machine")
 
@@ -93,6 +93,20 @@ def test_a_bias_in_half_precision_stays_so(rng):
 
 def test_upsample(rng):
     compare(cpu.NativeUpsample2(), plain.Upsample2(), rng.standard_normal((2, 3, 5, 7)))
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("shape, outputs", [((2, 4, 9, 7), 6), ((2, 8, 3, 2), 16)], ids=["large", "small"])
+def test_a_convolution_that_keeps_the_size(rng, shape, outputs, kernel):
+    """Its gradients are computed in one way for large pictures and in another way for small ones."""
+    native, own = convolution.SizeKeepingConv2d(outputs, kernel), plain.conv2d(outputs, kernel, 1, kernel // 2)
+    compare(native, own, rng.standard_normal(shape), rng.standard_normal((outputs, shape[1], kernel, kernel)))
+
+
+@pytest.mark.parametrize("words", [(319, 3, 1, 1), (320, 1, 1, 0), (320, 3, 2, 1), (320, 3, 1, 0)], ids=str)
+def test_only_wide_convolutions_that_keep_the_size_have_another_gradient(words):
+    assert isinstance(convolution.small_gradient_conv2d(*words), ops.Conv2D)
+    assert isinstance(convolution.small_gradient_conv2d(320, 3, 1, 1), convolution.SizeKeepingConv2d)
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(50, [5] * 10), (53, [7] * 7 + [4])])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import mindspore as ms
 
-from ldm.kernels import ascend, cpu, plain, sliced
+from ldm.kernels import ascend, convolution, cpu, plain, sliced
 from ldm.kernels.plain import add, cast, concat_channels, multiply, reshape, transpose  # noqa: F401
 
 
@@ -33,7 +33,7 @@ class Kernels(NamedTuple):
 
 
 PLAIN = Kernels()
-SLICED = Kernels(Attention=sliced.SlicedAttention)
+SLICED = Kernels(Attention=sliced.SlicedAttention, Conv2d=convolution.small_gradient_conv2d)
 NATIVE = Kernels(
     Attention=sliced.SlicedAttention,
     GroupNorm=cpu.NativeGroupNorm,
@@ -42,6 +42,7 @@ NATIVE = Kernels(
     GEGLU=cpu.NativeGEGLU,
     AddBias=cpu.NativeAddBias,
     Upsample2=cpu.NativeUpsample2,
+    Conv2d=convolution.small_gradient_conv2d,
 )
 ASCEND = Kernels(Attention=ascend.FlashAttention)
 

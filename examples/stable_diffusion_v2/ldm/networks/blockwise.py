@@ -19,7 +19,7 @@ from mindspore.ops import Primitive
 
 from ldm.checkpoint.arrays import widened
 from ldm.networks.text import TextEncoders, both, encode
-from ldm.networks.unet import Embed, UNet, join, walk
+from ldm.networks.unet import Embed, UNet, add_back, in_parts, join, parts_of, walk
 
 MANY_WEIGHTS = 50_000_000  # larger networks gain by going block by block; smaller ones lose a few percent of a step
 _OF_EVERY_CELL = frozenset(vars(nn.Cell()))
@@ -48,7 +48,8 @@ def layers_of(network: nn.Cell) -> Iterator[nn.Cell]:
     """The layers of a UNet or of text encoders that are run one by one."""
     if isinstance(network, UNet):
         for stage in (*network.input_blocks, network.middle_block, *network.output_blocks):
-            yield from stage
+            for layer in stage:
+                yield from parts_of(layer)
     elif isinstance(network, TextEncoders):
         yield from (*network.first.blocks(), *network.second.blocks())
     else:
@@ -72,14 +73,23 @@ class Kind:
 
     def __init__(self, layer: nn.Cell, parameters: list[Parameter]):
         self.layer, self.parameters, self.values = layer, parameters, None
+        self.buffers: dict[int, tuple[np.ndarray, Tensor]] = {}  # by a parameter's number; both are the same memory
 
     def take(self, values: list[Tensor | np.ndarray]) -> None:
         """Give the layer these weights; arrays of another type, which lie in a file, become float32 here."""
         if self.values is not values:
-            for parameter, value in zip(self.parameters, values):
-                is_tensor = isinstance(value, Tensor)
-                parameter.set_data(value if is_tensor else Tensor.from_numpy(widened(value).astype(np.float32)))
+            for number, (parameter, value) in enumerate(zip(self.parameters, values)):
+                parameter.set_data(value if isinstance(value, Tensor) else self.as_float32(number, value))
             self.values = values
+
+    def as_float32(self, number: int, stored: np.ndarray) -> Tensor:
+        """The array in the buffer of this parameter. New memory for each layer would leave gaps that nothing fits."""
+        if number not in self.buffers:
+            array = np.empty(stored.shape, np.float32)
+            self.buffers[number] = array, Tensor.from_numpy(array)
+        array, tensor = self.buffers[number]
+        np.copyto(array, widened(stored))
+        return tensor
 
 
 class Blocks:
@@ -129,7 +139,7 @@ class BlockwiseUNet(Blocks):
 
     def __call__(self, z: Tensor, t: Tensor, context: Tensor, *told: Tensor) -> Tensor:
         net = self.network
-        return net.read_out(walk(net, z, self.embed(t, *told), context, self.run, join))
+        return net.read_out(walk(net, z, self.embed(t, *told), context, in_parts(self.run, add_back), join))
 
 
 class BlockwiseText(Blocks):

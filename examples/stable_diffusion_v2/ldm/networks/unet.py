@@ -74,8 +74,6 @@ class UNet(nn.Cell):
         self.out = nn.SequentialCell(
             [GroupNorm(channels, 1e-5, silu=True), nn.Identity(), Conv2d(channels, config.out_channels, 3, zero=True)]
         )
-        if config.use_checkpoint:
-            self.recompute_blocks()
 
     def construct(self, z, t, context, *told):
         return self.read_out(walk(self, z, self.embed(t, *told), context, run_layer, join))
@@ -104,7 +102,7 @@ class UNet(nn.Cell):
         return self.out(h).astype(ms.float32)
 
     def recompute_blocks(self) -> None:
-        """Keep only the inputs of these parts for the backward pass: less memory for a third more time.
+        """Keep only the inputs of these parts for the backward pass of one graph: less memory for a third more time.
 
         A whole transformer block is not among them: MindSpore 2.8 makes a loop in its graph, around the norms' own
         gradients.
@@ -172,6 +170,29 @@ def walk(net: UNet, z, emb, context, run, join):
     return h
 
 
+def parts_of(layer: nn.Cell) -> tuple[nn.Cell, ...]:
+    """What the host runs one by one of a layer of a stage."""
+    return layer.parts if isinstance(layer, SpatialTransformer) else (layer,)
+
+
+def in_parts(run, add_back):
+    """A `run` for `walk` on the host: it gives every part of a layer to `run`, which is called alike.
+
+    The memory of a compiled layer grows with its size, so the parts of a deep transformer are small layers.
+
+    Args:
+        add_back: (h, x) -> the sum of a transformer's input and the output of its last part.
+    """
+
+    def run_parts(layer, h, emb, context):
+        x = h
+        for part in parts_of(layer):
+            x = run(part, x, emb, context)
+        return add_back(h, x) if isinstance(layer, SpatialTransformer) else x
+
+    return run_parts
+
+
 class Frequencies(nn.Cell):
     """Times [B] to [B, width]: their cosines and sines at geometrically falling frequencies."""
 
@@ -235,6 +256,10 @@ class SpatialTransformer(nn.Cell):
     """The picture's positions as tokens: attention among them, to the text, and a gated MLP.
 
     SD 2.x projects with linear layers, SD 1.x with 1×1 convolutions: the same map, other shapes in the file.
+
+    Attributes:
+        parts: the way in, the blocks, the way out; each is called like every layer of a stage. MindSpore finds no
+            parameters in this tuple. The host runs them one by one (`in_parts`), and SDXL has ten blocks here.
     """
 
     def __init__(self, channels: int, config, depth: int = 1):
@@ -249,23 +274,59 @@ class SpatialTransformer(nn.Cell):
         self.proj_out = (
             Linear(channels, channels, zero=True) if self.linear else Conv2d(channels, channels, 1, zero=True)
         )
+        self.parts = (WayIn(self), *self.transformer_blocks, WayOut(self))
 
     def construct(self, h, emb, context):
-        b, c, height, width = h.shape
-        x = self.norm(h)
-        if not self.linear:
-            x = self.proj_in(x)
-        x = transpose(reshape(x, (b, c, height * width)), (0, 2, 1))  # [B, HW, C]
-        if self.linear:
-            x = self.proj_in(x)
+        x = to_tokens(self, h)
         for block in self.transformer_blocks:
-            x = block(x, context)
-        if self.linear:
-            x = self.proj_out(x)
-        x = reshape(transpose(x, (0, 2, 1)), h.shape)
-        if not self.linear:
-            x = self.proj_out(x)
-        return add(h, x)
+            x = block(x, emb, context)
+        return add_back(h, from_tokens(self, x))
+
+
+def to_tokens(transformer, h):
+    """A picture [B, C, H, W] to its tokens [B, HW, C], normed and projected."""
+    b, c, height, width = h.shape
+    x = transformer.norm(h)
+    if not transformer.linear:
+        x = transformer.proj_in(x)
+    x = transpose(reshape(x, (b, c, height * width)), (0, 2, 1))
+    return transformer.proj_in(x) if transformer.linear else x
+
+
+def from_tokens(transformer, x):
+    """Tokens [B, HW, C], projected, to [B, C, HW, 1]."""
+    b, count, c = x.shape
+    if transformer.linear:
+        x = transformer.proj_out(x)
+    x = reshape(transpose(x, (0, 2, 1)), (b, c, count, 1))
+    return x if transformer.linear else transformer.proj_out(x)
+
+
+def add_back(h, x):
+    """The sum of a picture and what `from_tokens` gives."""
+    return add(h, reshape(x, h.shape))
+
+
+class WayIn(nn.Cell):
+    """`to_tokens` as a layer."""
+
+    def __init__(self, of: SpatialTransformer):
+        super().__init__(auto_prefix=False)
+        self.norm, self.proj_in, self.linear = of.norm, of.proj_in, of.linear
+
+    def construct(self, h, emb, context):
+        return to_tokens(self, h)
+
+
+class WayOut(nn.Cell):
+    """`from_tokens` as a layer."""
+
+    def __init__(self, of: SpatialTransformer):
+        super().__init__(auto_prefix=False)
+        self.proj_out, self.linear = of.proj_out, of.linear
+
+    def construct(self, x, emb, context):
+        return from_tokens(self, x)
 
 
 class TransformerBlock(nn.Cell):
@@ -275,7 +336,7 @@ class TransformerBlock(nn.Cell):
         self.norm2, self.attn2 = LayerNorm(channels), CrossAttention(channels, heads, context_dim)
         self.norm3, self.ff = LayerNorm(channels), FeedForward(channels)
 
-    def construct(self, x, context):
+    def construct(self, x, emb, context):
         x = add(x, self.attn1(self.norm1(x)))
         x = add(x, self.attn2(self.norm2(x), context))
         return add(x, self.ff(self.norm3(x)))

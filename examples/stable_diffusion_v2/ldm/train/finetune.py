@@ -395,6 +395,9 @@ def build_train_step(
     ranks: Ranks,
 ) -> TrainStep:
     """The training step of these parameters: loss, optimizer and gradients."""
+    by_layers = trains_by_layers(args, config, dtype, model.unet)
+    if config.unet.use_checkpoint and not by_layers:
+        model.unet.recompute_blocks()
     loss = DiffusionLoss(model.unet, build_schedule(config.schedule), get_prediction(config.prediction_type))
     return TrainStep(
         TextLoss(model.text_encoder, loss, bool(config.size_numbers)) if trains_text(args) else loss,
@@ -403,7 +406,7 @@ def build_train_step(
         args.max_grad_norm if args.clip_grad else None,
         LossScale(args.init_loss_scale, args.scale_window) if dtype == "float16" else None,
         ranks,
-        LayerByLayer(loss, trained) if trains_by_layers(args, config, dtype, model.unet) else None,
+        LayerByLayer(loss, trained) if by_layers else None,
     )
 
 

@@ -18,9 +18,10 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.networks.blockwise import Blocks, Kind
-from ldm.networks.unet import Embed, join, walk
+from ldm.networks.unet import Embed, add_back, in_parts, join, walk
 
 Outputs = tuple[Tensor, ...]
+Entries = list["Ran | Joined | Added"]
 OfLayer = tuple[Sequence[Parameter], Sequence[Tensor]]  # parameters and their gradients
 
 
@@ -133,11 +134,12 @@ class LayerByLayer(Blocks):
         """
         self.weights.clear()  # parameters may have other memory now, for example after validation with the average
         emb, tape = self.embed(t, *told), Tape(self.run)
-        h = walk(self.network, self.noisy(latents, eps, t), emb, context, tape.run, tape.join)
+        run = in_parts(tape.run, tape.add_back)
+        h = walk(self.network, self.noisy(latents, eps, t), emb, context, run, tape.join)
         (_, outputs), (dh, of_tail) = self.tail(h, scale, latents, eps, t, weight)
         return outputs, self.way_back(tape.entries, dh, of_tail, (t, *told), emb, context)
 
-    def way_back(self, entries: list[Ran | Joined], dh: Tensor, of_tail, told, emb, context) -> Iterator[OfLayer]:
+    def way_back(self, entries: Entries, dh: Tensor, of_tail, told, emb, context) -> Iterator[OfLayer]:
         """The backward pass over the tape's entries, from the gradient `dh` of the last layer's output."""
         yield self.tail.weights, of_tail
         demb, of_skips = ops.zeros_like(emb), {}  # gradients of skips, by the number of the entry that made the skip
@@ -147,6 +149,8 @@ class LayerByLayer(Blocks):
                 dh = dh + of_skips.pop(number)
             if isinstance(entry, Joined):
                 of_skips[entry.source], dh = dh[:, entry.width :], dh[:, : entry.width]
+            elif isinstance(entry, Added):
+                of_skips[entry.source], dh = dh, ops.reshape(dh, entry.shape)
             else:
                 (dh, part, _), grads = self.with_weights_of(entry.layer).backward(entry.h, emb, context, dh)
                 demb = demb + part
@@ -155,7 +159,7 @@ class LayerByLayer(Blocks):
             yield self.head.weights, self.head(demb, *told)
         self.give_back()  # the optimizer updates the layers' parameters
 
-    def first_needed(self, entries: Sequence[Ran | Joined]) -> int:
+    def first_needed(self, entries: Entries) -> int:
         """The entry where the backward pass ends: no layer before it has a trained parameter."""
         if self.head.weights:
             return 0
@@ -177,11 +181,18 @@ class Joined(NamedTuple):
     source: int
 
 
+class Added(NamedTuple):
+    """A sum of what entry number `source` made and the entry before, which has this shape."""
+
+    source: int
+    shape: tuple[int, ...]
+
+
 class Tape:
     """A record of `walk`'s forward pass. It holds the layers' inputs and no other tensors."""
 
     def __init__(self, run: Callable[..., Tensor]):
-        self.entries: list[Ran | Joined] = []
+        self.entries: Entries = []
         self.makers: dict[int, int] = {}  # numbers of entries, by the ids of their outputs; skips live until the end
         self.run_layer = run
 
@@ -194,6 +205,13 @@ class Tape:
     def join(self, h: Tensor, skip: Tensor) -> Tensor:
         self.entries.append(Joined(h.shape[1], self.makers[id(skip)]))
         return join(h, skip)
+
+    def add_back(self, h: Tensor, x: Tensor) -> Tensor:
+        output = add_back(h, x)
+        source = self.makers[id(h)]
+        self.makers[id(output)] = len(self.entries)
+        self.entries.append(Added(source, x.shape))
+        return output
 
 
 class _Backward(nn.Cell):
