@@ -79,7 +79,7 @@ def choose_config(
             published as another; the sidecar is no model file; the config's prediction type is unknown; `changed`.
     """
     path, ckpt = weights.of_unet
-    choice, name = _choose(path, ckpt, config_path, version), published(path)
+    choice, name = _as_distilled(_choose(path, ckpt, config_path, version), path, ckpt), published(path)
     if changes:
         choice = Choice(changed(choice.config, changes), f"{choice.origin} with --set")
     get_prediction(choice.config.prediction_type)  # an unknown word is refused here, before it is compared
@@ -106,6 +106,20 @@ def _choose(path: str, ckpt: Checkpoint, config_path: str | None, version: str |
     kind, known = kinds.of_unet(ckpt.tensors), ", ".join(_versions_of(ckpt))
     begin = f"{path} is {kind.name} and" if kind else path
     raise UserError(f"{begin} does not say which model it is: add --version ({known}), or its YAML file as config")
+
+
+def _as_distilled(choice: Choice, path: str, ckpt: Checkpoint) -> Choice:
+    """The choice, but drawn with as the file was distilled, if the file is a student and the config does not say so.
+
+    Otherwise a YAML file of the teacher would let a student be guided twice.
+    """
+    own, config = own_config(path, ckpt), choice.config
+    if own is None or own.sampling.distilled_guidance is None or config.sampling.distilled_guidance is not None:
+        return choice
+    if own.unet.time_cond_proj_dim != config.unet.time_cond_proj_dim:
+        return choice  # `check_words` refuses it
+    log.info("%s is a student of %d steps, and is used as such", path, own.sampling.steps)
+    return choice._replace(config=replace(config, sampling=own.sampling))
 
 
 def by_marks(ckpt: Checkpoint) -> ModelConfig | None:

@@ -224,6 +224,14 @@ def test_a_stage_begins_with_the_averages_of_the_one_before(runs):
     )  # of the last stage alone
 
 
+def test_the_teachers_yaml_file_does_not_hide_that_a_model_is_a_student(runs, place):
+    """Otherwise guidance would come on top of the guidance in the weights."""
+    weights, yaml = open_weights(str(runs[0] / "ckpt/rank_0/student-4.safetensors")), str(place / "model.yaml")
+    chosen = choose_config(weights, yaml).config
+    assert chosen.sampling == replace(STUDENT, steps=4) and not halvings(options("--end_steps", 2), chosen).guided
+    assert choose_config(weights, yaml, changes=["model.sampling.steps=8"]).config.sampling.steps == 8
+
+
 def test_another_plan_is_another_run(runs, place, monkeypatch, capsys):
     words = ["--start_steps", 8, "--updates_per_halving", 4, 2, 1, "--ema_decay", 0.5, *quickly(place)]
     words += ["--gradient_accumulation_steps", 2, "--resume", True]
