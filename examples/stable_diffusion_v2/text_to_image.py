@@ -95,7 +95,7 @@ def _add_ways_to_draw(add: Callable) -> None:
     for name, sampler in SAMPLERS.items():
         add(sampler.flag, action="store_true", help=f"the same as --sampler {name}")
     usual = f"the model's, {SamplingConfig.steps}"
-    add("--sampling_steps", type=int, help=f"how often the network runs for a picture (default: {usual})")
+    add("--sampling_steps", type=int, help=f"steps of the sampler for a picture (default: {usual})")
     add("--spacing", choices=list(SPACINGS), help="of the times where it runs (default: the model's, or the sampler's)")
     add("--final_sigma", choices=list(FINAL_SIGMAS), help="noise that is left (default: the model's, or the sampler's)")
     add("--ddim_eta", type=float, help="fresh noise per step, 0 to 1 (default: the sampler's own)")

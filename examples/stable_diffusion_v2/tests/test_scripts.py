@@ -850,9 +850,10 @@ def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, wo
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--sampler", "euler"], ["euler", "dpm_solver_pp"]),
+        (["--sampler", "rk4"], ["rk4", "dpm_solver_pp"]),
         (["--ddim", "--dpm_solver"], ["more than one sampler", "ddim, dpm_solver"]),
-        (["--plms"], ["--plms is not available", "dpm_solver_pp"]),
+        (["--plms", "--ddim_eta", 1], ["sampler plms takes no eta", "dpm_solver_pp"]),
+        (["--uni_pc", "--spacing", "kerras"], ["kerras", "karras"]),
         (["--W", 30], ["30", "not divisible by 4"]),
         (["--sampling_steps", 1001], ["1001", "1000"]),
         (["--n_samples", 0], ["n_samples", "at least 1"]),
@@ -865,7 +866,7 @@ def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, wo
         (["--config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
         (["--set", "model.prediction_type=eps"], ["prediction_type 'v'", "the config with --set says 'eps'"]),
         (["--set", "model.unet.chanel_mult=[1]"], ["--set: unknown key", "'model.unet.channel_mult'"]),
-        (["--set", "model.sampling.sampler=euler"], ["euler", "dpm_solver_pp"]),
+        (["--set", "model.sampling.sampler=rk4"], ["rk4", "dpm_solver_pp"]),
         (["--config", "{place}/typo.yaml"], ["typo.yaml", "model.unet.model_chanels", "model.unet.model_channels"]),
         (["--config", "{place}/type.yaml"], ["unknown prediction type 'velo'", "eps, x0, v"]),
         (["--output_path", "{place}/model.yaml"], ["cannot write to", "--output_path"]),
