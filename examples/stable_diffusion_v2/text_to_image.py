@@ -101,6 +101,8 @@ def _add_ways_to_draw(add: Callable) -> None:
     add("--ddim_eta", type=float, help="fresh noise per step, 0 to 1 (default: the sampler's own)")
     add("--scale", type=float, help="guidance scale; 1 is none (default: the model's)")
     add("--guidance_rescale", type=float, help="0 to 1, against too much contrast by guidance (default: the model's)")
+    levels = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+    add("--guidance_interval", **levels, help="noise levels sigma / alpha where guidance works, such as 0.28 5.42")
     add("--n_iter", type=int, default=2, help="batches per prompt")
     add("--n_samples", type=int, default=4, help="pictures per batch and prompt")
     add(

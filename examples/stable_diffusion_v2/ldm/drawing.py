@@ -46,7 +46,11 @@ SPECIAL_ELSEWHERE = {  # patterns that mean something in the prompts of other pr
     r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)": "prompts have no weights here",
 }
 DEFAULT_VERSION = "2.1"  # where neither a checkpoint nor a version is named; MindONE's
-WITHOUT = {"lora": [], "guidance_rescale": 0.0}  # facts that pictures once had not, and how they were drawn
+WITHOUT = {
+    "lora": [],
+    "guidance_rescale": 0.0,
+    "guidance_interval": None,
+}  # facts that pictures once had not, and how they were drawn
 IN_GRID = 64  # the most pictures: those of a long prompt file would fill the memory
 
 
@@ -153,7 +157,22 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
     )
     if not 0 <= settings.guidance_rescale <= 1:
         raise UserError(f"--guidance_rescale must be between 0 and 1, got {settings.guidance_rescale}")
+    settings = replace(settings, guidance_interval=_interval(args, settings, config))
     return _with_sizes(settings, args, config)
+
+
+def _interval(args: argparse.Namespace, settings: Settings, config: ModelConfig) -> tuple[float, float] | None:
+    """The noise levels where guidance works; UserError where there is none, or no guidance at all."""
+    if args.guidance_interval is None:
+        return None
+    low, high = args.guidance_interval
+    if not 0 <= low < high:
+        raise UserError(f"--guidance_interval must be two noise levels, 0 <= LOW < HIGH, got {low:g} {high:g}")
+    if settings.guidance_scale == 1:
+        raise UserError("--guidance_interval is for a guidance scale: raise --scale above 1, or leave it out")
+    if config.unet.time_cond_proj_dim:
+        raise UserError("--guidance_interval does not go with this model, which has learnt guidance: leave it out")
+    return low, high
 
 
 def _with_sizes(settings: Settings, args: argparse.Namespace, config: ModelConfig) -> Settings:
@@ -217,6 +236,7 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, se
         "sampling_steps": settings.steps,
         "scale": settings.guidance_scale,
         "guidance_rescale": settings.guidance_rescale,
+        "guidance_interval": settings.guidance_interval and list(map(_finite, settings.guidance_interval)),
         "H": settings.height,
         "W": settings.width,
         "prediction_type": config.prediction_type,
@@ -226,6 +246,11 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, se
         "lora": [[Path(path).name, by] for path, by in each_with_scale(args.lora_ckpt_path, args.lora_scale)],
         **told,
     }
+
+
+def _finite(number: float) -> float | None:
+    """A number as JSON has it: None for infinity."""
+    return number if np.isfinite(number) else None
 
 
 def _plain(sizes: Sizes) -> list:

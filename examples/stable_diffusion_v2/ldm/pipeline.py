@@ -74,6 +74,7 @@ class Settings:
     negative_sizes: Sizes | None = None
     guidance_rescale: float = 0.0
     zeros_for_empty: bool = False  # an empty negative prompt is zeros, not its text features
+    guidance_interval: tuple[float, float] | None = None  # noise levels sigma / alpha; see `Denoiser`
     refiner_start: float = 1.0  # the share of the time that is drawn before the refiner, where there is one
 
     def told(self) -> tuple[Sizes, Sizes]:
@@ -185,11 +186,12 @@ class Pipeline:
     def guided(self, prompts: list[str], negative_prompts: list[str], settings: Settings) -> Denoiser | Relay:
         """The denoiser of a batch of prompts, for a sampler, with the refiner's after it."""
         words = prompts, negative_prompts, settings.guidance_scale, settings.told(), settings.guidance_rescale
-        denoise = self.denoiser(*words, settings.zeros_for_empty)
+        interval = settings.guidance_interval
+        denoise = self.denoiser(*words, settings.zeros_for_empty, interval)
         if self.refiner is None:
             return denoise
         until = round(len(self.schedule) * (1 - settings.refiner_start))
-        return Relay(denoise, self.refiner.denoiser(*words), until, lambda: self.model.give_back(UNET))
+        return Relay(denoise, self.refiner.denoiser(*words, False, interval), until, lambda: self.model.give_back(UNET))
 
     def denoiser(
         self,
@@ -199,6 +201,7 @@ class Pipeline:
         told: tuple[Sizes | None, Sizes | None] = (None, None),
         guidance_rescale: float = 0.0,
         zeros_for_empty: bool = False,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Denoiser:
         """This model's denoiser of a batch of prompts; `told` as from `Settings.told`, the rest as in `Settings`."""
         cond, uncond = self.told(prompts, told[0]), None
@@ -207,8 +210,8 @@ class Pipeline:
             guidance_scale = 1
         elif guidance_scale != 1:
             uncond = self.told(negative_prompts, told[1], zeros_for_empty)
-        network = self.model.unet
-        return Denoiser(network, self.schedule, self.prediction, cond, uncond, guidance_scale, guidance_rescale)
+        guidance = guidance_scale, guidance_rescale, guidance_interval
+        return Denoiser(self.model.unet, self.schedule, self.prediction, cond, uncond, *guidance)
 
     def told(self, prompts: list[str], sizes: Sizes | None, zeros_for_empty: bool = False) -> Condition:
         """The condition of a batch of prompts, and of the same sizes for all of them where the UNet is told sizes.

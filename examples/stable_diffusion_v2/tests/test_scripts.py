@@ -853,6 +853,8 @@ def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, wo
         (["--sampler", "rk4"], ["rk4", "dpm_solver_pp"]),
         (["--ddim", "--dpm_solver"], ["more than one sampler", "ddim, dpm_solver"]),
         (["--plms", "--ddim_eta", 1], ["sampler plms takes no eta", "dpm_solver_pp"]),
+        (["--guidance_interval", 2, 1], ["--guidance_interval", "0 <= LOW < HIGH, got 2 1"]),
+        (["--guidance_interval", 0.3, 5, "--scale", 1], ["--guidance_interval is for a guidance scale"]),
         (["--uni_pc", "--spacing", "kerras"], ["kerras", "karras"]),
         (["--W", 30], ["30", "not divisible by 4"]),
         (["--sampling_steps", 1001], ["1001", "1000"]),
