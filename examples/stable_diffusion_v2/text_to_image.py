@@ -37,9 +37,11 @@ from ldm.drawing import (
     plan,
     run_facts,
     settings_of,
+    texts_of,
     warn_of_long_prompts,
     warn_of_other_steps,
     warn_of_plain_words,
+    wording_of,
 )
 from ldm.errors import UserError
 from ldm.files import claimed
@@ -61,6 +63,8 @@ def build_parser() -> Parser:
     add("--data_path", "--from-file", default="", help="a text file with one prompt per line, instead of --prompt")
     add("--negative_prompt", default="", help="what not to draw; for every prompt")
     add("--negative_data_path", default="", help="a text file of negative prompts; line n is for line n of the prompts")
+    add("--prompt_weights", type=str2bool, default=True, help="(word:1.2), (word), [word] weigh words, as in A1111")
+    add("--support_long_prompts", type=str2bool, default=False, help="see prompts as a whole, 75 tokens at a time")
     add("--output_path", default="output", help="pictures go to its folder samples/, numbered on from what is there")
     add(
         "-v",
@@ -189,12 +193,10 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
     refiner = Pipeline(job.refiner.config, networks(job.refiner, (UNET, TEXT))) if job.refiner else None
     model = networks(job.model, PARTS)
     pipeline = Pipeline(job.model.config, model, refiner)
-    warn_of_long_prompts(job.pictures, model.tokenizers[0])
-    texts = {picture.prompt for picture in job.pictures}
-    if job.settings.guidance_scale != 1:
-        texts |= {picture.negative_prompt for picture in job.pictures}
+    warn_of_long_prompts(job.pictures, model.tokenizers[0], job.settings)
+    texts = texts_of(job.pictures, pipeline, job.settings)
     if len(texts) <= CACHED_PROMPTS:
-        pipeline.encode_ahead(sorted(texts))
+        pipeline.encode_ahead(*zip(*sorted(texts)))
     return pipeline
 
 
@@ -215,7 +217,8 @@ def main() -> None:
     pipeline = build(args, job, device)
     output = Output(args, ranks, job.samples, pictures, job.facts, files)
     size = min(args.batch_size or args.n_samples, len(pictures))
-    mine = list(batches(pictures, size))[ranks.rank :: ranks.size]  # the batches of one process, hence the same bits
+    every = batches(pictures, size, lambda picture: wording_of(picture, pipeline, settings))
+    mine = list(every)[ranks.rank :: ranks.size]  # the batches of one process, hence the same bits
     with tqdm(total=len(mine) * settings.steps, unit="step") as bar:
         bar.set_description(f"{sum(len(batch) for batch, _ in mine)} pictures")
         for batch, filled in mine:

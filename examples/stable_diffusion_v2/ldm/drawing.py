@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from ldm import runtime
 from ldm.checkpoint import content_key
-from ldm.conditioning import Sizes
+from ldm.conditioning import Sizes, Wording
 from ldm.config.model import REFINER_NUMBERS, ModelConfig, changed, load_model_config
 from ldm.config.options import require_at_least
 from ldm.config.versions import VERSIONS, existing, find_checkpoint
@@ -27,7 +27,8 @@ from ldm.errors import UserError
 from ldm.files import escaped
 from ldm.parallel.ranks import Ranks
 from ldm.pictures import grid, next_number, read_facts, read_png, save_drawn, save_png
-from ldm.pipeline import Settings, sampler_of, settings_for
+from ldm.pipeline import Pipeline, Settings, sampler_of, settings_for
+from ldm.text.emphasis import has_weights
 from ldm.text.tokenizer import Tokenizer
 from ldm.weights import (
     choose_config,
@@ -41,10 +42,8 @@ from ldm.weights import (
 
 log = logging.getLogger(__name__)
 
-SPECIAL_ELSEWHERE = {  # patterns that mean something in the prompts of other programs
-    r"<(?:lora|lyco|hypernet):[^<>\n]*>": "prompts load nothing here",
-    r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)": "prompts have no weights here",
-}
+LOADED_ELSEWHERE = r"<(?:lora|lyco|hypernet):[^<>\n]*>"  # in the prompts of other programs
+WEIGHTS = r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)"
 DEFAULT_VERSION = "2.1"  # where neither a checkpoint nor a version is named; MindONE's
 WITHOUT = {
     "lora": [],
@@ -157,7 +156,12 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
     )
     if not 0 <= settings.guidance_rescale <= 1:
         raise UserError(f"--guidance_rescale must be between 0 and 1, got {settings.guidance_rescale}")
-    settings = replace(settings, guidance_interval=_interval(args, settings, config))
+    settings = replace(
+        settings,
+        guidance_interval=_interval(args, settings, config),
+        prompt_weights=args.prompt_weights,
+        long_prompts=args.support_long_prompts,
+    )
     return _with_sizes(settings, args, config)
 
 
@@ -213,11 +217,20 @@ def default_version(prediction_type: str | None, download: bool) -> str:
     )
 
 
-def batches(pictures: list[Picture], size: int) -> Iterator[tuple[list[Picture], list[Picture]]]:
-    """(slice, slice filled up to `size` with its last picture): the graph is compiled for one size."""
-    for start in range(0, len(pictures), size):
-        batch = pictures[start : start + size]
-        yield batch, batch + batch[-1:] * (size - len(batch))
+def batches(
+    pictures: list[Picture], size: int, alike: Callable[[Picture], Hashable] = lambda picture: None
+) -> Iterator[tuple[list[Picture], list[Picture]]]:
+    """(slice, slice filled up to `size` with its last picture): the graph is compiled for one size.
+
+    Only pictures of which `alike` says the same stand in one batch.
+    """
+    groups: dict[Hashable, list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(alike(picture), []).append(picture)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            batch = group[start : start + size]
+            yield batch, batch + batch[-1:] * (size - len(batch))
 
 
 def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, settings: Settings) -> dict:
@@ -289,8 +302,12 @@ def noise_number(picture: Picture, args: argparse.Namespace) -> int:
 
 def picture_facts(picture: Picture, args: argparse.Namespace, run: dict) -> dict:
     """All facts in a picture's file."""
+    read = {
+        "prompt_weights": args.prompt_weights and any(map(has_weights, picture[:2])),
+        "long_prompts": args.support_long_prompts,
+    }
     number = noise_number(picture, args)
-    return {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt, "number": number, **run}
+    return {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt, "number": number, **read, **run}
 
 
 def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, run: dict) -> list[Picture]:
@@ -373,6 +390,22 @@ class Output:
         log.info("%s together: %s", "all" if len(tiles) == self.count else f"the first {len(tiles)}", name)
 
 
+def wording_of(picture: Picture, pipeline: Pipeline, settings: Settings) -> Wording:
+    """How the picture's prompts are read."""
+    return pipeline.wording([picture.prompt], [picture.negative_prompt], settings)
+
+
+def texts_of(pictures: list[Picture], pipeline: Pipeline, settings: Settings) -> set[tuple[str, Wording]]:
+    """All texts that are encoded for the pictures, and how they are read."""
+    texts = set()
+    for picture in pictures:
+        wording = wording_of(picture, pipeline, settings)
+        texts.add((picture.prompt, wording))
+        if settings.guidance_scale != 1:
+            texts.add((picture.negative_prompt, wording))
+    return texts
+
+
 def warn_of_other_steps(settings: Settings, config: ModelConfig) -> None:
     """One line where a student (`SamplingConfig.distilled_guidance`) is drawn otherwise than it was distilled."""
     own, scales = config.sampling, config.sampling.distilled_guidance
@@ -397,7 +430,10 @@ def warn_of_other_steps(settings: Settings, config: ModelConfig) -> None:
 def warn_of_plain_words(pictures: list[Picture], settings: Settings, config: ModelConfig) -> None:
     """Warn once of words that only other programs understand, and of negative prompts without effect."""
     prompts = "\n".join(dict.fromkeys(text for picture in pictures for text in picture[:2]))
-    for pattern, what in SPECIAL_ELSEWHERE.items():
+    patterns = {LOADED_ELSEWHERE: "prompts load nothing here"}
+    if not settings.prompt_weights:
+        patterns[WEIGHTS] = "--prompt_weights True makes them weights"
+    for pattern, what in patterns.items():
         found = re.search(pattern, prompts)
         if found:
             log.warning("%s and the like are read as plain words: %s", escaped(found.group()), what)
@@ -407,9 +443,16 @@ def warn_of_plain_words(pictures: list[Picture], settings: Settings, config: Mod
         log.warning("negative prompts have no effect %s", why)
 
 
-def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer) -> None:
-    room = tokenizer.context_length - 2  # beside start and end token
+def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer, settings: Settings) -> None:
+    if settings.long_prompts:
+        return
+    room, wording = tokenizer.context_length - 2, Wording(weighted=settings.prompt_weights)
     for prompt in dict.fromkeys(text for picture in pictures for text in picture[:2]):
-        excess = len(tokenizer.tokens(prompt)) - room
+        excess = len(wording.read(tokenizer, prompt)[0]) - room
         if excess > 0:
-            log.warning("the last %d of %d tokens are not seen: %s", excess, excess + room, prompt)
+            log.warning(
+                "the last %d of %d tokens are not seen without --support_long_prompts True: %s",
+                excess,
+                excess + room,
+                prompt,
+            )

@@ -832,8 +832,8 @@ def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, 
 @pytest.mark.parametrize(
     ("prompt", "negative", "scale", "words"),
     [
-        ("a (red:1.3) apple", "", 7.5, ["(red:1.3)", "no weights"]),
-        ("an apple", "((blurred)), (ugly: .5)", 7.5, ["((blurred))", "no weights"]),
+        ("a (red:1.3) apple", "", 7.5, ["(red:1.3)", "--prompt_weights"]),
+        ("an apple", "((blurred)), (ugly: .5)", 7.5, ["((blurred))", "--prompt_weights"]),
         ("an apple <lora:a\x1bb:0.8>", "", 7.5, ["<lora:a\\x1bb:0.8>", "load nothing"]),
         ("an apple", "blurred", 1.0, ["--scale 1"]),
         ("an apple (red) at 12:30, ratio (a: b) <3", "blurred", 1.5, []),
@@ -842,7 +842,7 @@ def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, 
 )
 def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, words, caplog):
     pictures = [text_to_image.Picture(prompt, negative, number) for number in range(3)]
-    settings = SimpleNamespace(guidance_scale=scale)
+    settings = SimpleNamespace(guidance_scale=scale, prompt_weights=False)
     text_to_image.warn_of_plain_words(pictures, settings, load_model_config("configs/tiny-vpred.yaml"))
     assert len(caplog.messages) == bool(words) and all(word in caplog.text for word in words)
 

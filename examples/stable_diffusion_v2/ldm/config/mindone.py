@@ -309,7 +309,6 @@ REFUSED_DRAW_OPTIONS = {
 
 # Options of MindONE's drawing that have nothing to set here, and why.
 IGNORED_DRAW_OPTIONS = {
-    "support_long_prompts": "a prompt is cut at the encoder's length, with a warning",
     "lora_rank": "the adapter's file says it",
     "log_level": "progress and warnings always show",
     "jit_level": IGNORED_TRAIN_OPTIONS["jit_level"],
