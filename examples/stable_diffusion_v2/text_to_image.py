@@ -41,6 +41,7 @@ from ldm.drawing import (
     warn_of_long_prompts,
     warn_of_other_steps,
     warn_of_plain_words,
+    ways_to_draw,
     wording_of,
 )
 from ldm.errors import UserError
@@ -142,13 +143,13 @@ def _add_output(add: Callable) -> None:
 
 
 class Job(NamedTuple):
-    """The pictures that are not drawn yet, the models, and the settings."""
+    """The pictures that are not drawn yet, the models, the settings and facts of each way to draw (`ways_to_draw`)."""
 
     pictures: list[Picture]
     model: Model
     refiner: Model | None
-    settings: Settings
-    facts: dict
+    ways: dict[tuple, Settings]
+    facts: dict[tuple, dict]
     samples: Path
 
 
@@ -162,20 +163,22 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
         refiner = find_refiner(args, model.config) if args.refiner else None
     config = model.config
     settings = settings_of(args, config)
-    for found in filter(None, (model, refiner)):
-        check_config(found.config, settings.height, settings.width)
-    settings.sampler.times(build_schedule(config.schedule), settings.steps)  # raises for a wrong number of steps
+    ways = ways_to_draw(args, config, settings, pictures)
+    for way in ways.values():
+        for found in filter(None, (model, refiner)):
+            check_config(found.config, way.height, way.width)
+        way.sampler.times(build_schedule(config.schedule), way.steps)  # raises for a wrong number of steps
     with ranks.main_first("folder"):
         samples = make_folder(Path(args.output_path) / "samples")
         if ranks.is_main:
             runtime.until_end(claimed(args.output_path, "drawing"))
     ranks.check_shared(samples)
-    facts = run_facts(args, config, model.path, settings)
+    facts = {own: run_facts(args, config, model.path, way) for own, way in ways.items()}
     if args.resume:
-        if next_number(samples):
-            facts.update(file_facts(args, model.path))
+        files = file_facts(args, model.path) if next_number(samples) else {}
+        facts = {own: {**each, **files} for own, each in facts.items()}
         pictures = missing(pictures, samples, args, facts)
-    return Job(pictures, model, refiner, settings, facts, samples)
+    return Job(pictures, model, refiner, ways, facts, samples)
 
 
 def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
@@ -185,7 +188,7 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
         model = StableDiffusion(found.config, parts)
         blockwise = device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS
         model.load(found.tensors, found.path, parts, as_stored=(UNET, TEXT) if blockwise else ())
-        model.compute_in(job.facts["dtype"])
+        model.compute_in(job.facts[()]["dtype"])
         if blockwise:
             model.compile_blockwise()
         return model
@@ -193,8 +196,8 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
     refiner = Pipeline(job.refiner.config, networks(job.refiner, (UNET, TEXT))) if job.refiner else None
     model = networks(job.model, PARTS)
     pipeline = Pipeline(job.model.config, model, refiner)
-    warn_of_long_prompts(job.pictures, model.tokenizers[0], job.settings)
-    texts = texts_of(job.pictures, pipeline, job.settings)
+    warn_of_long_prompts(job.pictures, model.tokenizers[0], job.ways[()])
+    texts = texts_of(job.pictures, pipeline, job.ways)
     if len(texts) <= CACHED_PROMPTS:
         pipeline.encode_ahead(*zip(*sorted(texts)))
     return pipeline
@@ -205,26 +208,26 @@ def main() -> None:
     ranks = runtime.join(args.use_parallel)
     args.seed = settled_seed(args.seed, ranks.broadcast)
     job = prepare(args, ranks)
-    pictures, settings = job.pictures, job.settings
+    pictures, ways, settings = job.pictures, job.ways, job.ways[()]
     if not pictures:
         log.info("all pictures are in %s", job.samples)
         return
     warn_of_plain_words(pictures, settings, job.model.config)
     warn_of_other_steps(settings, job.model.config)
     device = runtime.start(args.device_target, args.mode, ranks)
-    known = args.skip_save or "checkpoint_sha256" in job.facts
+    known = args.skip_save or "checkpoint_sha256" in job.facts[()]
     files = None if known else in_background(file_facts, args, job.model.path)
     pipeline = build(args, job, device)
     output = Output(args, ranks, job.samples, pictures, job.facts, files)
     size = min(args.batch_size or args.n_samples, len(pictures))
-    every = batches(pictures, size, lambda picture: wording_of(picture, pipeline, settings))
+    every = batches(pictures, size, lambda each: (ways[each.own], wording_of(each, pipeline, ways[each.own])))
     mine = list(every)[ranks.rank :: ranks.size]  # the batches of one process, hence the same bits
-    with tqdm(total=len(mine) * settings.steps, unit="step") as bar:
+    with tqdm(total=sum(ways[batch[0].own].steps for batch, _ in mine), unit="step") as bar:
         bar.set_description(f"{sum(len(batch) for batch, _ in mine)} pictures")
         for batch, filled in mine:
             numbers = [noise_number(picture, args) for picture in filled]
             prompts, negatives = [p.prompt for p in filled], [p.negative_prompt for p in filled]
-            images = pipeline.draw(prompts, negatives, numbers, settings, counted(bar))
+            images = pipeline.draw(prompts, negatives, numbers, ways[batch[0].own], counted(bar))
             output.save(batch, images[: len(batch)])
     output.finish()
 

@@ -21,7 +21,7 @@ from ldm.config.model import REFINER_NUMBERS, ModelConfig, changed, load_model_c
 from ldm.config.options import require_at_least
 from ldm.config.versions import VERSIONS, existing, find_checkpoint
 from ldm.config.yaml_file import search
-from ldm.data.prompts import paired, read_lines
+from ldm.data.prompts import own_settings, paired, read_lines
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.files import escaped
@@ -54,11 +54,18 @@ IN_GRID = 64  # the most pictures: those of a long prompt file would fill the me
 
 
 class Picture(NamedTuple):
-    """One picture to be drawn; `number` is its place in the whole run."""
+    """One picture to be drawn.
+
+    number: its place in the whole run.
+    own: the settings of its line, see `ldm.data.prompts.own_settings`; those of the run where it has none.
+    index: its place among the pictures of its line.
+    """
 
     prompt: str
     negative_prompt: str
     number: int
+    own: tuple = ()
+    index: int = 0
 
 
 def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -80,15 +87,16 @@ def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def plan(args: argparse.Namespace) -> list[Picture]:
-    """Every picture of the run, in order: prompt by prompt, n_iter times n_samples of each."""
+    """Every picture of the run, prompt by prompt: n_iter times n_samples of each, or as many as its line says."""
     require_at_least(1, args, "n_iter", "n_samples", "sampling_steps", "batch_size")
     require_at_least(0, args, "n_rows")
-    each = args.n_iter * args.n_samples
-    return [
-        Picture(prompt, negative, line * each + i)
-        for line, (prompt, negative) in enumerate(paired_prompts(args))
-        for i in range(each)
-    ]
+    pictures: list[Picture] = []
+    for line, negative in paired_prompts(args):
+        prompt, own = own_settings(line) if args.data_path else (line, ())
+        count = dict(own).get("n", args.n_iter * args.n_samples)
+        own = tuple((key, value) for key, value in own if key != "n")
+        pictures += [Picture(prompt, negative, len(pictures) + i, own, i) for i in range(count)]
+    return pictures
 
 
 class Model(NamedTuple):
@@ -163,6 +171,20 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
         long_prompts=args.support_long_prompts,
     )
     return _with_sizes(settings, args, config)
+
+
+OWN = {"seed": "seed", "scale": "guidance_scale", "steps": "steps", "W": "width", "H": "height"}  # of a line: Settings'
+
+
+def ways_to_draw(
+    args: argparse.Namespace, config: ModelConfig, settings: Settings, pictures: list[Picture]
+) -> dict[tuple, Settings]:
+    """Settings for the own settings of every line, and for none."""
+    ways = {(): settings}
+    for own in dict.fromkeys(picture.own for picture in pictures):
+        changes = {OWN[key]: value for key, value in own}
+        ways[own] = _with_sizes(replace(settings, **changes), args, config)
+    return ways
 
 
 def _interval(args: argparse.Namespace, settings: Settings, config: ModelConfig) -> tuple[float, float] | None:
@@ -241,7 +263,7 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, se
         told["zeros_for_empty_prompt"] = settings.zeros_for_empty
         told["refiner"] = [Path(args.refiner).name, settings.refiner_start] if args.refiner else None
     return {
-        "seed": args.seed,
+        "seed": settings.seed,
         "sampler": sampler.name,
         "eta": sampler.eta,
         "spacing": sampler.spacing,
@@ -296,7 +318,12 @@ def in_background(function: Callable, *args) -> Future:
 
 
 def noise_number(picture: Picture, args: argparse.Namespace) -> int:
-    """The key of a picture's noise: with --fixed_code all batches of --n_samples begin with the same noises."""
+    """The key of a picture's noise: with --fixed_code all batches of --n_samples begin with the same noises.
+
+    A line with a seed of its own counts from 0, so that it is drawn the same wherever it stands.
+    """
+    if "seed" in dict(picture.own):
+        return picture.index
     return picture.number % args.n_samples if args.fixed_code else picture.number
 
 
@@ -310,15 +337,19 @@ def picture_facts(picture: Picture, args: argparse.Namespace, run: dict) -> dict
     return {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt, "number": number, **read, **run}
 
 
-def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, run: dict) -> list[Picture]:
-    """The pictures without a file; UserError where a file was drawn with other settings or from another prompt."""
+def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, facts: dict) -> list[Picture]:
+    """The pictures without a file; UserError where a file was drawn with other settings or from another prompt.
+
+    Args:
+        facts: those of `run_facts` for each way to draw.
+    """
     left = []
     for picture in pictures:
         path = samples / f"{picture.number:05}.png"
         if not path.exists():
             left.append(picture)
             continue
-        said, wanted = {**WITHOUT, **read_facts(path)}, picture_facts(picture, args, run)
+        said, wanted = {**WITHOUT, **read_facts(path)}, picture_facts(picture, args, facts[picture.own])
         known = [key for key in wanted if key in said or not key.endswith("_sha256")]  # old pictures lack these
         other = next((key for key in known if said.get(key) != wanted[key]), None)
         if other:
@@ -337,7 +368,7 @@ class Output:
         ranks: all processes of the run.
         samples: the folder of the single pictures.
         pictures: all that are to be drawn, by all ranks.
-        facts: those of `run_facts`.
+        facts: those of `run_facts` for each way to draw; see `ways_to_draw`.
         files: the coming result of `file_facts`; None where `facts` has it already, or no picture is saved.
     """
 
@@ -350,7 +381,7 @@ class Output:
         facts: dict,
         files: Future | None,
     ):
-        self.args, self.ranks, self.samples, self.facts, self.files = args, ranks, samples, dict(facts), files
+        self.args, self.ranks, self.samples, self.facts, self.files = args, ranks, samples, facts, files
         self.count, self.drawn = len(pictures), {}
         self.shown = [picture.number for picture in pictures[:IN_GRID]]
         first = 0 if args.resume else next_number(samples)
@@ -363,10 +394,11 @@ class Output:
         if self.args.skip_save:
             return
         if self.files:
-            self.facts.update(self.files.result())
+            for facts in self.facts.values():
+                facts.update(self.files.result())
         with runtime.signals.held("when these pictures are saved"):
             for picture, image in zip(batch, images):
-                save_drawn(image, self.path(picture.number), picture_facts(picture, self.args, self.facts))
+                save_drawn(image, self.path(picture.number), picture_facts(picture, self.args, self.facts[picture.own]))
         runtime.signals.raise_if_asked()
 
     def path(self, number: int) -> Path:
@@ -383,6 +415,9 @@ class Output:
     def _write_grid(self) -> None:
         args, shown = self.args, self.shown
         tiles = [self.drawn[k] if k in self.drawn else read_png(self.path(k)) for k in shown]
+        if len({tile.shape for tile in tiles}) > 1:
+            log.info("the pictures have several sizes: they are not shown together")
+            return
         name = Path(args.output_path) / f"grid-{self.first + shown[0]:05}.png"
         while name.exists() and not args.resume:  # a grid whose pictures were not saved or are gone
             name = name.with_name(f"grid-{int(name.stem[5:]) + 1:05}.png")
@@ -395,10 +430,11 @@ def wording_of(picture: Picture, pipeline: Pipeline, settings: Settings) -> Word
     return pipeline.wording([picture.prompt], [picture.negative_prompt], settings)
 
 
-def texts_of(pictures: list[Picture], pipeline: Pipeline, settings: Settings) -> set[tuple[str, Wording]]:
+def texts_of(pictures: list[Picture], pipeline: Pipeline, ways: dict[tuple, Settings]) -> set[tuple[str, Wording]]:
     """All texts that are encoded for the pictures, and how they are read."""
     texts = set()
     for picture in pictures:
+        settings = ways[picture.own]
         wording = wording_of(picture, pipeline, settings)
         texts.add((picture.prompt, wording))
         if settings.guidance_scale != 1:
