@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from ldm.drawing import (
     Output,
     Picture,
     batches,
+    counted,
     file_facts,
     find_model,
     find_refiner,
@@ -53,6 +54,7 @@ from ldm.parts import PARTS, TEXT, UNET
 from ldm.pictures import make_folder, next_number
 from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config
 from ldm.randomness import settled_seed
+from ldm.repeat import check_same, take_facts
 
 log = logging.getLogger("text_to_image")
 
@@ -62,6 +64,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--prompt", default="A cute wolf in winter forest", help="what to draw")
     add("--data_path", "--from-file", default="", help="a text file with one prompt per line, instead of --prompt")
+    add("--from_image", help="a picture of this program, to be drawn again; further options change what it says")
     add("--negative_prompt", default="", help="what not to draw; for every prompt")
     add("--negative_data_path", default="", help="a text file of negative prompts; line n is for line n of the prompts")
     add("--prompt_weights", type=str2bool, default=True, help="(word:1.2), (word), [word] weigh words, as in A1111")
@@ -174,6 +177,9 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
             runtime.until_end(claimed(args.output_path, "drawing"))
     ranks.check_shared(samples)
     facts = {own: run_facts(args, config, model.path, way) for own, way in ways.items()}
+    if args.from_image:
+        facts = {own: {**each, **file_facts(args, model.path)} for own, each in facts.items()}
+        check_same(args, facts[pictures[0].own])
     if args.resume:
         files = file_facts(args, model.path) if next_number(samples) else {}
         facts = {own: {**each, **files} for own, each in facts.items()}
@@ -204,7 +210,10 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
 
 
 def main() -> None:
-    args = read_options(build_parser())
+    parser = build_parser()
+    args = read_options(parser)
+    if args.from_image:
+        take_facts(args, parser)
     ranks = runtime.join(args.use_parallel)
     args.seed = settled_seed(args.seed, ranks.broadcast)
     job = prepare(args, ranks)
@@ -219,7 +228,9 @@ def main() -> None:
     files = None if known else in_background(file_facts, args, job.model.path)
     pipeline = build(args, job, device)
     output = Output(args, ranks, job.samples, pictures, job.facts, files)
-    size = min(args.batch_size or args.n_samples, len(pictures))
+    size = args.batch_size if args.from_image else min(args.batch_size or args.n_samples, len(pictures))
+    for facts in job.facts.values():
+        facts["batch_size"] = size  # the last bit of a picture can depend on it
     every = batches(pictures, size, lambda each: (ways[each.own], wording_of(each, pipeline, ways[each.own])))
     mine = list(every)[ranks.rank :: ranks.size]  # the batches of one process, hence the same bits
     with tqdm(total=sum(ways[batch[0].own].steps for batch, _ in mine), unit="step") as bar:
@@ -230,17 +241,6 @@ def main() -> None:
             images = pipeline.draw(prompts, negatives, numbers, ways[batch[0].own], counted(bar))
             output.save(batch, images[: len(batch)])
     output.finish()
-
-
-def counted(bar: tqdm) -> Callable[[Iterable], Iterator]:
-    """The times of a sampler; each moves the bar when its step is done."""
-
-    def steps(times: Iterable) -> Iterator:
-        for t in times:
-            yield t
-            bar.update()
-
-    return steps
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldm import runtime
+from ldm import a1111, runtime
 from ldm.checkpoint import content_key
 from ldm.conditioning import Sizes, Wording
 from ldm.config.model import REFINER_NUMBERS, ModelConfig, changed, load_model_config
@@ -90,6 +90,9 @@ def plan(args: argparse.Namespace) -> list[Picture]:
     """Every picture of the run, prompt by prompt: n_iter times n_samples of each, or as many as its line says."""
     require_at_least(1, args, "n_iter", "n_samples", "sampling_steps", "batch_size")
     require_at_least(0, args, "n_rows")
+    if args.from_image:
+        own = (("seed", args.seed),)  # its noise is the seed's for this number
+        return [Picture(args.prompt, args.negative_prompt, 0, own, args.repeated["number"])]
     pictures: list[Picture] = []
     for line, negative in paired_prompts(args):
         prompt, own = own_settings(line) if args.data_path else (line, ())
@@ -317,6 +320,17 @@ def in_background(function: Callable, *args) -> Future:
     return future
 
 
+def counted(bar) -> Callable[[Iterable], Iterator]:
+    """The times of a sampler; each moves the bar when its step is done."""
+
+    def steps(times: Iterable) -> Iterator:
+        for t in times:
+            yield t
+            bar.update()
+
+    return steps
+
+
 def noise_number(picture: Picture, args: argparse.Namespace) -> int:
     """The key of a picture's noise: with --fixed_code all batches of --n_samples begin with the same noises.
 
@@ -398,7 +412,8 @@ class Output:
                 facts.update(self.files.result())
         with runtime.signals.held("when these pictures are saved"):
             for picture, image in zip(batch, images):
-                save_drawn(image, self.path(picture.number), picture_facts(picture, self.args, self.facts[picture.own]))
+                facts = picture_facts(picture, self.args, self.facts[picture.own])
+                save_drawn(image, self.path(picture.number), facts, {a1111.ENTRY: a1111.parameters(facts)})
         runtime.signals.raise_if_asked()
 
     def path(self, number: int) -> Path:

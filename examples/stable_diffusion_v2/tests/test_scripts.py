@@ -416,7 +416,10 @@ def test_pictures_are_numbered_on_and_say_how_they_were_made(trained, place):
     assert sorted(path.name for path in output.glob("grid-*.png")) == ["grid-00000.png", "grid-00004.png"]
     first, again = (Image.open(output / "samples" / names[i]) for i in (0, 4))
     assert first.size == (32, 32) and np.array_equal(first, again)
-    facts = json.loads(first.text["parameters"])
+    facts = json.loads(first.text["text_to_image"])
+    assert first.text["parameters"].startswith(
+        "a cat\nSteps: 3, Sampler: DPM++ 2M, CFG scale: 9, Seed: 42, Size: 32x32, "
+    )
     assert facts["prompt"] == "a cat" and facts["sampler"] == "dpm_solver_pp" and facts["seed"] == 42
     lines = [json.loads(line) for line in (output / "samples" / record).read_text().splitlines()]
     assert [line["file"] for line in lines] == names and lines[4] == {"file": names[4], **facts}

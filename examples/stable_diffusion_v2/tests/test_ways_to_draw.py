@@ -1,12 +1,15 @@
-"""Lines of a prompt file with settings of their own, and prompts of several lengths in one run."""
+"""Lines of a prompt file with settings of their own, prompts of several lengths, and pictures drawn again."""
 
 import numpy as np
 import pytest
 import text_to_image
 from test_scripts import call, place, refusal, sampling  # noqa: F401
 
+from ldm import checkpoint
+from ldm.a1111 import parameters
 from ldm.drawing import batches
-from ldm.pictures import read_facts, read_png
+from ldm.pictures import read_facts, read_png, save_png
+from ldm.repeat import take_facts
 
 LINES = "a cat\na dog | seed=7 steps=2 n=2\na cow | W=64 scale=1\n"
 
@@ -62,3 +65,55 @@ def test_a_long_prompt_changes_no_other_picture(place, tmp_path, monkeypatch, ca
     drawn = {name: [read_png(tmp_path / name / f"samples/{k:05}.png") for k in (0, 1)] for name in ("cut", "whole")}
     np.testing.assert_array_equal(drawn["cut"][1], drawn["whole"][1])
     assert (drawn["cut"][0] != drawn["whole"][0]).any()
+
+
+@pytest.fixture(scope="module")
+def drawn(place, tmp_path_factory):  # noqa: F811
+    """The second picture of a run, of a prompt with weights."""
+    output = tmp_path_factory.mktemp("drawn")
+    words = ["--prompt", "a (cat:1.3)", "--n_iter", 1, "--n_samples", 2, "--heun", "--skip_grid", "--seed", 5]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        call(monkeypatch, text_to_image, sampling(place, output, *words, "--guidance_interval", 0.3, "inf"))
+    return output / "samples/00001.png"
+
+
+def again(place, out, picture, *more):  # noqa: F811
+    words = ["--ckpt_path", place / "base.safetensors", "--from_image", picture, "--output_path", out, "--skip_grid"]
+    return list(map(str, [*words, *more]))
+
+
+def test_a_picture_is_drawn_again_from_what_its_file_says(drawn, place, tmp_path, monkeypatch, capsys):  # noqa: F811
+    call(monkeypatch, text_to_image, again(place, tmp_path / "again", drawn))
+    repeated = tmp_path / "again/samples/00000.png"
+    np.testing.assert_array_equal(read_png(repeated), read_png(drawn))
+    assert read_facts(repeated) == read_facts(drawn)
+    other = checkpoint.load(place / "base.safetensors")
+    checkpoint.save(tmp_path / "base.safetensors", other.tensors, {**other.meta, "x": "1"}, "safetensors")
+    for more, said in (
+        (["--ckpt_path", tmp_path / "base.safetensors"], "checkpoint_sha256"),
+        (["--data_path", "x.txt"], "--from_image and --data_path exclude each other"),
+        (["--from_image", place / "no.png"], "no.png does not exist"),
+    ):
+        assert said in refusal(monkeypatch, capsys, text_to_image, again(place, tmp_path / "no", drawn, *more))
+    save_png(read_png(drawn), tmp_path / "plain.png")
+    line = refusal(monkeypatch, capsys, text_to_image, again(place, tmp_path / "no", tmp_path / "plain.png"))
+    assert "does not say how it was made" in line
+
+
+def test_what_the_options_change_of_a_picture(drawn, place):  # noqa: F811
+    parser = text_to_image.build_parser()
+    args = parser.parse_args(again(place, "out", drawn, "--sampling_steps", 9, "--euler", "--prompt", "a (dog)"))
+    take_facts(args, parser)
+    assert (args.sampling_steps, args.sampler, args.spacing, args.seed) == (9, None, None, 5)
+    assert (args.prompt, args.prompt_weights, args.guidance_interval) == ("a (dog)", True, [0.3, float("inf")])
+    (picture,) = text_to_image.plan(args)
+    assert (picture.number, picture.index) == (0, 1) and args.batch_size == 2
+
+
+def test_the_words_of_a1111(drawn):
+    facts = {**read_facts(drawn), "negative_prompt": "dark, [blue]", "spacing": "karras"}
+    lines = parameters(facts).split("\n")
+    assert lines[:2] == ["a (cat:1.3)", "Negative prompt: dark, [blue]"]
+    settings = "Steps: 3, Sampler: Heun, Schedule type: Karras, CFG scale: 9, Seed: 5, Size: 32x32, Model hash: "
+    assert lines[2].startswith(settings) and lines[2].endswith(", Model: base")
+    assert parameters({**facts, "prompt_weights": False}).startswith(r"a \(cat:1.3\)")
