@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from ldm.drawing import (
     Output,
     Picture,
     batches,
+    counted,
     file_facts,
     find_model,
     find_refiner,
@@ -37,9 +38,12 @@ from ldm.drawing import (
     plan,
     run_facts,
     settings_of,
+    texts_of,
     warn_of_long_prompts,
     warn_of_other_steps,
     warn_of_plain_words,
+    ways_to_draw,
+    wording_of,
 )
 from ldm.errors import UserError
 from ldm.files import claimed
@@ -50,6 +54,7 @@ from ldm.parts import PARTS, TEXT, UNET
 from ldm.pictures import make_folder, next_number
 from ldm.pipeline import CACHED_PROMPTS, Pipeline, Settings, check_config
 from ldm.randomness import settled_seed
+from ldm.repeat import check_same, take_facts
 
 log = logging.getLogger("text_to_image")
 
@@ -59,8 +64,11 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--prompt", default="A cute wolf in winter forest", help="what to draw")
     add("--data_path", "--from-file", default="", help="a text file with one prompt per line, instead of --prompt")
+    add("--from_image", help="a picture of this program, to be drawn again; further options change what it says")
     add("--negative_prompt", default="", help="what not to draw; for every prompt")
     add("--negative_data_path", default="", help="a text file of negative prompts; line n is for line n of the prompts")
+    add("--prompt_weights", type=str2bool, default=True, help="(word:1.2), (word), [word] weigh words, as in A1111")
+    add("--support_long_prompts", type=str2bool, default=False, help="see prompts as a whole, 75 tokens at a time")
     add("--output_path", default="output", help="pictures go to its folder samples/, numbered on from what is there")
     add(
         "-v",
@@ -95,12 +103,14 @@ def _add_ways_to_draw(add: Callable) -> None:
     for name, sampler in SAMPLERS.items():
         add(sampler.flag, action="store_true", help=f"the same as --sampler {name}")
     usual = f"the model's, {SamplingConfig.steps}"
-    add("--sampling_steps", type=int, help=f"how often the network runs for a picture (default: {usual})")
+    add("--sampling_steps", type=int, help=f"steps of the sampler for a picture (default: {usual})")
     add("--spacing", choices=list(SPACINGS), help="of the times where it runs (default: the model's, or the sampler's)")
     add("--final_sigma", choices=list(FINAL_SIGMAS), help="noise that is left (default: the model's, or the sampler's)")
     add("--ddim_eta", type=float, help="fresh noise per step, 0 to 1 (default: the sampler's own)")
     add("--scale", type=float, help="guidance scale; 1 is none (default: the model's)")
     add("--guidance_rescale", type=float, help="0 to 1, against too much contrast by guidance (default: the model's)")
+    levels = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+    add("--guidance_interval", **levels, help="noise levels sigma / alpha where guidance works, such as 0.28 5.42")
     add("--n_iter", type=int, default=2, help="batches per prompt")
     add("--n_samples", type=int, default=4, help="pictures per batch and prompt")
     add(
@@ -136,13 +146,13 @@ def _add_output(add: Callable) -> None:
 
 
 class Job(NamedTuple):
-    """The pictures that are not drawn yet, the models, and the settings."""
+    """The pictures that are not drawn yet, the models, the settings and facts of each way to draw (`ways_to_draw`)."""
 
     pictures: list[Picture]
     model: Model
     refiner: Model | None
-    settings: Settings
-    facts: dict
+    ways: dict[tuple, Settings]
+    facts: dict[tuple, dict]
     samples: Path
 
 
@@ -156,20 +166,25 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
         refiner = find_refiner(args, model.config) if args.refiner else None
     config = model.config
     settings = settings_of(args, config)
-    for found in filter(None, (model, refiner)):
-        check_config(found.config, settings.height, settings.width)
-    settings.sampler.times(build_schedule(config.schedule), settings.steps)  # raises for a wrong number of steps
+    ways = ways_to_draw(args, config, settings, pictures)
+    for way in ways.values():
+        for found in filter(None, (model, refiner)):
+            check_config(found.config, way.height, way.width)
+        way.sampler.times(build_schedule(config.schedule), way.steps)  # raises for a wrong number of steps
     with ranks.main_first("folder"):
         samples = make_folder(Path(args.output_path) / "samples")
         if ranks.is_main:
             runtime.until_end(claimed(args.output_path, "drawing"))
     ranks.check_shared(samples)
-    facts = run_facts(args, config, model.path, settings)
+    facts = {own: run_facts(args, config, model.path, way) for own, way in ways.items()}
+    if args.from_image:
+        facts = {own: {**each, **file_facts(args, model.path)} for own, each in facts.items()}
+        check_same(args, facts[pictures[0].own])
     if args.resume:
-        if next_number(samples):
-            facts.update(file_facts(args, model.path))
+        files = file_facts(args, model.path) if next_number(samples) else {}
+        facts = {own: {**each, **files} for own, each in facts.items()}
         pictures = missing(pictures, samples, args, facts)
-    return Job(pictures, model, refiner, settings, facts, samples)
+    return Job(pictures, model, refiner, ways, facts, samples)
 
 
 def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
@@ -179,7 +194,7 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
         model = StableDiffusion(found.config, parts)
         blockwise = device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS
         model.load(found.tensors, found.path, parts, as_stored=(UNET, TEXT) if blockwise else ())
-        model.compute_in(job.facts["dtype"])
+        model.compute_in(job.facts[()]["dtype"])
         if blockwise:
             model.compile_blockwise()
         return model
@@ -187,52 +202,45 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
     refiner = Pipeline(job.refiner.config, networks(job.refiner, (UNET, TEXT))) if job.refiner else None
     model = networks(job.model, PARTS)
     pipeline = Pipeline(job.model.config, model, refiner)
-    warn_of_long_prompts(job.pictures, model.tokenizers[0])
-    texts = {picture.prompt for picture in job.pictures}
-    if job.settings.guidance_scale != 1:
-        texts |= {picture.negative_prompt for picture in job.pictures}
+    warn_of_long_prompts(job.pictures, model.tokenizers[0], job.ways[()])
+    texts = texts_of(job.pictures, pipeline, job.ways)
     if len(texts) <= CACHED_PROMPTS:
-        pipeline.encode_ahead(sorted(texts))
+        pipeline.encode_ahead(*zip(*sorted(texts)))
     return pipeline
 
 
 def main() -> None:
-    args = read_options(build_parser())
+    parser = build_parser()
+    args = read_options(parser)
+    if args.from_image:
+        take_facts(args, parser)
     ranks = runtime.join(args.use_parallel)
     args.seed = settled_seed(args.seed, ranks.broadcast)
     job = prepare(args, ranks)
-    pictures, settings = job.pictures, job.settings
+    pictures, ways, settings = job.pictures, job.ways, job.ways[()]
     if not pictures:
         log.info("all pictures are in %s", job.samples)
         return
     warn_of_plain_words(pictures, settings, job.model.config)
     warn_of_other_steps(settings, job.model.config)
     device = runtime.start(args.device_target, args.mode, ranks)
-    known = args.skip_save or "checkpoint_sha256" in job.facts
+    known = args.skip_save or "checkpoint_sha256" in job.facts[()]
     files = None if known else in_background(file_facts, args, job.model.path)
     pipeline = build(args, job, device)
     output = Output(args, ranks, job.samples, pictures, job.facts, files)
-    size = min(args.batch_size or args.n_samples, len(pictures))
-    mine = list(batches(pictures, size))[ranks.rank :: ranks.size]  # the batches of one process, hence the same bits
-    with tqdm(total=len(mine) * settings.steps, unit="step") as bar:
+    size = args.batch_size if args.from_image else min(args.batch_size or args.n_samples, len(pictures))
+    for facts in job.facts.values():
+        facts["batch_size"] = size  # the last bit of a picture can depend on it
+    every = batches(pictures, size, lambda each: (ways[each.own], wording_of(each, pipeline, ways[each.own])))
+    mine = list(every)[ranks.rank :: ranks.size]  # the batches of one process, hence the same bits
+    with tqdm(total=sum(ways[batch[0].own].steps for batch, _ in mine), unit="step") as bar:
         bar.set_description(f"{sum(len(batch) for batch, _ in mine)} pictures")
         for batch, filled in mine:
             numbers = [noise_number(picture, args) for picture in filled]
             prompts, negatives = [p.prompt for p in filled], [p.negative_prompt for p in filled]
-            images = pipeline.draw(prompts, negatives, numbers, settings, counted(bar))
+            images = pipeline.draw(prompts, negatives, numbers, ways[batch[0].own], counted(bar))
             output.save(batch, images[: len(batch)])
     output.finish()
-
-
-def counted(bar: tqdm) -> Callable[[Iterable], Iterator]:
-    """The times of a sampler; each moves the bar when its step is done."""
-
-    def steps(times: Iterable) -> Iterator:
-        for t in times:
-            yield t
-            bar.update()
-
-    return steps
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def plan_row(
     prompts = "".join(f"{sample.text}\n" for sample in samples)
     file = output / f"prompts-{digest(prompts)}.txt"
     write_text(file, prompts)
-    words = [*words, "--data_path", str(file), "--n_iter", "1", "--n_samples", str(args.n_samples)]
+    plain = ["--prompt_weights", "False"]  # brackets of captions are plain, unless `words` say otherwise
+    words = [*plain, *words, "--data_path", str(file), "--n_iter", "1", "--n_samples", str(args.n_samples)]
     options = text_to_image.build_parser().parse_args(words)
     if options.skip_save:
         raise UserError("--skip_save leaves nothing to measure")

@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from ldm.config.model import REFINER_NUMBERS
+from ldm.text.emphasis import weighted_tokens
 from ldm.text.tokenizer import Tokenizer
 
 
@@ -77,6 +78,28 @@ class Sizes(NamedTuple):
         return (*self.original, *self.crop, *last)
 
 
+class Wording(NamedTuple):
+    """How prompts are read.
+
+    pieces: how many times the encoder's length of a prompt is seen; each piece has its own start and end token, and
+        their features are joined. A shorter prompt has empty pieces.
+    weighted: brackets are weights; see `ldm.text.emphasis`.
+    """
+
+    pieces: int = 1
+    weighted: bool = False
+
+    def read(self, tokenizer: Tokenizer, text: str) -> tuple[list[int], list[float]]:
+        """The token ids of a prompt, all of them, and the weight of each."""
+        if self.weighted:
+            return weighted_tokens(tokenizer, text)
+        tokens = tokenizer.tokens(text)
+        return tokens, [1.0] * len(tokens)
+
+
+AS_IT_IS = Wording()  # one piece, plain words
+
+
 class Conditioner:
     """Texts to a Condition, which lacks the sizes.
 
@@ -90,12 +113,42 @@ class Conditioner:
 
     def ids(self, texts: list[str]) -> np.ndarray:
         """Token ids int32 [B, L], or [B, encoders, L] of several encoders."""
-        ids = [tokenizer.encode(texts) for tokenizer in self.tokenizers]
+        return self._side_by_side([tokenizer.encode(texts) for tokenizer in self.tokenizers])
+
+    def __call__(self, texts: list[str], wording: Wording = AS_IT_IS) -> Condition:
+        """The condition of a batch of texts, float32 arrays. The pooled vector is the first piece's."""
+        pieces = [self._piece(texts, wording, number) for number in range(wording.pieces)]
+        return pieces[0]._replace(context=np.concatenate([piece.context for piece in pieces], 1))
+
+    def _piece(self, texts: list[str], wording: Wording, number: int) -> Condition:
+        ids, weights = [], np.ones((len(texts), self.tokenizers[0].context_length))  # [B, L]
+        for tokenizer in self.tokenizers:
+            room = tokenizer.context_length - 2
+            here = slice(number * room, (number + 1) * room)
+            read = [wording.read(tokenizer, text) for text in texts]
+            ids.append(np.array([tokenizer.row(tokens[here]) for tokens, _ in read], np.int32))
+            for row, (_, said) in zip(weights, read):
+                row[1 : 1 + len(said[here])] = said[here]
+        fields = self.encoder(Tensor(self._side_by_side(ids)))
+        condition = Condition(*(field.asnumpy().astype(np.float32) for field in fields))
+        return condition._replace(context=weighed(condition.context, weights))
+
+    @staticmethod
+    def _side_by_side(ids: list[np.ndarray]) -> np.ndarray:
         return ids[0] if len(ids) == 1 else np.stack(ids, 1)
 
-    def __call__(self, texts: list[str]) -> Condition:
-        """The condition of a batch of texts, float32 arrays."""
-        return Condition(*(field.asnumpy().astype(np.float32) for field in self.encoder(Tensor(self.ids(texts)))))
+
+def weighed(context: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Features [B, L, D] times weights [B, L], brought back to the mean that a text's features had before, as in A1111.
+
+    Features whose weights are all 1 stay as they are.
+    """
+    heavy = context.astype(np.float64) * weights[:, :, None]
+    means = (each.mean((1, 2), dtype=np.float64, keepdims=True) for each in (context, heavy))
+    before, after = means
+    heavy *= np.divide(before, after, out=np.ones_like(after), where=after != 0)
+    plain = (weights == 1).all(1)[:, None, None]
+    return np.where(plain, context, heavy).astype(np.float32)
 
 
 def embed_numbers(numbers: np.ndarray, channels: int) -> np.ndarray:

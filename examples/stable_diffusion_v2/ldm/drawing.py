@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldm import runtime
+from ldm import a1111, runtime
 from ldm.checkpoint import content_key
-from ldm.conditioning import Sizes
+from ldm.conditioning import Sizes, Wording
 from ldm.config.model import REFINER_NUMBERS, ModelConfig, changed, load_model_config
 from ldm.config.options import require_at_least
 from ldm.config.versions import VERSIONS, existing, find_checkpoint, rest_of
 from ldm.config.yaml_file import search
-from ldm.data.prompts import paired, read_lines
+from ldm.data.prompts import own_settings, paired, read_lines
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.files import escaped
 from ldm.parallel.ranks import Ranks
 from ldm.pictures import grid, next_number, read_facts, read_png, save_drawn, save_png
-from ldm.pipeline import Settings, sampler_of, settings_for
+from ldm.pipeline import Pipeline, Settings, sampler_of, settings_for
+from ldm.text.emphasis import has_weights
 from ldm.text.tokenizer import Tokenizer
 from ldm.weights import (
     choose_config,
@@ -41,21 +42,30 @@ from ldm.weights import (
 
 log = logging.getLogger(__name__)
 
-SPECIAL_ELSEWHERE = {  # patterns that mean something in the prompts of other programs
-    r"<(?:lora|lyco|hypernet):[^<>\n]*>": "prompts load nothing here",
-    r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)": "prompts have no weights here",
-}
+LOADED_ELSEWHERE = r"<(?:lora|lyco|hypernet):[^<>\n]*>"  # in the prompts of other programs
+WEIGHTS = r"\([^()\n]*:\s*\d*\.?\d+\s*\)|\(\([^()\n]*\)\)"
 DEFAULT_VERSION = "2.1"  # where neither a checkpoint nor a version is named; MindONE's
-WITHOUT = {"lora": [], "guidance_rescale": 0.0}  # facts that pictures once had not, and how they were drawn
+WITHOUT = {
+    "lora": [],
+    "guidance_rescale": 0.0,
+    "guidance_interval": None,
+}  # facts that pictures once had not, and how they were drawn
 IN_GRID = 64  # the most pictures: those of a long prompt file would fill the memory
 
 
 class Picture(NamedTuple):
-    """One picture to be drawn; `number` is its place in the whole run."""
+    """One picture to be drawn.
+
+    number: its place in the whole run.
+    own: the settings of its line, see `ldm.data.prompts.own_settings`; those of the run where it has none.
+    index: its place among the pictures of its line.
+    """
 
     prompt: str
     negative_prompt: str
     number: int
+    own: tuple = ()
+    index: int = 0
 
 
 def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -77,15 +87,19 @@ def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def plan(args: argparse.Namespace) -> list[Picture]:
-    """Every picture of the run, in order: prompt by prompt, n_iter times n_samples of each."""
+    """Every picture of the run, prompt by prompt: n_iter times n_samples of each, or as many as its line says."""
     require_at_least(1, args, "n_iter", "n_samples", "sampling_steps", "batch_size")
     require_at_least(0, args, "n_rows")
-    each = args.n_iter * args.n_samples
-    return [
-        Picture(prompt, negative, line * each + i)
-        for line, (prompt, negative) in enumerate(paired_prompts(args))
-        for i in range(each)
-    ]
+    if args.from_image:
+        own = (("seed", args.seed),)  # its noise is the seed's for this number
+        return [Picture(args.prompt, args.negative_prompt, 0, own, args.repeated["number"])]
+    pictures: list[Picture] = []
+    for line, negative in paired_prompts(args):
+        prompt, own = own_settings(line) if args.data_path else (line, ())
+        count = dict(own).get("n", args.n_iter * args.n_samples)
+        own = tuple((key, value) for key, value in own if key != "n")
+        pictures += [Picture(prompt, negative, len(pictures) + i, own, i) for i in range(count)]
+    return pictures
 
 
 class Model(NamedTuple):
@@ -154,7 +168,41 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
     )
     if not 0 <= settings.guidance_rescale <= 1:
         raise UserError(f"--guidance_rescale must be between 0 and 1, got {settings.guidance_rescale}")
+    settings = replace(
+        settings,
+        guidance_interval=_interval(args, settings, config),
+        prompt_weights=args.prompt_weights,
+        long_prompts=args.support_long_prompts,
+    )
     return _with_sizes(settings, args, config)
+
+
+OWN = {"seed": "seed", "scale": "guidance_scale", "steps": "steps", "W": "width", "H": "height"}  # of a line: Settings'
+
+
+def ways_to_draw(
+    args: argparse.Namespace, config: ModelConfig, settings: Settings, pictures: list[Picture]
+) -> dict[tuple, Settings]:
+    """Settings for the own settings of every line, and for none."""
+    ways = {(): settings}
+    for own in dict.fromkeys(picture.own for picture in pictures):
+        changes = {OWN[key]: value for key, value in own}
+        ways[own] = _with_sizes(replace(settings, **changes), args, config)
+    return ways
+
+
+def _interval(args: argparse.Namespace, settings: Settings, config: ModelConfig) -> tuple[float, float] | None:
+    """The noise levels where guidance works; UserError where there is none, or no guidance at all."""
+    if args.guidance_interval is None:
+        return None
+    low, high = args.guidance_interval
+    if not 0 <= low < high:
+        raise UserError(f"--guidance_interval must be two noise levels, 0 <= LOW < HIGH, got {low:g} {high:g}")
+    if settings.guidance_scale == 1:
+        raise UserError("--guidance_interval is for a guidance scale: raise --scale above 1, or leave it out")
+    if config.unet.time_cond_proj_dim:
+        raise UserError("--guidance_interval does not go with this model, which has learnt guidance: leave it out")
+    return low, high
 
 
 def _with_sizes(settings: Settings, args: argparse.Namespace, config: ModelConfig) -> Settings:
@@ -195,11 +243,20 @@ def default_version(prediction_type: str | None, download: bool) -> str:
     )
 
 
-def batches(pictures: list[Picture], size: int) -> Iterator[tuple[list[Picture], list[Picture]]]:
-    """(slice, slice filled up to `size` with its last picture): the graph is compiled for one size."""
-    for start in range(0, len(pictures), size):
-        batch = pictures[start : start + size]
-        yield batch, batch + batch[-1:] * (size - len(batch))
+def batches(
+    pictures: list[Picture], size: int, alike: Callable[[Picture], Hashable] = lambda picture: None
+) -> Iterator[tuple[list[Picture], list[Picture]]]:
+    """(slice, slice filled up to `size` with its last picture): the graph is compiled for one size.
+
+    Only pictures of which `alike` says the same stand in one batch.
+    """
+    groups: dict[Hashable, list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(alike(picture), []).append(picture)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            batch = group[start : start + size]
+            yield batch, batch + batch[-1:] * (size - len(batch))
 
 
 def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, settings: Settings) -> dict:
@@ -210,7 +267,7 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, se
         told["zeros_for_empty_prompt"] = settings.zeros_for_empty
         told["refiner"] = [Path(args.refiner).name, settings.refiner_start] if args.refiner else None
     return {
-        "seed": args.seed,
+        "seed": settings.seed,
         "sampler": sampler.name,
         "eta": sampler.eta,
         "spacing": sampler.spacing,
@@ -218,6 +275,7 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, se
         "sampling_steps": settings.steps,
         "scale": settings.guidance_scale,
         "guidance_rescale": settings.guidance_rescale,
+        "guidance_interval": settings.guidance_interval and list(map(_finite, settings.guidance_interval)),
         "H": settings.height,
         "W": settings.width,
         "prediction_type": config.prediction_type,
@@ -227,6 +285,11 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, se
         "lora": [[Path(path).name, by] for path, by in each_with_scale(args.lora_ckpt_path, args.lora_scale)],
         **told,
     }
+
+
+def _finite(number: float) -> float | None:
+    """A number as JSON has it: None for infinity."""
+    return number if np.isfinite(number) else None
 
 
 def _plain(sizes: Sizes) -> list:
@@ -258,26 +321,50 @@ def in_background(function: Callable, *args) -> Future:
     return future
 
 
+def counted(bar) -> Callable[[Iterable], Iterator]:
+    """The times of a sampler; each moves the bar when its step is done."""
+
+    def steps(times: Iterable) -> Iterator:
+        for t in times:
+            yield t
+            bar.update()
+
+    return steps
+
+
 def noise_number(picture: Picture, args: argparse.Namespace) -> int:
-    """The key of a picture's noise: with --fixed_code all batches of --n_samples begin with the same noises."""
+    """The key of a picture's noise: with --fixed_code all batches of --n_samples begin with the same noises.
+
+    A line with a seed of its own counts from 0, so that it is drawn the same wherever it stands.
+    """
+    if "seed" in dict(picture.own):
+        return picture.index
     return picture.number % args.n_samples if args.fixed_code else picture.number
 
 
 def picture_facts(picture: Picture, args: argparse.Namespace, run: dict) -> dict:
     """All facts in a picture's file."""
+    read = {
+        "prompt_weights": args.prompt_weights and any(map(has_weights, picture[:2])),
+        "long_prompts": args.support_long_prompts,
+    }
     number = noise_number(picture, args)
-    return {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt, "number": number, **run}
+    return {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt, "number": number, **read, **run}
 
 
-def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, run: dict) -> list[Picture]:
-    """The pictures without a file; UserError where a file was drawn with other settings or from another prompt."""
+def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, facts: dict) -> list[Picture]:
+    """The pictures without a file; UserError where a file was drawn with other settings or from another prompt.
+
+    Args:
+        facts: those of `run_facts` for each way to draw.
+    """
     left = []
     for picture in pictures:
         path = samples / f"{picture.number:05}.png"
         if not path.exists():
             left.append(picture)
             continue
-        said, wanted = {**WITHOUT, **read_facts(path)}, picture_facts(picture, args, run)
+        said, wanted = {**WITHOUT, **read_facts(path)}, picture_facts(picture, args, facts[picture.own])
         known = [key for key in wanted if key in said or not key.endswith("_sha256")]  # old pictures lack these
         other = next((key for key in known if said.get(key) != wanted[key]), None)
         if other:
@@ -296,7 +383,7 @@ class Output:
         ranks: all processes of the run.
         samples: the folder of the single pictures.
         pictures: all that are to be drawn, by all ranks.
-        facts: those of `run_facts`.
+        facts: those of `run_facts` for each way to draw; see `ways_to_draw`.
         files: the coming result of `file_facts`; None where `facts` has it already, or no picture is saved.
     """
 
@@ -309,7 +396,7 @@ class Output:
         facts: dict,
         files: Future | None,
     ):
-        self.args, self.ranks, self.samples, self.facts, self.files = args, ranks, samples, dict(facts), files
+        self.args, self.ranks, self.samples, self.facts, self.files = args, ranks, samples, facts, files
         self.count, self.drawn = len(pictures), {}
         self.shown = [picture.number for picture in pictures[:IN_GRID]]
         first = 0 if args.resume else next_number(samples)
@@ -322,10 +409,12 @@ class Output:
         if self.args.skip_save:
             return
         if self.files:
-            self.facts.update(self.files.result())
+            for facts in self.facts.values():
+                facts.update(self.files.result())
         with runtime.signals.held("when these pictures are saved"):
             for picture, image in zip(batch, images):
-                save_drawn(image, self.path(picture.number), picture_facts(picture, self.args, self.facts))
+                facts = picture_facts(picture, self.args, self.facts[picture.own])
+                save_drawn(image, self.path(picture.number), facts, {a1111.ENTRY: a1111.parameters(facts)})
         runtime.signals.raise_if_asked()
 
     def path(self, number: int) -> Path:
@@ -342,11 +431,31 @@ class Output:
     def _write_grid(self) -> None:
         args, shown = self.args, self.shown
         tiles = [self.drawn[k] if k in self.drawn else read_png(self.path(k)) for k in shown]
+        if len({tile.shape for tile in tiles}) > 1:
+            log.info("the pictures have several sizes: they are not shown together")
+            return
         name = Path(args.output_path) / f"grid-{self.first + shown[0]:05}.png"
         while name.exists() and not args.resume:  # a grid whose pictures were not saved or are gone
             name = name.with_name(f"grid-{int(name.stem[5:]) + 1:05}.png")
         save_png(grid(np.stack(tiles), args.n_rows or max(1, len(tiles) // args.n_samples)), name)
         log.info("%s together: %s", "all" if len(tiles) == self.count else f"the first {len(tiles)}", name)
+
+
+def wording_of(picture: Picture, pipeline: Pipeline, settings: Settings) -> Wording:
+    """How the picture's prompts are read."""
+    return pipeline.wording([picture.prompt], [picture.negative_prompt], settings)
+
+
+def texts_of(pictures: list[Picture], pipeline: Pipeline, ways: dict[tuple, Settings]) -> set[tuple[str, Wording]]:
+    """All texts that are encoded for the pictures, and how they are read."""
+    texts = set()
+    for picture in pictures:
+        settings = ways[picture.own]
+        wording = wording_of(picture, pipeline, settings)
+        texts.add((picture.prompt, wording))
+        if settings.guidance_scale != 1:
+            texts.add((picture.negative_prompt, wording))
+    return texts
 
 
 def warn_of_other_steps(settings: Settings, config: ModelConfig) -> None:
@@ -373,7 +482,10 @@ def warn_of_other_steps(settings: Settings, config: ModelConfig) -> None:
 def warn_of_plain_words(pictures: list[Picture], settings: Settings, config: ModelConfig) -> None:
     """Warn once of words that only other programs understand, and of negative prompts without effect."""
     prompts = "\n".join(dict.fromkeys(text for picture in pictures for text in picture[:2]))
-    for pattern, what in SPECIAL_ELSEWHERE.items():
+    patterns = {LOADED_ELSEWHERE: "prompts load nothing here"}
+    if not settings.prompt_weights:
+        patterns[WEIGHTS] = "--prompt_weights True makes them weights"
+    for pattern, what in patterns.items():
         found = re.search(pattern, prompts)
         if found:
             log.warning("%s and the like are read as plain words: %s", escaped(found.group()), what)
@@ -383,9 +495,16 @@ def warn_of_plain_words(pictures: list[Picture], settings: Settings, config: Mod
         log.warning("negative prompts have no effect %s", why)
 
 
-def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer) -> None:
-    room = tokenizer.context_length - 2  # beside start and end token
+def warn_of_long_prompts(pictures: list[Picture], tokenizer: Tokenizer, settings: Settings) -> None:
+    if settings.long_prompts:
+        return
+    room, wording = tokenizer.context_length - 2, Wording(weighted=settings.prompt_weights)
     for prompt in dict.fromkeys(text for picture in pictures for text in picture[:2]):
-        excess = len(tokenizer.tokens(prompt)) - room
+        excess = len(wording.read(tokenizer, prompt)[0]) - room
         if excess > 0:
-            log.warning("the last %d of %d tokens are not seen: %s", excess, excess + room, prompt)
+            log.warning(
+                "the last %d of %d tokens are not seen without --support_long_prompts True: %s",
+                excess,
+                excess + room,
+                prompt,
+            )

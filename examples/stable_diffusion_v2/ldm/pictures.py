@@ -24,7 +24,8 @@ from ldm.files import replacing
 log = logging.getLogger(__name__)
 
 GAP = 4
-ENTRY = "parameters"  # the PNG text entry with the picture's facts, as in its line of the record
+ENTRY = "text_to_image"  # the PNG text entry with the picture's facts, as in its line of the record
+FORMER_ENTRY = "parameters"
 RECORD = "prompts.jsonl"
 
 
@@ -68,18 +69,19 @@ def save_png(
         file.write(buffer.getbuffer())
 
 
-def save_drawn(picture: np.ndarray, path: Path, facts: dict) -> None:
+def save_drawn(picture: np.ndarray, path: Path, facts: dict, text: dict[str, str] | None = None) -> None:
     """Write a picture with the facts of its making, then its line in the folder's record.
 
     Args:
         picture: uint8 [H, W, 3].
         path: a new file.
         facts: values of JSON.
+        text: further PNG text entries.
 
     Raises:
         UserError: the picture or the record cannot be written, or another run has written a picture of that name.
     """
-    save_png(picture, path, {ENTRY: json.dumps(facts, ensure_ascii=False)}, new=True)
+    save_png(picture, path, {**(text or {}), ENTRY: json.dumps(facts, ensure_ascii=False)}, new=True)
     line = json.dumps({"file": path.name, **facts}, ensure_ascii=False).encode() + b"\n"
     record = path.with_name(RECORD)
     try:
@@ -96,7 +98,7 @@ def read_facts(path: Path) -> dict:
     """The facts that a picture holds, or none where it holds none. UserError where the file is no picture."""
     try:
         with opened(path) as picture:
-            return _facts(picture.info.get(ENTRY))
+            return _facts(picture.info.get(ENTRY) or picture.info.get(FORMER_ENTRY))
     except BadImageError as error:
         raise UserError(f"{path} is damaged, or no picture ({error}); remove it") from None
 

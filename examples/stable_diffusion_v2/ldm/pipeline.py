@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Callable
 
 import numpy as np
 
 from ldm import checkpoint
-from ldm.conditioning import NEGATIVE_AESTHETIC_SCORE, Condition, Sizes
+from ldm.conditioning import AS_IT_IS, NEGATIVE_AESTHETIC_SCORE, Condition, Sizes, Wording
 from ldm.config.model import ModelConfig
 from ldm.diffusion.denoiser import Denoiser, Relay
 from ldm.diffusion.prediction import get_prediction
@@ -74,6 +75,9 @@ class Settings:
     negative_sizes: Sizes | None = None
     guidance_rescale: float = 0.0
     zeros_for_empty: bool = False  # an empty negative prompt is zeros, not its text features
+    guidance_interval: tuple[float, float] | None = None  # noise levels sigma / alpha; see `Denoiser`
+    prompt_weights: bool = False  # brackets in prompts are weights; see `ldm.text.emphasis`
+    long_prompts: bool = False  # a prompt is seen as a whole, in pieces of the encoder's length
     refiner_start: float = 1.0  # the share of the time that is drawn before the refiner, where there is one
 
     def told(self) -> tuple[Sizes, Sizes]:
@@ -140,7 +144,7 @@ class Pipeline:
         self.schedule = build_schedule(config.schedule)
         self.prediction = get_prediction(config.prediction_type)
         self.schedule.check(self.prediction)
-        self.conditions: dict[str, Condition] = {}  # of single prompts
+        self.conditions: dict[tuple[str, Wording], Condition] = {}  # of single prompts
 
     def draw(
         self,
@@ -185,11 +189,23 @@ class Pipeline:
     def guided(self, prompts: list[str], negative_prompts: list[str], settings: Settings) -> Denoiser | Relay:
         """The denoiser of a batch of prompts, for a sampler, with the refiner's after it."""
         words = prompts, negative_prompts, settings.guidance_scale, settings.told(), settings.guidance_rescale
-        denoise = self.denoiser(*words, settings.zeros_for_empty)
+        further = settings.guidance_interval, self.wording(prompts, negative_prompts, settings)
+        denoise = self.denoiser(*words, settings.zeros_for_empty, *further)
         if self.refiner is None:
             return denoise
         until = round(len(self.schedule) * (1 - settings.refiner_start))
-        return Relay(denoise, self.refiner.denoiser(*words), until, lambda: self.model.give_back(UNET))
+        return Relay(denoise, self.refiner.denoiser(*words, False, *further), until, lambda: self.model.give_back(UNET))
+
+    def wording(self, prompts: Sequence[str], negative_prompts: Sequence[str], settings: Settings) -> Wording:
+        """How a batch is read: all of it, the negative prompts where they matter too, in the same number of pieces."""
+        wording = Wording(weighted=settings.prompt_weights)
+        if not settings.long_prompts:
+            return wording
+        guided = settings.guidance_scale != 1 and not self.model.guidance_channels
+        tokenizer = self.model.tokenizers[0]
+        texts = {*prompts, *(negative_prompts if guided else ())}
+        longest = max(len(wording.read(tokenizer, text)[0]) for text in texts)
+        return wording._replace(pieces=max(1, -(-longest // (tokenizer.context_length - 2))))
 
     def denoiser(
         self,
@@ -199,47 +215,56 @@ class Pipeline:
         told: tuple[Sizes | None, Sizes | None] = (None, None),
         guidance_rescale: float = 0.0,
         zeros_for_empty: bool = False,
+        guidance_interval: tuple[float, float] | None = None,
+        wording: Wording = AS_IT_IS,
     ) -> Denoiser:
         """This model's denoiser of a batch of prompts; `told` as from `Settings.told`, the rest as in `Settings`."""
-        cond, uncond = self.told(prompts, told[0]), None
+        cond, uncond = self.told(prompts, told[0], wording=wording), None
         if self.model.guidance_channels:  # the network itself guides: it runs once, without the negative prompts
             cond = cond.with_guidance(np.full(len(prompts), guidance_scale), self.model.guidance_channels)
             guidance_scale = 1
         elif guidance_scale != 1:
-            uncond = self.told(negative_prompts, told[1], zeros_for_empty)
-        network = self.model.unet
-        return Denoiser(network, self.schedule, self.prediction, cond, uncond, guidance_scale, guidance_rescale)
+            uncond = self.told(negative_prompts, told[1], zeros_for_empty, wording)
+        guidance = guidance_scale, guidance_rescale, guidance_interval
+        return Denoiser(self.model.unet, self.schedule, self.prediction, cond, uncond, *guidance)
 
-    def told(self, prompts: list[str], sizes: Sizes | None, zeros_for_empty: bool = False) -> Condition:
+    def told(
+        self,
+        prompts: list[str],
+        sizes: Sizes | None,
+        zeros_for_empty: bool = False,
+        wording: Wording = AS_IT_IS,
+    ) -> Condition:
         """The condition of a batch of prompts, and of the same sizes for all of them where the UNet is told sizes.
 
         Args:
             zeros_for_empty: an empty prompt is zeros, not its text features.
         """
-        condition = self.condition(prompts)
+        condition = self.condition(prompts, wording)
         if zeros_for_empty:
             condition = condition.where(np.array([bool(prompt) for prompt in prompts]))
         if not self.model.size_numbers:
             return condition
         return self.model.told_sizes(condition, np.array([sizes.numbers(self.model.size_numbers)] * len(prompts)))
 
-    def encode_ahead(self, prompts: Iterable[str]) -> None:
+    def encode_ahead(self, prompts: Sequence[str], wordings: Iterable[Wording] = repeat(AS_IT_IS)) -> None:
         """Encode all prompts of a run, at most CACHED_PROMPTS, and free the text encoder; those of the refiner too."""
-        if self.refiner:
-            self.refiner.encode_ahead(prompts)
-        for prompt in prompts:
-            self.condition([prompt])
-        self.model.forget_text_encoder()
-        self.model.give_back(VAE)
+        read = list(zip(prompts, wordings))
+        for pipeline in filter(None, (self.refiner, self)):
+            for prompt, wording in read:
+                pipeline.condition([prompt], wording)
+            pipeline.model.forget_text_encoder()
+            pipeline.model.give_back(VAE)
         give_back_memory()
 
-    def condition(self, prompts: list[str]) -> Condition:
+    def condition(self, prompts: list[str], wording: Wording = AS_IT_IS) -> Condition:
         """The condition of a batch of prompts, without sizes; those of the last CACHED_PROMPTS prompts are kept."""
         found = []
         for prompt in prompts:
-            if prompt not in self.conditions:
-                self.conditions[prompt] = self.model.conditioner([prompt])
-            found.append(self.conditions[prompt])
+            key = prompt, wording
+            if key not in self.conditions:
+                self.conditions[key] = self.model.conditioner([prompt], wording)
+            found.append(self.conditions[key])
             if len(self.conditions) > CACHED_PROMPTS:
                 del self.conditions[next(iter(self.conditions))]  # the oldest
         return Condition.join(found)

@@ -177,6 +177,30 @@ def test_one_call_per_step(scale, count):
     assert calls == [((count, *SHAPE[1:]), ms.float32, ms.float32, [20.5] * count, (count, 7, 6))]
 
 
+def test_guidance_in_an_interval_of_the_noise_level():
+    """Outside it the network runs with caption alone, and the estimate is the one without guidance."""
+    x, sizes, linear = np.random.default_rng(3).standard_normal(SHAPE), [], Linear()
+
+    def network(z, t, context):
+        sizes.append(len(z))
+        return linear(z, t, context)
+
+    ends = np.array([300.5, 600.5])
+    levels = tuple(SD.sigma(ends) / SD.alpha(ends))
+    words = network, SD, get_prediction("v"), *contexts(), 7.5, 0.3
+    some, everywhere = Denoiser(*words, levels), Denoiser(*words)
+    plain = Denoiser(*words[:4])
+    for t, guided in ((299, False), (300, False), (301, True), (600, True), (601, False), (999, False)):
+        sizes.clear()
+        np.testing.assert_array_equal(some(x, t), (everywhere if guided else plain)(x, t))
+        assert sizes[0] == SHAPE[0] * (2 if guided else 1)
+    np.testing.assert_array_equal(some.scale_at(np.array([100, 400, 900])).ravel(), [1, 7.5, 1])
+    assert (Denoiser(*words, (0, np.inf)).scale_at(999) == 7.5).all()
+    zero = Denoiser(network, ZERO, get_prediction("v"), *contexts(), 7.5, 0.0, (0, np.inf))
+    assert (zero.scale_at(999) == 7.5).all()
+    assert (Denoiser(network, ZERO, *words[2:6], 0.0, (0, 1e6)).scale_at(999) == 1).all()
+
+
 def test_nan_names_the_time():
     denoise = Denoiser(Linear(a=np.nan), SD, get_prediction("v"), contexts()[0])
     with pytest.raises(UserError, match="t = 981.*float32"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm.data.prompts import paired, read_lines
+from ldm.data.prompts import own_settings, paired, read_lines
 from ldm.errors import UserError
 
 
@@ -71,3 +71,39 @@ def test_unequal_numbers_of_lines_are_an_error_with_both_numbers(lines, negative
 def test_a_negative_prompt_beside_no_prompt_is_an_error(lines, number):
     with pytest.raises(UserError, match=f"line {number} has a negative prompt but no prompt"):
         paired(lines, ["x", "y", ""])
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt", "own"),
+    [
+        ("a fox", "a fox", ()),
+        ("a fox | seed=3", "a fox", (("seed", 3),)),
+        (
+            "a | b |  steps=30 scale=2.5 W=64 H=128 n=2 ",
+            "a | b",
+            (("H", 128), ("W", 64), ("n", 2), ("scale", 2.5), ("steps", 30)),
+        ),
+        ("a fox | red=1 blue", "a fox | red=1 blue", ()),
+        ("seed=3", "seed=3", ()),
+        ("a fox| seed=3", "a fox| seed=3", ()),
+    ],
+)
+def test_settings_of_a_line(line, prompt, own):
+    assert own_settings(line) == (prompt, own)
+
+
+@pytest.mark.parametrize(
+    ("tail", "word"),
+    [
+        ("seed=3 sede=4", "sede=4"),
+        ("seed=-1", "seed=-1"),
+        ("steps=3.5", "steps=3.5"),
+        ("scale=nan", "scale=nan"),
+        ("seed=3 fast", "fast"),
+        ("seed=3 seed=4", "seed=4"),
+        ("W=0", "W=0"),
+    ],
+)
+def test_settings_of_a_line_that_mean_nothing(tail, word):
+    with pytest.raises(UserError, match=f"says {word} behind.*seed=, scale=, steps=, W=, H=, n=, each once"):
+        own_settings(f"a fox | {tail}")

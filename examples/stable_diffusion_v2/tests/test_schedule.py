@@ -8,7 +8,7 @@ import pytest
 from ldm.config.model import ScheduleConfig
 from ldm.diffusion.prediction import PREDICTIONS, get_prediction
 from ldm.diffusion.schedule import BETAS, CLEAN, build_schedule
-from ldm.diffusion.spacing import SPACINGS, sampling_times
+from ldm.diffusion.spacing import LEVELS, SPACINGS, TIMES, sampling_times
 from ldm.errors import UserError
 
 ALL = [{"name": name} for name in BETAS] + [{"zero_terminal_snr": True}]
@@ -88,7 +88,7 @@ def test_zero_terminal_snr_refuses_a_spacing_that_misses_the_last_step():
     schedule = build_schedule(ScheduleConfig(zero_terminal_snr=True))
     with pytest.raises(UserError, match="trailing"):
         sampling_times("leading", 7, schedule)
-    for spacing in ("trailing", "linspace", "uniform"):
+    for spacing in set(SPACINGS) - {"leading"}:
         assert sampling_times(spacing, 7, schedule)[0] == 999
 
 
@@ -99,11 +99,12 @@ def test_every_number_of_timesteps(spacing, steps):
     for n in range(1, steps + 1):
         times = sampling_times(spacing, n, schedule)
         assert times.dtype == np.float64 and times.shape == (n,)
-        assert spacing == "uniform" or (times == np.round(times)).all()
+        assert spacing == "uniform" or spacing in LEVELS or (times == np.round(times)).all()
         assert (np.diff(times) < 0).all() and times[-1] >= 0 and times[0] < steps
         if spacing != "leading":
             assert times[0] == steps - 1
-    np.testing.assert_array_equal(sampling_times(spacing, steps, schedule), np.arange(steps)[::-1])
+    if spacing in TIMES:
+        np.testing.assert_array_equal(sampling_times(spacing, steps, schedule), np.arange(steps)[::-1])
 
 
 @pytest.mark.parametrize(
@@ -115,12 +116,32 @@ def test_every_number_of_timesteps(spacing, steps):
         ("trailing", 3, [999, 666, 332]),
         ("linspace", 4, [999, 666, 333, 0]),
         ("linspace", 1, [999]),
+        ("lcm", 4, [999, 759, 499, 259]),  # diffusers' for latent consistency models
+        ("lcm", 1, [999]),
+        ("lcm", 8, [999, 879, 759, 639, 499, 379, 259, 139]),
         ("uniform", 4, [999, 749.25, 499.5, 249.75]),
         ("uniform", 20, [999 - 49.95 * i for i in range(20)]),  # MindONE's DPM-Solver: 999, 949.05, ...
     ],
 )
 def test_known_timesteps(spacing, n, times):
     np.testing.assert_allclose(sampling_times(spacing, n, build_schedule(ScheduleConfig())), times, rtol=1e-14)
+
+
+@pytest.mark.parametrize("spacing", LEVELS)
+@pytest.mark.parametrize("zero", [False, True])
+def test_spacings_of_the_noise_level(spacing, zero):
+    """The steps are even in their own measure, and both ends are the schedule's."""
+    schedule = build_schedule(ScheduleConfig(zero_terminal_snr=zero))
+    times = sampling_times(spacing, 12, schedule)
+    levels = schedule.log_snr(times)
+    levels[0] = schedule.log_snr(998 if zero else 999)
+    if spacing == "log_snr":
+        levels = np.append(levels, schedule.log_snr(0))
+    measure = np.exp(-levels / 2) ** (1 / 7) if spacing == "karras" else levels
+    np.testing.assert_allclose(np.diff(measure), (measure[-1] - measure[0]) / (len(measure) - 1), rtol=1e-6)
+    assert times[0] == 999 and levels[-1] == pytest.approx(schedule.log_snr(0))
+    t = np.linspace(0, 998, 77)
+    np.testing.assert_allclose(schedule.time(schedule.log_snr(t)), t, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [0, -1, 1001])
@@ -132,8 +153,8 @@ def test_impossible_number_of_timesteps(n):
 def test_unknown_names():
     with pytest.raises(UserError, match="scaled_linear, linear, squaredcos_cap_v2"):
         build_schedule(ScheduleConfig(name="cosine"))
-    with pytest.raises(UserError, match="leading, trailing, linspace, uniform"):
-        sampling_times("karras", 5, build_schedule(ScheduleConfig()))
+    with pytest.raises(UserError, match="leading, trailing, linspace, uniform, lcm, karras"):
+        sampling_times("cosine", 5, build_schedule(ScheduleConfig()))
 
 
 def test_betas_that_leave_nothing_of_the_picture_are_refused_in_words():

@@ -416,7 +416,10 @@ def test_pictures_are_numbered_on_and_say_how_they_were_made(trained, place):
     assert sorted(path.name for path in output.glob("grid-*.png")) == ["grid-00000.png", "grid-00004.png"]
     first, again = (Image.open(output / "samples" / names[i]) for i in (0, 4))
     assert first.size == (32, 32) and np.array_equal(first, again)
-    facts = json.loads(first.text["parameters"])
+    facts = json.loads(first.text["text_to_image"])
+    assert first.text["parameters"].startswith(
+        "a cat\nSteps: 3, Sampler: DPM++ 2M, CFG scale: 9, Seed: 42, Size: 32x32, "
+    )
     assert facts["prompt"] == "a cat" and facts["sampler"] == "dpm_solver_pp" and facts["seed"] == 42
     lines = [json.loads(line) for line in (output / "samples" / record).read_text().splitlines()]
     assert [line["file"] for line in lines] == names and lines[4] == {"file": names[4], **facts}
@@ -832,8 +835,8 @@ def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, 
 @pytest.mark.parametrize(
     ("prompt", "negative", "scale", "words"),
     [
-        ("a (red:1.3) apple", "", 7.5, ["(red:1.3)", "no weights"]),
-        ("an apple", "((blurred)), (ugly: .5)", 7.5, ["((blurred))", "no weights"]),
+        ("a (red:1.3) apple", "", 7.5, ["(red:1.3)", "--prompt_weights"]),
+        ("an apple", "((blurred)), (ugly: .5)", 7.5, ["((blurred))", "--prompt_weights"]),
         ("an apple <lora:a\x1bb:0.8>", "", 7.5, ["<lora:a\\x1bb:0.8>", "load nothing"]),
         ("an apple", "blurred", 1.0, ["--scale 1"]),
         ("an apple (red) at 12:30, ratio (a: b) <3", "blurred", 1.5, []),
@@ -842,7 +845,7 @@ def test_a_run_is_not_put_over_another_one(monkeypatch, capsys, place, trained, 
 )
 def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, words, caplog):
     pictures = [text_to_image.Picture(prompt, negative, number) for number in range(3)]
-    settings = SimpleNamespace(guidance_scale=scale)
+    settings = SimpleNamespace(guidance_scale=scale, prompt_weights=False)
     text_to_image.warn_of_plain_words(pictures, settings, load_model_config("configs/tiny-vpred.yaml"))
     assert len(caplog.messages) == bool(words) and all(word in caplog.text for word in words)
 
@@ -850,9 +853,12 @@ def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, wo
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--sampler", "euler"], ["euler", "dpm_solver_pp"]),
+        (["--sampler", "rk4"], ["rk4", "dpm_solver_pp"]),
         (["--ddim", "--dpm_solver"], ["more than one sampler", "ddim, dpm_solver"]),
-        (["--plms"], ["--plms is not available", "dpm_solver_pp"]),
+        (["--plms", "--ddim_eta", 1], ["sampler plms takes no eta", "dpm_solver_pp"]),
+        (["--guidance_interval", 2, 1], ["--guidance_interval", "0 <= LOW < HIGH, got 2 1"]),
+        (["--guidance_interval", 0.3, 5, "--scale", 1], ["--guidance_interval is for a guidance scale"]),
+        (["--uni_pc", "--spacing", "kerras"], ["kerras", "karras"]),
         (["--W", 30], ["30", "not divisible by 4"]),
         (["--sampling_steps", 1001], ["1001", "1000"]),
         (["--n_samples", 0], ["n_samples", "at least 1"]),
@@ -865,7 +871,7 @@ def test_what_has_no_effect_in_a_prompt_is_told_once(prompt, negative, scale, wo
         (["--config", "{place}/eps.yaml"], ["prediction_type 'v'", "'eps'"]),
         (["--set", "model.prediction_type=eps"], ["prediction_type 'v'", "the config with --set says 'eps'"]),
         (["--set", "model.unet.chanel_mult=[1]"], ["--set: unknown key", "'model.unet.channel_mult'"]),
-        (["--set", "model.sampling.sampler=euler"], ["euler", "dpm_solver_pp"]),
+        (["--set", "model.sampling.sampler=rk4"], ["rk4", "dpm_solver_pp"]),
         (["--config", "{place}/typo.yaml"], ["typo.yaml", "model.unet.model_chanels", "model.unet.model_channels"]),
         (["--config", "{place}/type.yaml"], ["unknown prediction type 'velo'", "eps, x0, v"]),
         (["--output_path", "{place}/model.yaml"], ["cannot write to", "--output_path"]),

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from ldm.config.yaml_file import find_file, nearest, search
 from ldm.diffusion.prediction import own_name
-from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.files import escaped, quoted
 
@@ -301,12 +300,8 @@ REFUSED_TRAIN_OPTIONS = {
     "train_data_repeats": "raise --epochs instead",
 }
 
-_OTHER_SAMPLER = f"samplers are {', '.join(SAMPLERS)}"
-
 # Options of MindONE's drawing that would change the pictures: for `ldm.config.options.Parser.refuse`.
 REFUSED_DRAW_OPTIONS = {
-    "plms": _OTHER_SAMPLER,
-    "uni_pc": _OTHER_SAMPLER,
     "check_safety": "there is no safety checker, pictures are saved as they are drawn",
     "add_watermark": "there is no watermark; who made a picture can be told by its text entries",
     "ti_ckpt_path": "embeddings of textual inversion are not read",
@@ -314,7 +309,6 @@ REFUSED_DRAW_OPTIONS = {
 
 # Options of MindONE's drawing that have nothing to set here, and why.
 IGNORED_DRAW_OPTIONS = {
-    "support_long_prompts": "a prompt is cut at the encoder's length, with a warning",
     "lora_rank": "the adapter's file says it",
     "log_level": "progress and warnings always show",
     "jit_level": IGNORED_TRAIN_OPTIONS["jit_level"],

@@ -1,7 +1,12 @@
-"""Prompt files: one prompt per line, and beside it a file with a negative prompt for each line."""
+"""Prompt files: one prompt per line, and beside it a file with a negative prompt for each line.
+
+A line may end in settings of its own: `a red fox | seed=3 steps=30`.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 from ldm.data.utf8 import read_text
@@ -43,3 +48,56 @@ def paired(lines: list[str], negatives: list[str]) -> list[tuple[str, str]]:
         if negative and not line:
             raise UserError(f"line {number} has a negative prompt but no prompt: write the prompt, or blank both lines")
     return [(line, negative) for line, negative in zip(lines, negatives) if line]
+
+
+def _whole(lowest: int):
+    def read(text: str) -> int:
+        number = int(text)
+        if number < lowest:
+            raise ValueError
+        return number
+
+    return read
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+LINE_SETTINGS = {  # of a line, and how its text is read
+    "seed": _whole(0),
+    "scale": _finite,
+    "steps": _whole(1),
+    "W": _whole(1),
+    "H": _whole(1),
+    "n": _whole(1),
+}
+
+
+def own_settings(line: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """The prompt of a line, and its own settings: the words key=value behind the last " | ".
+
+    Words of which none is a setting belong to the prompt.
+
+    Raises:
+        UserError: settings beside other words, a value that is none, or a setting that is said twice.
+    """
+    prompt, bar, tail = line.rpartition(" | ")
+    pairs = [re.fullmatch(r"(\w+)=(\S+)", word) for word in tail.split()]
+    if not bar or not any(pair and pair[1] in LINE_SETTINGS for pair in pairs):
+        return line, ()
+    said: dict[str, float] = {}
+    for word, pair in zip(tail.split(), pairs):
+        try:
+            if not pair or pair[1] in said:
+                raise KeyError
+            said[pair[1]] = LINE_SETTINGS[pair[1]](pair[2])
+        except (KeyError, ValueError):
+            usage = ", ".join(f"{key}=" for key in LINE_SETTINGS)
+            raise UserError(
+                f"the prompt file says {escaped(word)} behind ' | ': settings are {usage}, each once with a number"
+            ) from None
+    return prompt.strip(), tuple(sorted(said.items()))

@@ -30,6 +30,8 @@ class Denoiser:
         guidance_scale: of all prompts, or of each, [B]. 1 is no guidance and half the work; 0 ignores the prompts.
         guidance_rescale: from 0 to 1, how far the guided output's deviation is brought back to that with caption alone
             (arXiv 2305.08891, section 3.4).
+        guidance_interval: (low, high), the noise levels sigma / alpha with low < level <= high where it guides
+            (arXiv 2404.07724, eq. 7). At others the network runs on the batch with caption alone. None: at all levels.
 
     Raises:
         UserError: the prediction type does not go with the schedule.
@@ -44,15 +46,17 @@ class Denoiser:
         uncond: Condition | None = None,
         guidance_scale: float | np.ndarray = 1.0,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
     ):
         schedule.check(prediction)
         conditions = [cond] if np.all(np.equal(guidance_scale, 1)) else [uncond, cond]
         assert all(each.context.shape == cond.context.shape for each in conditions), "one negative prompt per prompt"
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.guidance_scale, self.guidance_rescale = per_sample(guidance_scale), guidance_rescale
-        self.copies = len(conditions)
-        self.samples = self.copies * len(cond.context)
+        self.guidance_interval, self.batch = guidance_interval, len(cond.context)
         self.condition = Condition.join(conditions).map(Tensor).given()  # of copies * B
+        self.copies = len(conditions)
+        self.alone = cond.map(Tensor).given() if guidance_interval and self.copies > 1 else None  # of B
 
     def __call__(self, x: np.ndarray, t: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(x0, eps), float64 [B, C, H, W] each, for x [B, C, H, W] at time t, which may lie between two steps.
@@ -63,10 +67,13 @@ class Denoiser:
         Raises:
             UserError: the network returned NaN or infinity.
         """
-        batch = np.concatenate([x] * self.copies).astype(np.float32)  # [copies * B, C, H, W]
-        assert len(batch) == self.samples, "as many latents as prompts"
-        times = np.concatenate([np.broadcast_to(t, len(x))] * self.copies)
-        output = self.network(Tensor(batch), Tensor(times.astype(np.float32)), *self.condition)
+        assert len(x) == self.batch, "as many latents as prompts"
+        scale = self.scale_at(t)
+        plain = self.alone is not None and np.all(scale == 1)
+        copies, condition = (1, self.alone) if plain else (self.copies, self.condition)
+        batch = np.concatenate([x] * copies).astype(np.float32)  # [copies * B, C, H, W]
+        times = np.concatenate([np.broadcast_to(t, len(x))] * copies)
+        output = self.network(Tensor(batch), Tensor(times.astype(np.float32)), *condition)
         output = output.astype(ms.float32).asnumpy()
         finite = np.isfinite(output).all((1, 2, 3))
         if not finite.all():
@@ -74,13 +81,22 @@ class Denoiser:
             raise UserError(
                 f"the network returned NaN or infinity at t = {at}: check the checkpoint, or run in float32"
             )
-        outputs = np.split(output.astype(np.float64), self.copies)  # the last one is with caption, the first without
-        output = outputs[0] + self.guidance_scale * (outputs[-1] - outputs[0])  # [B, C, H, W]
-        if self.guidance_rescale and self.copies > 1:
+        outputs = np.split(output.astype(np.float64), copies)  # the last one is with caption, the first without
+        output = outputs[0] + scale * (outputs[-1] - outputs[0])  # [B, C, H, W]
+        if self.guidance_rescale and copies > 1:
             alone, guided = (each.std((1, 2, 3), keepdims=True) for each in (outputs[-1], output))
             output *= 1 + self.guidance_rescale * (alone / np.maximum(guided, np.finfo(float).tiny) - 1)
         shares = (per_sample(share(t)) for share in (self.schedule.alpha, self.schedule.sigma))
         return self.prediction.to_x0_eps(output, x, *shares)
+
+    def scale_at(self, t: float | np.ndarray) -> np.ndarray:
+        """The guidance scale at time t, [B, 1, 1, 1] or [1, 1, 1, 1]: 1 outside the interval."""
+        if self.guidance_interval is None:
+            return self.guidance_scale
+        low, high = self.guidance_interval
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        inside = (low * alpha < sigma) & (sigma <= high * alpha if np.isfinite(high) else True)
+        return np.where(per_sample(inside), self.guidance_scale, 1.0)
 
 
 class Relay:

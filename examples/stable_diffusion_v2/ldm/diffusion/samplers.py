@@ -1,18 +1,18 @@
-"""Samplers: one loop; each sampler is a set of data for it.
+"""Samplers: one loop; each sampler is a set of data for it, a row of SAMPLERS.
 
 Each step asks the denoiser for (x0, eps) at time t and joins the two at the next time s:
 
     x_s = alpha_s x0 + sqrt(sigma_s^2 - spread^2) eps + spread noise      (DDIM, arXiv 2010.02502, eq. 12)
     spread = eta sigma_s / sigma_t sqrt(1 - alpha_t^2 / alpha_s^2)        (eq. 16)
 
-eta = 0 is DDIM; eta = 1 is the ancestral step of DDPM (arXiv 2006.11239, eqs. 6 and 7), between any two times.
+eta = 0 is DDIM; eta = 1 is the ancestral step of DDPM (arXiv 2006.11239, eqs. 6 and 7), between any two times. Euler's
+step in x / alpha over sigma / alpha is DDIM's, and its ancestral form is DDPM's: they differ in the usual times alone.
 
-DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (2M; arXiv 2211.01095, algorithm 2) are of second order. They draw a line
-in log-SNR through the last two eps, or x0, and take its value in the middle of the step. The other of the two changes
-with it, so that alpha_t x0 + sigma_t eps is still x. This equals the papers' update: let h be the step in
-log(alpha / sigma); then exp(-h) = alpha_t sigma_s / (sigma_t alpha_s), and
-(sigma_s / sigma_t) x - alpha_s (exp(-h) - 1) x0 = alpha_s x0 + sigma_s eps. This form needs no exponential where h is
-infinite, at a clean end or at a beginning without signal. DPM-Solver++ with eta = 1 is SDE-DPM-Solver++.
+Samplers of higher order put a mean of several estimates in the place of x0 or of eps; see `multistep`. The estimates
+are past ones (DPM-Solver, DPM-Solver++ 2M and 3M, DEIS, PLMS), or a second one inside the same step (Heun, 2S; PLMS has
+it in its first step), or one at the step's end, with which the step is done again (UniPC's corrector). A step to or
+from infinite log-SNR is of first order: it needs no exponential, so a clean end and a beginning without signal are
+exact. DPM-Solver++ with eta = 1 is SDE-DPM-Solver++.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ldm.diffusion import multistep
+from ldm.diffusion.multistep import DATA, NOISE, Form
 from ldm.diffusion.prediction import choose
 from ldm.diffusion.schedule import CLEAN, NoiseSchedule
 from ldm.diffusion.spacing import sampling_times
@@ -30,17 +32,8 @@ from ldm.errors import UserError
 FINAL_SIGMAS = {"zero": CLEAN, "sigma_min": 0}  # the time after the last step; sigma_min is the schedule's least noise
 LONGEST_LINE = 1.0  # in units of the step before; farther out, the line is worse than first order
 
-
-def data_form(x0, eps, previous, slope, noise_to_signal):
-    """Move x0 along the line through the previous one; eps gives way. (DPM-Solver++)"""
-    change = slope * (x0 - previous[0])
-    return x0 + change, eps - change / noise_to_signal
-
-
-def noise_form(x0, eps, previous, slope, noise_to_signal):
-    """Move eps along the line through the previous one; x0 gives way. (DPM-Solver)"""
-    change = slope * (eps - previous[1])
-    return x0 - change * noise_to_signal, eps + change
+Pair = tuple[np.ndarray, np.ndarray]  # (x0, eps)
+Denoise = Callable[[np.ndarray, float], Pair]
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,14 @@ class Sampler:
         final_sigma: the noise after the last step, one of FINAL_SIGMAS.
         spacing: one of ldm.diffusion.spacing.SPACINGS; see `spacing_for`.
         eta: fresh noise per step, from 0 (none; the result is a function of x) to 1 (the whole ancestral step).
-        second_order: what 2M does to (x0, eps); None for first order.
+        renews: all noise of a step is fresh.
+        order: how many estimates a step uses, this one and past ones.
+        form: what it interpolates.
+        mean: how it averages the polynomial, one of `multistep`'s means.
+        counts_steps: the polynomial runs over the number of the step, not over log-SNR.
+        probe: the share of a step at which the network is asked again, where there is no past estimate to use; 0:
+            nowhere.
+        corrects: each step is done again with the estimate at its end.
     """
 
     name: str
@@ -61,12 +61,23 @@ class Sampler:
     final_sigma: str
     spacing: str
     eta: float = 0.0
-    second_order: Callable | None = None
+    renews: bool = False
+    order: int = 1
+    form: Form = DATA
+    mean: Callable = multistep.middle
+    counts_steps: bool = False
+    probe: float = 0.0
+    corrects: bool = False
 
     @property
     def flag(self) -> str:
         """The option that chooses it, as MindONE has it."""
         return f"--{self.name}"
+
+    @property
+    def takes_eta(self) -> bool:
+        """Whether fresh noise can be added to its steps."""
+        return not (self.renews or self.probe or self.corrects)
 
     def spacing_for(self, zero_terminal_snr: bool) -> str:
         """Its spacing, but never "leading" where that would miss a last step without signal."""
@@ -78,12 +89,12 @@ class Sampler:
         return FINAL_SIGMAS[self.final_sigma]
 
     def times(self, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-        """The times at which it asks the denoiser, float64 [steps]; UserError as `sampling_times`."""
+        """The times at which its steps begin, float64 [steps]; UserError as `sampling_times`."""
         return sampling_times(self.spacing, steps, schedule)
 
     def __call__(
         self,
-        denoise: Callable[[np.ndarray, float], tuple[np.ndarray, np.ndarray]],
+        denoise: Denoise,
         x: np.ndarray,
         times: np.ndarray,
         schedule: NoiseSchedule,
@@ -97,49 +108,101 @@ class Sampler:
             x: [B, C, H, W], latents at times[0]; unit Gaussian noise at the last training step.
             times: [n], falling; see `times`.
             schedule: the noise schedule.
-            noise: step number from 0 -> unit Gaussian noise [B, C, H, W]; it is needed where eta is not 0.
+            noise: step number from 0 -> unit Gaussian noise [B, C, H, W]; it is needed where steps have fresh noise.
             progress: wraps the iterable of times, e.g. tqdm.
 
         Returns:
             Latents, float64 [B, C, H, W].
         """
-        assert noise or not self.eta, "a sampler with eta needs noise"
-        ends = np.append(times, self.end)  # [n + 1]
-        alpha, sigma = schedule.alpha(ends), schedule.sigma(ends)
-        spread = self.eta * sigma[1:] / sigma[:-1] * np.sqrt(1 - (alpha[:-1] / alpha[1:]) ** 2)  # [n]
-        keep = np.sqrt(sigma[1:] ** 2 - spread**2)
-        slope = self._slope(schedule.log_snr(ends))
-        x, previous = np.asarray(x, np.float64), None
+        steps = _Steps(self, times, schedule)
+        assert noise or not steps.spread.any(), "a sampler with fresh noise needs noise"
+        x, past = np.asarray(x, np.float64), []  # the estimates of the last steps, the newest first
         for i, t in enumerate(progress(times)):
-            estimate = x0, eps = denoise(x, t)
-            if slope[i]:
-                x0, eps = self.second_order(x0, eps, previous, slope[i], sigma[i] / alpha[i])
-            x = alpha[i + 1] * x0 + keep[i] * eps
-            if spread[i]:
-                x = x + spread[i] * noise(i)
-            previous = estimate
+            now = denoise(x, t)
+            if self.corrects and past and steps.goes_on(i - 1):
+                x = steps.join(i - 1, past[: steps.reach(i - 1)], now, 1.0)
+                now = now[0], (x - steps.alpha[i] * now[0]) / steps.sigma[i]
+            past = [now, *past][: self.order]
+            used, second = past[: steps.reach(i)], None
+            if self.probe and len(used) == 1 and steps.goes_on(i):
+                second = denoise(*steps.ahead(i, now, self.probe))
+            x = steps.join(i, used, second, self.probe)
+            if steps.spread[i]:
+                x = x + steps.spread[i] * noise(i)
         return x
 
-    def _slope(self, log_snr: np.ndarray) -> np.ndarray:
-        """How far to follow the line in each step, [n], in units of the step before; 0 makes a step of first order.
 
-        It is 0 in the first step, in steps to or from infinite log-SNR, and where the line would be longer than
-        LONGEST_LINE, as in the last steps of evenly spaced times.
+class _Steps:
+    """The steps of one run of a sampler, numbered from 0."""
+
+    def __init__(self, sampler: Sampler, times: np.ndarray, schedule: NoiseSchedule):
+        self.sampler, self.schedule = sampler, schedule
+        self.ends = ends = np.append(times, sampler.end)  # [n + 1]
+        self.alpha, self.sigma = alpha, sigma = schedule.alpha(ends), schedule.sigma(ends)
+        self.log_snr = schedule.log_snr(ends)
+        self.clock = np.arange(len(ends)) if sampler.counts_steps else self.log_snr
+        self.length = np.diff(self.clock)  # [n]
+        ancestral = sigma[1:] / sigma[:-1] * np.sqrt(1 - (alpha[:-1] / alpha[1:]) ** 2)  # [n]
+        self.spread = sigma[1:] if sampler.renews else sampler.eta * ancestral
+        self.keep = np.sqrt(sigma[1:] ** 2 - self.spread**2)
+
+    def goes_on(self, i: int) -> bool:
+        """Whether step i can be of higher order: it has a length in log-SNR, and a finite one."""
+        return bool(0 < self.log_snr[i + 1] - self.log_snr[i] < np.inf)
+
+    def reach(self, i: int) -> int:
+        """How many estimates step i uses, its own and past ones.
+
+        It is 1 where the line through the last two would be longer than LONGEST_LINE, as in the last steps of evenly
+        spaced times.
         """
-        step = np.diff(log_snr)
-        slope = np.zeros_like(step)
-        if self.second_order:
-            slope[1:] = np.where(np.isfinite(step[1:]), step[1:], 0) / step[:-1] / 2
-        return np.where(slope > LONGEST_LINE, 0, slope)
+        if i == 0 or not self.goes_on(i) or self.length[i] / self.length[i - 1] / 2 > LONGEST_LINE:
+            return 1
+        return int(np.isfinite(self.clock[max(0, i + 1 - self.sampler.order) : i + 1]).sum())
+
+    def ahead(self, i: int, estimate: Pair, share: float) -> tuple[np.ndarray, float]:
+        """Latents inside step i, by first order, and their time."""
+        between = self.log_snr[i] + share * (self.log_snr[i + 1] - self.log_snr[i])
+        t = self.ends[i + 1] if share == 1 else self.schedule.time(between)
+        return self.schedule.alpha(t) * estimate[0] + self.schedule.sigma(t) * estimate[1], t
+
+    def join(self, i: int, used: list[Pair], second: Pair | None, share: float) -> np.ndarray:
+        """Latents at the end of step i, without fresh noise.
+
+        Args:
+            used: the estimates at its beginning and before, the newest first.
+            second: an estimate at this share of the step.
+        """
+        form, (x0, eps) = self.sampler.form, used[0]
+        if len(used) > 1 or second is not None:
+            nodes = self.clock[i - np.arange(len(used))] - self.clock[i]  # [used]
+            if second is not None:
+                used, nodes = [*used, second], np.append(nodes, share * self.length[i])
+            parts = multistep.weights(nodes, self.length[i], self.sampler.mean, form.growth)
+            own = used[0][form.index]
+            change = sum(part * (each[form.index] - own) for part, each in zip(parts[1:], used[1:]))
+            x0, eps = form.moved(x0, eps, change, self.sigma[i] / self.alpha[i])
+        return self.alpha[i + 1] * x0 + self.keep[i] * eps
 
 
+_EXACT, _LINES, _EVEN = multistep.exact, multistep.middle_of_lines, multistep.even
 SAMPLERS = {
     sampler.name: sampler
     for sampler in (
         Sampler("ddpm", "DDPM", "zero", "leading", eta=1.0),
         Sampler("ddim", "DDIM", "sigma_min", "leading"),
-        Sampler("dpm_solver", "DPM-Solver", "sigma_min", "uniform", second_order=noise_form),
-        Sampler("dpm_solver_pp", "DPM-Solver++", "zero", "uniform", second_order=data_form),
+        Sampler("dpm_solver", "DPM-Solver", "sigma_min", "uniform", order=2, form=NOISE),
+        Sampler("dpm_solver_pp", "DPM-Solver++", "zero", "uniform", order=2),
+        Sampler("dpm_solver_pp_3m", "DPM-Solver++ 3M", "zero", "uniform", order=3, mean=_LINES),
+        Sampler("dpm_solver_pp_2s", "DPM-Solver++ 2S", "zero", "uniform", probe=0.5),
+        Sampler("dpm_solver_pp_sde", "DPM-Solver++ SDE 2M", "zero", "uniform", order=2, eta=1.0),
+        Sampler("uni_pc", "UniPC", "zero", "uniform", order=2, mean=_LINES, corrects=True),
+        Sampler("deis", "DEIS", "sigma_min", "uniform", order=3, form=NOISE, mean=_EXACT),
+        Sampler("plms", "PLMS", "sigma_min", "leading", order=4, form=NOISE, mean=_EVEN, counts_steps=True, probe=1.0),
+        Sampler("heun", "Heun", "zero", "karras", form=NOISE, probe=1.0),
+        Sampler("euler", "Euler", "zero", "linspace"),
+        Sampler("euler_ancestral", "Euler ancestral", "zero", "linspace", eta=1.0),
+        Sampler("lcm", "LCM", "zero", "lcm", renews=True),
     )
 }
 DEFAULT_SAMPLER = "dpm_solver_pp"  # of models that say nothing else; MindONE's too
@@ -157,11 +220,15 @@ def get_sampler(
     Without a spacing it is what `spacing_for` says of the schedule.
 
     Raises:
-        UserError: unknown name of a sampler or an end (the choices are listed), eta outside [0, 1].
+        UserError: unknown name of a sampler or an end (the choices are listed), eta outside [0, 1] or of a sampler
+            that takes none.
     """
     sampler = choose(SAMPLERS, name, "sampler")
     if eta is not None and not 0 <= eta <= 1:
         raise UserError(f"eta {eta} is out of range: 0 adds no noise, 1 is the most")
+    if eta and not sampler.takes_eta:
+        others = ", ".join(other.name for other in SAMPLERS.values() if other.takes_eta)
+        raise UserError(f"sampler {name} takes no eta: leave it out, or choose one of {others}")
     if final_sigma is not None:
         choose(FINAL_SIGMAS, final_sigma, "final sigma")
     if spacing is None:

@@ -91,6 +91,11 @@ class NoiseSchedule:
         with np.errstate(divide="ignore"):
             return np.log(alpha_bar) - np.log1p(-alpha_bar)
 
+    def time(self, log_snr) -> np.ndarray:
+        """The time in [0, T - 1] at which the log-SNR is this; the nearer end for a value beyond the two."""
+        alpha_bar = 1 / (1 + np.exp(-np.asarray(log_snr, np.float64)))
+        return np.interp(alpha_bar, self.alpha_bar[::-1], np.arange(len(self))[::-1])
+
     def check(self, prediction: Prediction) -> None:
         """UserError where a network with this prediction type cannot be used at every step of this schedule."""
         if self.zero_terminal_snr and prediction.needs_signal:

@@ -97,11 +97,13 @@ class Tokenizer:
         """Token ids, int32 [len(texts), context_length]: start, the text's first tokens, end, padding."""
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one text")
-        ids = np.full((len(texts), self.context_length), self.pad, np.int32)  # [n, context_length]
-        for row, text in zip(ids, texts):
-            tokens = [self.start, *self.tokens(text)[: self.context_length - 2], self.end]
-            row[: len(tokens)] = tokens
-        return ids
+        rows = [self.row(self.tokens(text)) for text in texts]
+        return np.array(rows, np.int32).reshape(len(texts), self.context_length)
+
+    def row(self, tokens: list[int]) -> list[int]:
+        """Token ids of one text, `context_length` of them: start, as many of the tokens as fit, end, padding."""
+        ids = [self.start, *tokens[: self.context_length - 2], self.end]
+        return ids + [self.pad] * (self.context_length - len(ids))
 
     def tokens(self, text: str) -> list[int]:
         """All token ids of a text, without start, end and padding; more than `context_length - 2` do not fit."""
