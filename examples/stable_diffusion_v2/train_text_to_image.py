@@ -50,8 +50,7 @@ def build_parser() -> Parser:
     _add_adapters(parser.add_argument_group("adapters (LoRA)").add_argument)
     _add_output(parser.add_argument_group("output").add_argument)
     add = parser.add_argument_group("system").add_argument
-    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
-    add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    runtime.add_device_options(add)
     add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_train_distributed.sh: one of several")
     parser.ignore(IGNORED_TRAIN_OPTIONS)
@@ -218,12 +217,12 @@ def main() -> None:
         finetune.check_start(args, choice, weights)
         config = replace(choice.config, image_size=args.image_size)  # what it is trained for
         run = Run(args, ckpt_folder(args), ranks)
-        dtype = runtime.compute_dtype(args.dtype, args.device_target)
+        dtype = runtime.compute_dtype(args.dtype, args.device_target, training=True)
         settings = finetune.run_settings(args, config, dtype, ranks)
         if not args.cache_only:
             run.claim(settings)
     ranks.check_shared(run.state_folder)
-    runtime.connect_devices(ranks, runtime.start(args.device_target, args.mode, ranks))
+    device = runtime.start(args.device_target, args.mode, ranks, runtime.ascend_settings(args))
     tensors = finetune.start_tensors(args, config, weights)
     finetune.trained_unet(args, tensors)  # finds mistakes before the caches are filled
     data = finetune.open_data(args)
@@ -235,6 +234,8 @@ def main() -> None:
         finetune.fill_caches(args, config, tensors, data, dtype, (ranks.rank, ranks.size))
         ranks.barrier("caches full")
         return
+    finetune.fill_ahead(args, config, tensors, data, dtype, ranks)
+    runtime.connect_devices(ranks, device)
     task = (adapters.TrainAdapters if args.use_lora else FineTune)(args, config, tensors, data, dtype, ranks)
     first = run.begin(task, {**settings, **data.facts(), **task.facts()})
     if ranks.is_main:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import mindspore as ms
 
+from ldm import npu
 from ldm.kernels import ascend, cpu, plain, sliced
 from ldm.kernels.plain import add, cast, concat_channels, multiply, reshape, transpose  # noqa: F401
 
@@ -44,6 +45,7 @@ NATIVE = Kernels(
     Upsample2=cpu.NativeUpsample2,
 )
 ASCEND = Kernels(Attention=ascend.FlashAttention)
+ASCEND_SLICED = ASCEND._replace(Attention=sliced.SlicedAttention)  # by request, and for chips without flash attention
 
 
 @cache
@@ -52,4 +54,6 @@ def select() -> Kernels:
     device = ms.get_context("device_target")
     if device == "CPU" and cpu.native_library():
         return NATIVE
-    return ASCEND if device == "Ascend" else SLICED
+    if device != "Ascend":
+        return SLICED
+    return ASCEND if npu.flash_attention(ms.hal.get_device_name(0, "Ascend")) else ASCEND_SLICED
