@@ -178,7 +178,7 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
         model = StableDiffusion(found.config, parts)
         blockwise = device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS
         model.load(found.tensors, found.path, parts, as_stored=(UNET, TEXT) if blockwise else ())
-        model.compute_in(job.facts["dtype"])
+        model.compute_in(job.facts["dtype"], weights=device != "CPU")
         if blockwise:
             model.compile_blockwise()
         return model

@@ -211,14 +211,20 @@ def compute_dtype(wanted: str | None, device: str | None, training: bool = False
     return wanted or ("float32" if blind else "float16")
 
 
-def set_compute_dtype(net: nn.Cell, dtype: str) -> None:
-    """Let the layers that multiply matrices work in `dtype`; parameters, norms and softmax stay in float32."""
+def set_compute_dtype(net: nn.Cell, dtype: str, weights: bool = False) -> None:
+    """Let the layers that multiply matrices work in `dtype`; softmax stays in float32.
+
+    Parameters and norms stay in float32 too, unless the `weights` are cast, once for all calls. The network cannot be
+    trained then.
+    """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
     if dtype != "float32":
         for _, cell in net.cells_and_names():
             if getattr(cell, "multiplies", False):
                 cell.to_float(DTYPES[dtype])
+        for parameter in net.get_parameters() if weights else ():
+            parameter.set_dtype(DTYPES[dtype])
 
 
 def give_back_memory() -> None:

@@ -1,4 +1,4 @@
-"""What is said where Ascend cannot be used, what chips can do, and where flash attention is used."""
+"""What is said where Ascend cannot be used, and what chips can do."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mindspore as ms
-import numpy as np
 import pytest
-from mindspore import Tensor
 
 from ldm import npu, runtime
 from ldm.errors import UserError
-from ldm.kernels import ascend, plain
 
 ROOT = Path(__file__).parents[1]
 WORDS = (
@@ -148,33 +144,3 @@ def test_training_in_float16_needs_a_chip_that_shows_overflows(on_chip, monkeypa
     monkeypatch.setenv(npu.OVERFLOW_MODE, "SATURATION_MODE")
     with pytest.raises(UserError, match="overflow.*unset MS_ASCEND_CHECK_OVERFLOW_MODE"):
         on_chip("Ascend910B2", "float16", True)
-
-
-class Marked(ascend.FlashAttention):
-    """Zeros come out where the NPU's operator would be called."""
-
-    def flash(self, q, k, v):
-        return q * 0
-
-
-@pytest.mark.parametrize(
-    ("width", "keys", "dtype", "masked", "flash"),
-    [
-        (64, 32, ms.float16, False, True),
-        (40, 32, ms.float16, False, True),
-        (128, 32, ms.float16, False, True),
-        (160, 32, ms.float16, False, False),
-        (512, 32, ms.float16, False, False),
-        (64, 77, ms.float16, False, False),
-        (64, 32, ms.float32, False, False),
-        (64, 32, ms.float16, True, False),
-    ],
-)
-def test_flash_attention_is_for_narrow_self_attention_in_half_precision(width, keys, dtype, masked, flash):
-    rng = np.random.default_rng(0)
-    q, k, v = (Tensor(rng.standard_normal((1, 2, n, width)), dtype) for n in (32, keys, keys))
-    mask = [Tensor(np.zeros((32, keys), np.float32))] if masked else []
-    y = Marked()(q, k, v, *mask).asnumpy()
-    assert y.shape == q.shape and y.dtype == q.asnumpy().dtype
-    expected = plain.Attention()(q, k, v, *mask).asnumpy()
-    np.testing.assert_allclose(y, 0 * expected if flash else expected, atol=1e-3)

@@ -21,12 +21,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from ldm import kernels
 from ldm.errors import UserError
 from ldm.networks.layers import require_own
 from ldm.parallel.ranks import Ranks
 from ldm.train.ema import Ema
 from ldm.train.gradients import LayerByLayer, WholeGraph
 from ldm.train.optimizer import Optimizer
+from ldm.train.together import NormOfFew
 
 
 class LossScale:
@@ -104,7 +106,8 @@ class TrainStep:
         self.loss_scale = loss_scale or LossScale()
         self.batch_names = tuple(inspect.signature(loss.construct).parameters)
         self.gradients = gradients or WholeGraph(loss, optimizer.params)
-        self.norm, self.update = GlobalNorm(), _Update(optimizer, ema)
+        self.norm = NormOfFew(optimizer.params) if kernels.select().few_launches else GlobalNorm()
+        self.update = _Update(optimizer, ema)
         self.sum_of_ranks = _SumOfRanks() if self.ranks.size > 1 else None
         wait = max_grad_norm is not None or loss_scale is not None or self.ranks.size > 1 or not optimizer.separable
         self.by_layers = self.gradients.layer_by_layer and not wait
