@@ -89,8 +89,7 @@ def build_parser() -> Parser:
     _add_ways_to_draw(add)
     _add_sdxl(parser.add_argument_group("Stable Diffusion XL").add_argument)
     _add_output(add)
-    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
-    add("--mode", "--ms_mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    runtime.add_device_options(add)
     add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_infer_distributed.sh: one of several")
     parser.ignore(IGNORED_DRAW_OPTIONS)
@@ -158,6 +157,7 @@ class Job(NamedTuple):
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
     """Find the job, and all mistakes in it, before a network is built; UserError."""
+    runtime.find_device(args.device_target)
     pictures = plan(args)
     if ranks.size > 1 and args.skip_save and not args.skip_grid:
         raise UserError("several processes make the grid from the saved pictures: leave out --skip_save")
@@ -194,7 +194,7 @@ def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
         model = StableDiffusion(found.config, parts)
         blockwise = device == "CPU" and args.mode == 0 and sum(map(np.prod, model.shapes().values())) > MANY_WEIGHTS
         model.load(found.tensors, found.path, parts, as_stored=(UNET, TEXT) if blockwise else ())
-        model.compute_in(job.facts[()]["dtype"])
+        model.compute_in(job.facts[()]["dtype"], weights=device != "CPU")
         if blockwise:
             model.compile_blockwise()
         return model
@@ -223,7 +223,7 @@ def main() -> None:
         return
     warn_of_plain_words(pictures, settings, job.model.config)
     warn_of_other_steps(settings, job.model.config)
-    device = runtime.start(args.device_target, args.mode, ranks)
+    device = runtime.start(args.device_target, args.mode, ranks, runtime.ascend_settings(args))
     known = args.skip_save or "checkpoint_sha256" in job.facts[()]
     files = None if known else in_background(file_facts, args, job.model.path)
     pipeline = build(args, job, device)

@@ -77,8 +77,7 @@ def build_parser() -> Parser:
     add("--save_interval", type=int, default=1000, help="steps between resume states and pictures")
     add("--resume", nargs="?", const="True", default="False", help="True, or the path of a resume state")
     add("--seed", type=seed, default=42, help="of order, noise and random weights")
-    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
-    add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    runtime.add_device_options(add)
     return parser
 
 
@@ -104,6 +103,7 @@ def _add_training(add: Callable) -> None:
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:
     """Find mistakes before the data is read and the networks are built; UserError."""
+    runtime.find_device(args.device_target)
     check_config(config, args.image_size)
     require_at_least(1, args, "train_batch_size", "steps", "save_interval")
     if args.decoder_only and (args.latent_channels is not None or not args.pretrained_model_path):
@@ -135,7 +135,7 @@ def main() -> None:
     run.claim(settings)
     data = CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image)
     log.info(data.summary())
-    runtime.start(args.device_target, args.mode)
+    runtime.start(args.device_target, args.mode, ascend=runtime.ascend_settings(args))
     kind = DecoderAlone if args.decoder_only else WholeAutoencoder
     task = kind(args, config, StableDiffusion(config), data, start)
     first = run.begin(task, {**settings, **data.facts(), **task.facts()})

@@ -112,6 +112,7 @@ def main() -> None:
     if args.cache_only:
         job.fill_caches()
         return
+    job.connect()
     tensors = distill.with_told_scale(args, job.tensors, job.config)
     kind = DistilAdapters if args.use_lora else DistilWeights
     task = kind(args, job.config, tensors, job.data, job.dtype, ranks, plan)

@@ -101,6 +101,7 @@ def main() -> None:
     if args.cache_only:
         job.fill_caches()
         return
+    job.connect()
     kind = TrainAdapters if args.use_lora else FineTune
     task = kind(args, job.config, job.tensors, job.data, job.dtype, ranks)
     batches = task.batches(job.begin(task))

@@ -124,8 +124,8 @@ class LastBlock(OpenCLIPBlock):
 
     def construct(self, x, mask):
         y, width, attn = self.ln_1(x), x.shape[-1], self.attn
-        q = attn.matmul(y[:, :1], attn.in_proj_weight[:width]) + attn.in_proj_bias[:width]  # [B, 1, width]
-        k, v = ops.split(attn.matmul(y, attn.in_proj_weight[width:]) + attn.in_proj_bias[width:], width, -1)
+        q = attn.affine(y[:, :1], attn.in_proj_weight[:width], attn.in_proj_bias[:width])  # [B, 1, width]
+        k, v = ops.split(attn.affine(y, attn.in_proj_weight[width:], attn.in_proj_bias[width:]), width, -1)
         x = x[:, :1] + attn.out_proj(attn.heads(q, k, v, mask))
         return x + self.mlp(self.ln_2(x))
 

@@ -58,8 +58,7 @@ def build_parser() -> Parser:
     add("--source_prompt", help="for directional similarity: a text or a file, what the source pictures show")
     add("--source_path", help="for directional similarity: the pictures that --image_path was made from")
     add("--output", help="a JSON file for the results, with the score of every picture")
-    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
-    add("--mode", "--ms_mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    runtime.add_device_options(add)
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_clip_score_distributed.sh: one of many")
     parser.ignore(WITHOUT_EFFECT)
     return parser
@@ -116,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     path = find(args.load_checkpoint)
     ranks, lists = runtime.join(args.use_parallel), list_inputs(args)
     ranks.agree_on_lists("pictures and texts", lists)
-    runtime.start(args.device_target, args.mode, ranks)
+    runtime.start(args.device_target, args.mode, ranks, runtime.ascend_settings(args, hf32=False))
     model = load_model(path, args.activation)
     prompts = dict.fromkeys(lists.get("prompts", []) + lists.get("source_prompts", []))
     cut, length = sum(map(model.is_cut, prompts)), model.config.text.context_length

@@ -46,8 +46,7 @@ def build_parser() -> Parser:
     add("--precision_recall", type=str2bool, nargs="?", const=True, default=False, help="with k = 3")
     add("--output", help="a JSON file for the figures and the settings")
     add("--seed", type=seed, default=0, help="of KID's subsets and the Inception score's splits")
-    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
-    add("--mode", "--ms_mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    runtime.add_device_options(add)
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_eval_distributed.sh: one of several")
     parser.ignore({"backend": "the network runs in MindSpore"})
     return parser
@@ -162,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.size > 1:
         ranks.check_shared(make_folder(parts))
     weights = Path(args.load_checkpoint) if args.load_checkpoint else inception.find_weights()
-    device = runtime.start(args.device_target, args.mode, ranks)
+    device = runtime.start(args.device_target, args.mode, ranks, runtime.ascend_settings(args, hf32=False))
     net = inception.Inception()
     settings = {"resize": args.resize, "weights_crc32": inception.load(net, weights, args.inception_score)}
     for side in sides:

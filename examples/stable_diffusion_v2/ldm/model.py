@@ -139,11 +139,14 @@ class StableDiffusion(nn.Cell):
         """Every parameter's name and shape."""
         return {name: parameter.shape for name, parameter in self.parameters_and_names()}
 
-    def compute_in(self, dtype: str) -> None:
-        """Let the networks multiply in this type; the autoencoder stays in float32 where it must."""
+    def compute_in(self, dtype: str, weights: bool = False) -> None:
+        """Let the networks multiply in this type; the autoencoder stays in float32 where it must.
+
+        weights: cast them too, for drawing alone; see `runtime.set_compute_dtype`.
+        """
         for part in (self.networks.unet, self.networks.text, None if self.vae_in_float32 else self.networks.vae):
             if part:
-                runtime.set_compute_dtype(part, dtype)
+                runtime.set_compute_dtype(part, dtype, weights)
 
     def load(
         self,

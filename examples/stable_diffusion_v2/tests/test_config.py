@@ -14,7 +14,7 @@ import train_distillation
 import train_text_to_image
 import yaml
 
-from ldm import checkpoint
+from ldm import checkpoint, runtime
 from ldm.config.mindone import IGNORED_TRAIN_OPTIONS, is_placeholder
 from ldm.config.model import (
     ModelConfig,
@@ -659,6 +659,7 @@ def parser():
     result.add_argument("--use_parallel", type=str2bool, default=False)
     result.add_argument("--validation_prompts", nargs="*", default=[])
     result.add_argument("--ddim", action="store_true")
+    result.add_argument("--enable_flash_attention", type=str2bool)
     result.ignore(IGNORED_TRAIN_OPTIONS)
     return result
 
@@ -774,7 +775,7 @@ def test_a_train_file_of_mindone(tmp_path, caplog):
         """
     args = options(tmp_path, text, "--data_path", "d")
     assert args.use_ema and load_model_config(args.model_config).prediction_type == "v"
-    assert ["num_workers" in caplog.messages[0], "enable_flash_attention" in caplog.messages[1]] == [True, True]
+    assert args.enable_flash_attention and ["num_workers" in text for text in caplog.messages] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -929,10 +930,16 @@ def test_mindone_has_two_words_for_one_optimizer(tmp_path):
         assert read_options(train_text_to_image.build_parser(), words).optim == "sgd"
 
 
-def test_levels_of_compilation_are_accepted(caplog):
+def test_settings_of_an_npu_are_options(caplog, capsys):
+    words = ["--jit_level", "O1", "--precision_mode", "must_keep_origin_dtype", "--enable_flash_attention", "False"]
     for script in (text_to_image, train_text_to_image):
-        read_options(script.build_parser(), ["--jit_level", "O1"])
-    assert ["jit_level" in text for text in caplog.messages] == [True, True]
+        settings = runtime.ascend_settings(read_options(script.build_parser(), words))
+        assert settings == ("O1", "must_keep_origin_dtype", False, True)
+        assert runtime.ascend_settings(read_options(script.build_parser(), [])) == runtime.AscendSettings()
+        with pytest.raises(SystemExit):
+            read_options(script.build_parser(), ["--jit_level", "O3"])
+        assert "O0" in capsys.readouterr().err
+    assert not caplog.messages
 
 
 def test_a_chinese_model_is_refused_however_it_comes(capsys):

@@ -7,44 +7,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import mindspore as ms
+from mindspore import ops
 
+from ldm import npu
 from ldm.kernels import ascend, convolution, cpu, plain, sliced
 from ldm.kernels.plain import add, cast, concat_channels, multiply, reshape, transpose  # noqa: F401
 
 
 class Kernels(NamedTuple):
-    """One implementation of each operator; see the plain classes for their meaning."""
+    """One implementation of each operator; see the plain classes for their meaning.
 
-    Attention: Callable = plain.Attention
+    few_launches: whether launching a kernel costs more than its work on small tensors; see ldm.train.together.
+    """
+
+    Heads: Callable = plain.Heads
     GroupNorm: Callable = plain.GroupNorm
     LayerNorm: Callable = plain.LayerNorm
     GELU: Callable = plain.GELU
     QuickGELU: Callable = plain.QuickGELU
     SiLU: Callable = plain.SiLU
     GEGLU: Callable = plain.GEGLU
-    AddBias: Callable = plain.AddBias
     Upsample2: Callable = plain.Upsample2
     MatMul: Callable = plain.matmul
-    Conv2d: Callable = plain.conv2d
+    Affine: Callable = plain.Affine
+    Conv2d: Callable = plain.Conv2d
+    few_launches: bool = False
 
 
 PLAIN = Kernels()
-SLICED = Kernels(Attention=sliced.SlicedAttention, Conv2d=convolution.small_gradient_conv2d)
+SLICED_HEADS = partial(plain.Heads, attend=sliced.SlicedAttention)
+CPU_CONV2D = partial(plain.Conv2d, convolve=convolution.small_gradient_conv2d)
+SLICED = Kernels(Heads=SLICED_HEADS, Conv2d=CPU_CONV2D)
 NATIVE = Kernels(
-    Attention=sliced.SlicedAttention,
+    Heads=SLICED_HEADS,
     GroupNorm=cpu.NativeGroupNorm,
     LayerNorm=cpu.NativeLayerNorm,
     GELU=cpu.NativeGELU,
     GEGLU=cpu.NativeGEGLU,
-    AddBias=cpu.NativeAddBias,
     Upsample2=cpu.NativeUpsample2,
-    Conv2d=convolution.small_gradient_conv2d,
+    Affine=partial(plain.Affine, add_bias=cpu.NativeAddBias),
+    Conv2d=CPU_CONV2D,
 )
-ASCEND = Kernels(Attention=ascend.FlashAttention)
+ASCEND = Kernels(
+    Heads=ascend.FlashHeads,
+    GroupNorm=ascend.FusedGroupNorm,
+    LayerNorm=ascend.FusedLayerNorm,
+    GELU=ascend.FusedGELU,
+    SiLU=ascend.FusedSiLU,
+    GEGLU=ascend.FusedGEGLU,
+    Affine=ops.Dense,
+    Conv2d=ascend.FusedConv2d,
+    few_launches=True,
+)
+ASCEND_SLICED = ASCEND._replace(Heads=SLICED_HEADS)  # by request, and for chips without flash attention
 
 
 @cache
@@ -53,4 +72,6 @@ def select() -> Kernels:
     device = ms.get_context("device_target")
     if device == "CPU" and cpu.native_library():
         return NATIVE
-    return ASCEND if device == "Ascend" else SLICED
+    if device != "Ascend":
+        return SLICED
+    return ASCEND if npu.flash_attention(ms.hal.get_device_name(0, "Ascend")) else ASCEND_SLICED

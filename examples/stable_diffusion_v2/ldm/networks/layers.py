@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from ldm import kernels
 from ldm.checkpoint.arrays import widened
 from ldm.config.model import GROUPS
-from ldm.kernels import add, multiply, reshape, transpose
+from ldm.kernels import add, reshape
 from ldm.randomness import generator
 
 ALIGNMENT = 16  # bytes, as of NumPy's own arrays; oneDNN and the CPU kernels never see less
@@ -82,13 +82,14 @@ class Linear(Weighted):
         self.weight = parameter(outputs, inputs)
         self.bias = parameter(outputs) if bias else None
         self.zero = zero
-        self.matmul = kernels.select().MatMul()
-        self.add_bias = kernels.select().AddBias()
+        self.matmul = kernels.select().Affine() if bias else kernels.select().MatMul()
 
     def construct(self, x):
-        y = self.matmul(reshape(x, (-1, x.shape[-1])), self.effective_weight())
-        if self.bias is not None:
-            y = self.add_bias(y, self.bias)
+        rows = reshape(x, (-1, x.shape[-1]))
+        if self.bias is None:
+            y = self.matmul(rows, self.effective_weight())
+        else:
+            y = self.matmul(rows, self.effective_weight(), self.bias)
         return reshape(y, x.shape[:-1] + (-1,))
 
     def reset(self, rng: np.random.Generator) -> None:
@@ -108,6 +109,19 @@ class MatMul(nn.Cell):
         return reshape(self.matmul(reshape(x, (-1, x.shape[-1])), weight), x.shape[:-1] + (-1,))
 
 
+class Affine(nn.Cell):
+    """x Wᵀ + bias for x [..., in], a weight [out, in] and a bias [out], all given in the call."""
+
+    multiplies = True
+
+    def __init__(self):
+        super().__init__()
+        self.affine = kernels.select().Affine()
+
+    def construct(self, x, weight, bias):
+        return reshape(self.affine(reshape(x, (-1, x.shape[-1])), weight, bias), x.shape[:-1] + (-1,))
+
+
 class Conv2d(Weighted):
     """2-D convolution; x [B, in, H, W], weight [out, in, k, k]; `padding`: a number or (top, bottom, left, right)."""
 
@@ -118,10 +132,9 @@ class Conv2d(Weighted):
         self.zero = zero
         pad = kernel // 2 if padding is None else padding
         self.conv = kernels.select().Conv2d(outputs, kernel, stride, pad)
-        self.bias_add = ops.BiasAdd()  # its gradient is three times faster than that of a broadcast addition
 
     def construct(self, x):
-        return self.bias_add(self.conv(x, self.effective_weight()), self.bias)
+        return self.conv(x, self.effective_weight(), self.bias)
 
     def reset(self, rng: np.random.Generator) -> None:
         reset_uniform(self, self.weight.size // self.weight.shape[0], rng)
@@ -132,7 +145,7 @@ class ShiftedConv2d(Conv2d):
 
     def construct(self, x, shift):
         shift = add(self.bias, shift)
-        return add(self.conv(x, self.effective_weight()), reshape(shift, shift.shape + (1, 1)))
+        return add(self.conv(x, self.effective_weight(), None), reshape(shift, shift.shape + (1, 1)))
 
 
 class GroupNorm(nn.Cell):
@@ -173,24 +186,6 @@ class Embedding(nn.Cell):
 
     def reset(self, rng: np.random.Generator) -> None:
         self.weight.set_data(normal(rng, self.weight.shape, 0.02))
-
-
-class Heads(nn.Cell):
-    """Attention over `heads` heads; q [B, N, C], k and v [B, M, C] to [B, N, C]."""
-
-    def __init__(self, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.attend = kernels.select().Attention()
-
-    def construct(self, q, k, v, mask=None):
-        q = multiply(q, (q.shape[-1] // self.heads) ** -0.5)
-        out = self.attend(self.split(q), self.split(k), self.split(v), mask)  # [B, H, N, D]
-        return reshape(transpose(out, (0, 2, 1, 3)), q.shape)
-
-    def split(self, x):
-        b, n, c = x.shape
-        return transpose(reshape(x, (b, n, self.heads, c // self.heads)), (0, 2, 1, 3))  # [B, H, N, D]
 
 
 def reset_uniform(layer: nn.Cell, fan_in: int, rng: np.random.Generator) -> None:

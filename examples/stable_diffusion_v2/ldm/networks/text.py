@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ldm import kernels
 from ldm.kernels import add
-from ldm.networks.layers import Embedding, Heads, LayerNorm, Linear, MatMul, Weighted, normal, parameter
+from ldm.networks.layers import Affine, Embedding, LayerNorm, Linear, Weighted, normal, parameter
 
 
 def causal_mask(length: int) -> Tensor:
@@ -151,18 +151,17 @@ class OpenCLIPBlock(nn.Cell):
 class MergedAttention(Weighted):
     """Self-attention whose three projections are one parameter, as in PyTorch's MultiheadAttention."""
 
-    multiplies = False  # its `matmul` does
+    multiplies = False  # its `affine` does
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.in_proj_weight, self.in_proj_bias = parameter(3 * width, width), parameter(3 * width)
         self.out_proj = Linear(width, width)
-        self.heads = Heads(heads)
-        self.matmul, self.split = MatMul(), ops.Split(2, 3)
-        self.add_bias = kernels.select().AddBias()
+        self.heads = kernels.select().Heads(heads)
+        self.affine, self.split = Affine(), ops.Split(2, 3)
 
     def construct(self, x, mask):
-        x = self.add_bias(self.matmul(x, self.effective_weight()), self.in_proj_bias)  # [B, N, 3C]
+        x = self.affine(x, self.effective_weight(), self.in_proj_bias)  # [B, N, 3C]
         q, k, v = self.split(x)
         return self.out_proj(self.heads(q, k, v, mask))
 
@@ -239,7 +238,7 @@ class SplitAttention(nn.Cell):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = (Linear(width, width) for _ in range(3))
         self.out_proj = Linear(width, width)
-        self.heads = Heads(heads)
+        self.heads = kernels.select().Heads(heads)
 
     def construct(self, x, mask):
         return self.out_proj(self.heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), mask))

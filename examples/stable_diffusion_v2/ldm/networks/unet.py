@@ -15,7 +15,7 @@ from mindspore import Tensor, nn, ops
 
 from ldm import kernels
 from ldm.kernels import add, concat_channels, reshape, transpose
-from ldm.networks.layers import Conv2d, GroupNorm, Heads, LayerNorm, Linear, MatMul, ShiftedConv2d
+from ldm.networks.layers import Conv2d, GroupNorm, LayerNorm, Linear, MatMul, ShiftedConv2d
 
 
 class UNet(nn.Cell):
@@ -209,7 +209,7 @@ class ConvIn(Conv2d):
     """A convolution that is called like every layer of a stage."""
 
     def construct(self, h, emb, context):
-        return self.bias_add(self.conv(h, self.effective_weight()), self.bias)
+        return self.conv(h, self.effective_weight(), self.bias)
 
 
 class ResBlock(nn.Cell):
@@ -351,7 +351,7 @@ class CrossAttention(nn.Cell):
         self.to_k = Linear(context_dim, channels, bias=False)
         self.to_v = Linear(context_dim, channels, bias=False)
         self.to_out = nn.CellList([Linear(channels, channels), nn.Identity()])
-        self.heads = Heads(heads)
+        self.heads = kernels.select().Heads(heads)
 
     def construct(self, x, context):
         return self.to_out[0](self.heads(self.to_q(x), self.to_k(context), self.to_v(context)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import nn, ops
 
 from ldm import kernels
-from ldm.networks.layers import Conv2d, GroupNorm, Heads
+from ldm.networks.layers import Conv2d, GroupNorm
 
 
 class AutoencoderKL(nn.Cell):
@@ -135,7 +135,7 @@ class AttnBlock(nn.Cell):
         self.norm = GroupNorm(channels, 1e-6)
         self.q, self.k, self.v = (Conv2d(channels, channels, 1) for _ in range(3))
         self.proj_out = Conv2d(channels, channels, 1)
-        self.heads = Heads(1)
+        self.heads = kernels.select().Heads(1)
 
     def construct(self, x):
         h = self.norm(x)

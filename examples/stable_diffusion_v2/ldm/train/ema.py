@@ -9,8 +9,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from ldm import kernels
 from ldm.errors import UserError
 from ldm.networks.layers import set_values
+from ldm.train.together import Together, small_last
 
 
 class Ema(nn.Cell):
@@ -31,7 +33,8 @@ class Ema(nn.Cell):
     def __init__(self, params: Iterable[Parameter], decay: float = 0.9999):
         super().__init__(auto_prefix=False)
         self.check(decay)
-        self.params = ParameterTuple(params)
+        few = kernels.select().few_launches
+        self.params = ParameterTuple(small_last(params) if few else params)
         self.shadow = self.params.clone("ema", "same")
         self.state = list(self.shadow)
         for tensor in self.state:
@@ -40,6 +43,9 @@ class Ema(nn.Cell):
         self.updates = 0
         self.swapped = False
         self.map = ops.HyperMap()
+        self.together = Together(self.params) if few else None
+        # It reads the parts of a joined tensor where they lie; ops.assign, for older versions, copies them first.
+        self.copy = getattr(ops.auto_generate, "inplace_copy", ops.assign)
 
     @staticmethod
     def check(decay: float) -> None:
@@ -53,10 +59,16 @@ class Ema(nn.Cell):
         return 1 - min(self.decay, (1 + n) / (10 + n))
 
     def construct(self, weight: Tensor):
-        return self.map(ops.partial(self.one, weight), self.shadow, self.params)
+        if self.together is None:
+            return self.map(ops.partial(self.one, weight), self.shadow, self.params)
+        new = self.together(ops.partial(self.mix, weight), self.shadow, self.params)
+        return self.map(self.copy, self.shadow, new)
 
     def one(self, weight, shadow, param):
         return ops.assign_add(shadow, weight * (param.astype(ms.float32) - shadow))
+
+    def mix(self, weight, shadow, param):
+        return ops.lerp(shadow, param.astype(ms.float32), weight)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Copies of the averaged weights, under the parameters' own names."""

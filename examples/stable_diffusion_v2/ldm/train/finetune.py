@@ -227,6 +227,11 @@ def open_caches(
     return FrozenOutputs(folder, config, tensors, args.image_size, dtype, latents, text, args.flip)
 
 
+def fills_in_child(args: argparse.Namespace, tensors: dict) -> bool:
+    """Whether the frozen networks are so large that a child process fills the caches."""
+    return sum(array.nbytes for array in frozen_tensors(args, tensors).values()) > OWN_PROCESS_BYTES
+
+
 def fill_in_child(args: argparse.Namespace, config: ModelConfig, dtype: str, ranks: Ranks) -> None:
     """Fill the caches in a child process, whose end frees the memory of the frozen networks."""
     env = {**without_launcher(), "PYTHONPATH": os.pathsep.join([str(runtime.HERE), os.environ.get("PYTHONPATH", "")])}
@@ -243,7 +248,7 @@ def child() -> None:
     """The main of the child process that fills the caches; it reads its job from standard input."""
     args, config, dtype, share = pickle.load(sys.stdin.buffer)
     follow_parent()
-    runtime.start(args.device_target, args.mode)
+    runtime.start(args.device_target, args.mode, ascend=runtime.ascend_settings(args))
     tensors = start_tensors(args, config, open_weights(args.pretrained_model_path, raw=True))
     fill_caches(args, config, tensors, open_data(args), dtype, share)
 
@@ -264,16 +269,27 @@ def fill_caches(
         caches.fill(model, data, args.train_batch_size, share)
 
 
+def fill_ahead(
+    args: argparse.Namespace, config: ModelConfig, tensors: dict, data: CaptionedImages, dtype: str, ranks: Ranks
+) -> None:
+    """Fill the caches in child processes where the frozen networks are large.
+
+    Call it before the devices are connected: a child takes the device of its rank, and connected devices would wait for
+    one another meanwhile.
+    """
+    caches, share = open_caches(args, config, tensors, data, dtype), (ranks.rank, ranks.size)
+    caches.forget_damaged(data, share)
+    if fills_in_child(args, tensors) and any(caches.missing(data, share)):
+        fill_in_child(args, config, dtype, ranks)
+    ranks.barrier("large caches full")
+
+
 def prepare(
     args: argparse.Namespace, config: ModelConfig, tensors: dict, data: CaptionedImages, dtype: str, ranks: Ranks
 ) -> tuple[StableDiffusion, FrozenOutputs]:
-    """Fill the caches; returns the networks that this process needs, and the caches."""
+    """Fill what the caches still lack; returns the networks that this process needs, and the caches."""
     caches, share = open_caches(args, config, tensors, data, dtype), (ranks.rank, ranks.size)
-    caches.forget_damaged(data, share)
-    to_fill = any(caches.missing(data, share))
-    if to_fill and sum(array.nbytes for array in frozen_tensors(args, tensors).values()) > OWN_PROCESS_BYTES:
-        fill_in_child(args, config, dtype, ranks)
-        to_fill = False
+    to_fill = not fills_in_child(args, tensors) and any(caches.missing(data, share))
     drawing = to_fill or bool(args.validation_prompts and ranks.is_main)
     vae, text = drawing or caches.latents is None, drawing or caches.features is None
     parts = tuple(part for part, wanted in ((VAE, vae), (UNET, True), (TEXT, text)) if wanted)

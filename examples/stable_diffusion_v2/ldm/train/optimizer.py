@@ -17,8 +17,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from ldm import kernels
 from ldm.errors import UserError
 from ldm.networks.layers import set_values
+from ldm.train.together import small_last
 
 PART_BYTES = 256 * 2**20  # of parameters updated at once; the scaled gradients of more would fill the memory
 
@@ -47,7 +49,7 @@ class Optimizer(nn.Cell):
     """What all optimizers share. A subclass names its state tensors and writes one parameter's update.
 
     Args:
-        params: the parameters to update, in the order of the gradients.
+        params: the parameters to update. The gradients follow the order of the attribute `params`.
         betas: the share of each running mean that stays at an update.
         eps: is added to divisors, which may be near 0.
         weight_decay: for parameters of two and more dimensions.
@@ -64,7 +66,7 @@ class Optimizer(nn.Cell):
     def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(auto_prefix=False)
         check_numbers(betas, eps, weight_decay)
-        self.params = ParameterTuple(params)
+        self.params = ParameterTuple(small_last(params) if kernels.select().few_launches else params)
         self.slots = tuple(self.params.clone(prefix, "zeros") for prefix in self.prefixes)
         self.state = [tensor for slot in self.slots for tensor in slot]
         for tensor in self.state:

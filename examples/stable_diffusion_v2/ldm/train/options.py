@@ -106,7 +106,6 @@ def add_output(add: Callable) -> None:
 
 def add_system(parser: Parser) -> None:
     add = parser.add_argument_group("system").add_argument
-    add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
-    add("--mode", type=int, choices=(0, 1), default=0, help="0: graph, 1: PyNative")
+    runtime.add_device_options(add)
     add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_train_distributed.sh: one of several")

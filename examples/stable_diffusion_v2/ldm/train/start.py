@@ -1,7 +1,7 @@
 """From the options of a training script to a run that can begin: which model is meant, its checks, its data.
 
-`settle`, `check`, `Job` and `Job.open` follow each other. Each finds its mistakes before anything more expensive
-begins.
+`settle`, `check`, `Job`, `Job.open` and `Job.connect` follow each other. Each finds its mistakes before anything more
+expensive begins.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Job:
         finetune.check_start(args, choice, weights)
         self.args, self.weights, self.ranks = args, weights, ranks
         self.config = replace(config or choice.config, image_size=args.image_size)
-        self.dtype = runtime.compute_dtype(args.dtype, args.device_target)
+        self.dtype = runtime.compute_dtype(args.dtype, args.device_target, training=True)
         self.run = Run(args, finetune.ckpt_folder(args), ranks)
         self.settings = {**finetune.run_settings(args, self.config, self.dtype, ranks), **(more or {})}
         if not args.cache_only:
@@ -120,7 +120,7 @@ class Job:
         """Start MindSpore, and read the weights and the list of pictures; UserError for mistakes in them."""
         args, ranks = self.args, self.ranks
         ranks.check_shared(self.run.state_folder)
-        runtime.connect_devices(ranks, runtime.start(args.device_target, args.mode, ranks))
+        self.device = runtime.start(args.device_target, args.mode, ranks, runtime.ascend_settings(args))
         self.tensors = finetune.start_tensors(args, self.config, self.weights)
         finetune.trained_unet(args, self.tensors)  # finds mistakes before the caches are filled
         self.data = finetune.open_data(args)
@@ -134,6 +134,11 @@ class Job:
         ranks = self.ranks
         finetune.fill_caches(self.args, self.config, self.tensors, self.data, self.dtype, (ranks.rank, ranks.size))
         ranks.barrier("caches full")
+
+    def connect(self) -> None:
+        """Fill large caches, then connect the devices of all ranks."""
+        finetune.fill_ahead(self.args, self.config, self.tensors, self.data, self.dtype, self.ranks)
+        runtime.connect_devices(self.ranks, self.device)
 
     def begin(self, task: FineTune) -> int:
         """Restore what was saved, if the run is resumed; returns how many steps are made."""

@@ -21,12 +21,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from ldm import kernels
 from ldm.errors import UserError
 from ldm.networks.layers import require_own, set_values
 from ldm.parallel.ranks import Ranks
 from ldm.train.ema import Ema
 from ldm.train.gradients import LayerByLayer, WholeGraph
 from ldm.train.optimizer import Optimizer
+from ldm.train.together import NormOfFew
 
 
 class LossScale:
@@ -108,7 +110,8 @@ class TrainStep:
         self.loss_scale = loss_scale or LossScale()
         self.batch_names = tuple(inspect.signature(loss.construct).parameters)
         self.gradients = gradients or WholeGraph(loss, optimizer.params)
-        self.norm, self.update = GlobalNorm(), _Update(optimizer, ema)
+        self.norm = NormOfFew(optimizer.params) if kernels.select().few_launches else GlobalNorm()
+        self.update = _Update(optimizer, ema)
         self.sum_of_ranks = _SumOfRanks() if self.ranks.size > 1 else None
         wait = max_grad_norm is not None or loss_scale is not None or self.ranks.size > 1 or not optimizer.separable
         self.by_layers = self.gradients.layer_by_layer and not wait
@@ -196,7 +199,8 @@ class TrainStep:
         """Go on from these weights as from a start: with their averages where there are some, an optimizer that has
         seen no gradient, and new averages."""
         if self.ema:
-            set_values(self.optimizer.params, self.ema.tensors().values())
+            averages = self.ema.tensors()
+            set_values(self.optimizer.params, (averages[param.name] for param in self.optimizer.params))
             self.ema.begin_anew()
         self.optimizer.begin_anew()
 
