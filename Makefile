@@ -8,12 +8,13 @@ export GLOG_v ?= 3
 RIGHT_PYTHON := import sys; v = sys.version_info[:2]; (3, 9) <= v <= (3, 12) or \
 	sys.exit("error: MindSpore 2.8.0 wants Python 3.9 to 3.12, this is %d.%d: make PYTHON=python3.11 ..." % v)
 
-.PHONY: help setup demo test parity lint format bench clean
+.PHONY: help setup demo test ascend parity lint format bench clean
 
 help:
 	@echo "make setup   install what the scripts need, into .venv;  make clean: remove it"
 	@echo "make demo    fine-tune the tiny model on OpenMoji and draw before and after"
 	@echo "make test    all tests that need no PyTorch"
+	@echo "make ascend  drawing and training as on Ascend, on stand-ins for its libraries"
 	@echo "make parity  compare with diffusers and transformers (installs PyTorch)"
 	@echo "make bench   the full SD 2 beside diffusers, its UNet and whole runs (installs PyTorch)"
 	@echo "make lint    ruff;  make format: rewrite the files as ruff wants them"
@@ -37,7 +38,10 @@ demo: $(VENV)/run
 	cd $(HERE) && $(PY) tools/demo.py
 
 test: $(VENV)/dev
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not ascend"
+
+ascend: $(VENV)/dev
+	$(PY) -m pytest -m ascend -rs
 
 parity: $(VENV)/parity
 	$(PY) -m pytest -m parity -rs
