@@ -3,8 +3,7 @@
     python tools/demo.py [--output_path output/demo] [option of train_text_to_image.py ...]
 
 It runs the project's own commands and prints them. The result is OUTPUT/before_after.png. For each of some held-out
-concepts it shows the real picture, the picture before and after the fine-tuning, and the caption. The last column is a
-student's, which draws the base's own style in four network calls (docs/distillation.md).
+concepts it shows the real picture, the picture before and after the fine-tuning, and the caption.
 """
 
 from __future__ import annotations
@@ -74,12 +73,8 @@ def main() -> None:
     newest = max((trained / "ckpt/rank_0").glob("sd-*"), key=lambda path: path.stat().st_mtime)
     after = draw(str(newest), prompts, output / "after")
 
-    own_style = output / "own_style.txt"
-    own_style.write_text("".join(f"{sample.text}, noto style\n" for sample in chosen), encoding="utf-8")
-    few = draw("models/tiny-4step.safetensors", own_style, output / "few_steps")
-
     real = np.stack([load_image(sample.path, before.shape[1]) for sample in chosen])
-    columns = {"real": real, "before": before, "after": after, "noto, 4 steps": few}
+    columns = {"real": real, "before": before, "after": after}
     picture = output / "before_after.png"
     save_png(captioned_rows(columns, [sample.text for sample in chosen], scale=2), picture)
     print(f"\nBefore and after, side by side: {picture}   ({time.monotonic() - began:.0f} s)")

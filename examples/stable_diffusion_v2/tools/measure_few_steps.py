@@ -46,8 +46,8 @@ EMOJI = HERE / "datasets" / "emoji"
 BATCH = 50
 SHOWN = 8  # noises on a sheet
 SHEET = {  # the rows on a sheet, and what it calls them
-    "ddim-32-guided": "teacher, 64 calls",
-    **{f"ddim-{calls}": f"base, {calls} calls" for calls in (8, 4, 2, 1)},
+    "ddim-32-guided": "teacher",
+    **{f"ddim-{calls}": f"base, {calls}" for calls in (8, 4, 2, 1)},
     **{f"student-{calls}": f"student, {calls}" for calls in (8, 4, 2, 1)},
 }
 
