@@ -332,7 +332,7 @@ def test_a_pipeline_tells_the_network_the_scale_and_runs_it_once():
         return z
 
     features = Condition(np.ones((1, 3, 8), np.float32))
-    model = SimpleNamespace(unet=network, conditioner=lambda texts: features, size_numbers=0, guidance_channels=6)
+    model = SimpleNamespace(unet=network, conditioner=lambda *texts: features, size_numbers=0, guidance_channels=6)
     pipeline = Pipeline(ModelConfig("v"), model)
     pipeline.denoiser(["a fox", "a hen"], ["", ""], 7.5)(np.zeros((2, 4, 2, 2)), 999)
     np.testing.assert_array_equal(calls[0][1], embed_guidance(np.array([7.5, 7.5]), 6))

@@ -130,7 +130,7 @@ def test_weights_of_past_estimates():
 
 
 def first_loop(sampler, denoise, x, times, schedule, noise):
-    """The loop of the first four samplers, whose pictures stay the same to the last bit."""
+    """The loop of the first four samplers, whose pictures stay the same."""
     ends = np.append(times, sampler.end)
     alpha, sigma, steps = schedule.alpha(ends), schedule.sigma(ends), np.diff(schedule.log_snr(ends))
     spread = sampler.eta * sigma[1:] / sigma[:-1] * np.sqrt(1 - (alpha[:-1] / alpha[1:]) ** 2)
@@ -151,13 +151,14 @@ def first_loop(sampler, denoise, x, times, schedule, noise):
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver", "dpm_solver_pp"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "uniform"])
-def test_the_first_four_to_the_last_bit(name, spacing):
+def test_the_first_four_draw_as_they_always_did(name, spacing):
+    """But for the last bits: NumPy's logarithm rounds by where an array lies in memory."""
     x, noise = np.linspace(-2, 2, 9), lambda i: generator(7, "noise", i).standard_normal(9)
     schedules = (SD,) if spacing == "leading" else (SD, ZERO)
     for schedule, end, eta, n in itertools.product(schedules, FINAL_SIGMAS, (None, 0.5), (1, 2, 3, 15, 27, 50)):
         sampler = get_sampler(name, schedule, eta, spacing, end)
         words = gaussian(0.5, schedule), x, sampler.times(schedule, n), schedule, noise
-        np.testing.assert_array_equal(sampler(*words), first_loop(sampler, *words))
+        np.testing.assert_allclose(sampler(*words), first_loop(sampler, *words), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -46,6 +46,7 @@ from ldm.parts import VAE
 from ldm.randomness import generator
 from ldm.train import autoencoder, finetune
 from ldm.train.log import read_log
+from ldm.train.start import settle
 from ldm.weights import Choice, config_key, open_weights, tensors_of, words_of
 
 ROOT = Path(__file__).parents[1]
@@ -736,7 +737,7 @@ def test_training_starts_from_the_weights_and_the_autoencoder_that_were_asked_fo
     more = ["--pretrained_model_path", tmp_path / "state.ckpt", "--vae_path", tmp_path / "vae"]
     words = training(place, tmp_path, *map(str, more))
     args = train_text_to_image.read_options(train_text_to_image.build_parser(), words)
-    choice, weights = train_text_to_image.settle(args)
+    choice, weights = settle(args)
     start = finetune.start_tensors(args, choice.config, weights)
     assert start.keys() == base.tensors.keys()
     for name, array in base.tensors.items():
