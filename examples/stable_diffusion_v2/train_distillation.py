@@ -18,9 +18,8 @@ from collections.abc import Callable
 from ldm import runtime
 from ldm.config.mindone import IGNORED_TRAIN_OPTIONS
 from ldm.config.model import ModelConfig
-from ldm.config.options import Parser, read_options
+from ldm.config.options import Parser
 from ldm.errors import UserError
-from ldm.randomness import settled_seed
 from ldm.train import distill, finetune, options, start
 from ldm.train.distill import USUAL_STEPS, DistilAdapters, DistilWeights, Halvings
 from ldm.train.learning_rate import MULTI_STEP, SCHEDULES
@@ -100,19 +99,14 @@ def check(args: argparse.Namespace, config: ModelConfig) -> Halvings:
 
 
 def main() -> None:
-    args = read_options(build_parser())
-    ranks = runtime.join(args.use_parallel)
-    args.seed = settled_seed(args.seed, ranks.broadcast)
+    args, ranks = start.read(build_parser())
     with ranks.main_first("settings"):
         choice, weights = start.settle(args)
         plan = check(args, choice.config)
         facts = {"halvings": [stage[1:] for stage in plan.stages], "scales": plan.scales}
         job = Job(args, choice, weights, ranks, plan.network(choice.config), facts)
-    job.open()
-    if args.cache_only:
-        job.fill_caches()
+    if not job.open():
         return
-    job.connect()
     tensors = distill.with_told_scale(args, job.tensors, job.config)
     kind = DistilAdapters if args.use_lora else DistilWeights
     task = kind(args, job.config, tensors, job.data, job.dtype, ranks, plan)

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from ldm import runtime
 from ldm.config.mindone import IGNORED_TRAIN_OPTIONS, REFUSED_TRAIN_OPTIONS
 from ldm.config.model import ModelConfig
-from ldm.config.options import Parser, read_options, require_at_least, str2bool
+from ldm.config.options import Parser, require_at_least, str2bool
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.timestep_bias import STRATEGIES
 from ldm.errors import UserError
-from ldm.randomness import settled_seed
 from ldm.train import finetune, options, start
 from ldm.train.adapters import TrainAdapters
 from ldm.train.finetune import FineTune
@@ -90,18 +89,13 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
 
 
 def main() -> None:
-    args = read_options(build_parser())
-    ranks = runtime.join(args.use_parallel)
-    args.seed = settled_seed(args.seed, ranks.broadcast)
+    args, ranks = start.read(build_parser())
     with ranks.main_first("settings"):
         choice, weights = start.settle(args)
         check(args, choice.config)
         job = Job(args, choice, weights, ranks)
-    job.open()
-    if args.cache_only:
-        job.fill_caches()
+    if not job.open():
         return
-    job.connect()
     kind = TrainAdapters if args.use_lora else FineTune
     task = kind(args, job.config, job.tensors, job.data, job.dtype, ranks)
     batches = task.batches(job.begin(task))

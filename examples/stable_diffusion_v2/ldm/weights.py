@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -113,13 +113,19 @@ def _as_distilled(choice: Choice, path: str, ckpt: Checkpoint) -> Choice:
 
     Otherwise a YAML file of the teacher would let a student be guided twice.
     """
-    own, config = own_config(path, ckpt), choice.config
-    if own is None or own.sampling.distilled_guidance is None or config.sampling.distilled_guidance is not None:
+    own, config = _students_config(path, ckpt.meta), choice.config
+    if own is None or config.sampling.distilled_guidance is not None:
         return choice
     if own.unet.time_cond_proj_dim != config.unet.time_cond_proj_dim:
         return choice  # `check_words` refuses it
     log.info("%s is a student of %d steps, and is used as such", path, own.sampling.steps)
     return choice._replace(config=replace(config, sampling=own.sampling))
+
+
+def _students_config(path: str, meta: Mapping[str, str]) -> ModelConfig | None:
+    """The config that a student or its adapters carry; None for any other file."""
+    text = meta.get("model_config", "")
+    return from_yaml(text, f"{path}: its model_config") if "distilled_guidance" in text else None
 
 
 def by_marks(ckpt: Checkpoint) -> ModelConfig | None:
@@ -347,8 +353,7 @@ def with_adapters(
     adapters = [(lora.load(path), scale) for path, scale in each_with_scale(paths, scales)]
     for adapter, _ in adapters:
         lora.check_type(adapter, config.prediction_type)
-        if "distilled_guidance" in adapter.meta.get("model_config", ""):
-            own = from_yaml(adapter.meta["model_config"], f"{adapter.origin}: its model_config")
+        if own := _students_config(adapter.origin, adapter.meta):
             config = replace(config, sampling=own.sampling)
     return lora.merged(tensors, adapters) if adapters else tensors, config
 

@@ -736,7 +736,7 @@ def test_training_starts_from_the_weights_and_the_autoencoder_that_were_asked_fo
     checkpoint.formats.write(tmp_path / "vae", vae, {}, "safetensors")
     more = ["--pretrained_model_path", tmp_path / "state.ckpt", "--vae_path", tmp_path / "vae"]
     words = training(place, tmp_path, *map(str, more))
-    args = train_text_to_image.read_options(train_text_to_image.build_parser(), words)
+    args = read_options(train_text_to_image.build_parser(), words)
     choice, weights = settle(args)
     start = finetune.start_tensors(args, choice.config, weights)
     assert start.keys() == base.tensors.keys()

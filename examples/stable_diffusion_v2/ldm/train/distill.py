@@ -263,16 +263,17 @@ class Distilling:
         self.enter(step)
         of, n = self.inputs_of, self.stage.steps
         scales = self.scales(batch.ordinals)
+        cond = self.told(of.condition(batch), scales)
         learnt = target(
             of.latents(batch),
             of.eps(batch),
             np.floor(n * stratified(of.seed, "timestep", batch.ordinals)).astype(int),
             student_steps(n, self.schedule),
             self.schedule,
-            self.denoiser(batch, scales),
+            self.denoiser(batch, cond, scales),
         )
         arrays = learnt.x0.astype(np.float32), learnt.eps.astype(np.float32), learnt.t, of.weight[learnt.t]
-        return tuple(map(Tensor, (*arrays, *self.told(of.condition(batch), scales).given())))
+        return tuple(map(Tensor, (*arrays, *cond.given())))
 
     def scales(self, ordinals: np.ndarray) -> np.ndarray:
         """The guidance scale of each sample, [B]."""
@@ -283,13 +284,12 @@ class Distilling:
         """The condition, with the guidance scales where the networks are told them."""
         return condition.with_guidance(scales, self.config.unet.time_cond_proj_dim) if self.plan.told else condition
 
-    def denoiser(self, batch: Batch, scales: np.ndarray) -> Denoiser:
+    def denoiser(self, batch: Batch, cond: Condition, scales: np.ndarray) -> Denoiser:
         """The teacher, guided where it has not learnt guidance."""
-        of = self.inputs_of
-        cond, network = self.told(of.condition(batch), scales), (self.teacher, self.schedule, self.prediction)
+        network = self.teacher, self.schedule, self.prediction
         if self.stage.number or not self.plan.guided:
             return Denoiser(*network, cond)
-        uncond = self.told(of.condition(batch, [""] * len(scales)), scales)
+        uncond = self.told(self.inputs_of.condition(batch, [""] * len(scales)), scales)
         return Denoiser(*network, cond, uncond, scales, self.plan.rescale)
 
     def measured(self, result: StepResult) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """From the options of a training script to a run that can begin: which model is meant, its checks, its data.
 
-`settle`, `check`, `Job`, `Job.open` and `Job.connect` follow each other. Each finds its mistakes before anything more
+`read`, `settle`, `check`, `Job` and `Job.open` follow each other. Each finds its mistakes before anything more
 expensive begins.
 """
 
@@ -13,13 +13,14 @@ from dataclasses import replace
 from ldm import runtime
 from ldm.checkpoint.diffusers_config import check_model
 from ldm.config.model import ModelConfig, changed, load_model_config, save_model_config, to_dict
-from ldm.config.options import require_at_least
+from ldm.config.options import Parser, read_options, require_at_least
 from ldm.config.versions import VERSIONS, existing, find_checkpoint
 from ldm.data.batches import Augment
 from ldm.diffusion.schedule import build_schedule
 from ldm.errors import UserError
 from ldm.parallel.ranks import Ranks
 from ldm.pipeline import check_config
+from ldm.randomness import settled_seed
 from ldm.train import adapters, finetune
 from ldm.train.ema import Ema
 from ldm.train.finetune import FineTune
@@ -30,6 +31,14 @@ from ldm.train.validation import settings_of
 from ldm.weights import Choice, Weights, choose_config, open_weights, pad_text
 
 log = logging.getLogger(__name__)
+
+
+def read(parser: Parser) -> tuple[argparse.Namespace, Ranks]:
+    """The options of the command, with one seed for all ranks; the processes of the run."""
+    args = read_options(parser)
+    ranks = runtime.join(args.use_parallel)
+    args.seed = settled_seed(args.seed, ranks.broadcast)
+    return args, ranks
 
 
 def settle(args: argparse.Namespace) -> tuple[Choice, Weights]:
@@ -116,11 +125,18 @@ class Job:
         if not args.cache_only:
             self.run.claim(self.settings)
 
-    def open(self) -> None:
-        """Start MindSpore, and read the weights and the list of pictures; UserError for mistakes in them."""
+    def open(self) -> bool:
+        """Start MindSpore, read the weights and the list of pictures, fill large caches, and connect the devices.
+
+        Returns:
+            whether there is something to train: --cache_only asks for full caches alone.
+
+        Raises:
+            UserError: for mistakes in the weights and in the data.
+        """
         args, ranks = self.args, self.ranks
         ranks.check_shared(self.run.state_folder)
-        self.device = runtime.start(args.device_target, args.mode, ranks, runtime.ascend_settings(args))
+        device = runtime.start(args.device_target, args.mode, ranks, runtime.ascend_settings(args))
         self.tensors = finetune.start_tensors(args, self.config, self.weights)
         finetune.trained_unet(args, self.tensors)  # finds mistakes before the caches are filled
         self.data = finetune.open_data(args)
@@ -128,17 +144,14 @@ class Job:
         if ranks.is_main:
             finetune.require_finite_weights(args, self.tensors)
             finetune.warn_of_captions(self.data, self.config)
-
-    def fill_caches(self) -> None:
-        """Fill this rank's share of the caches: all that --cache_only asks for."""
-        ranks = self.ranks
-        finetune.fill_caches(self.args, self.config, self.tensors, self.data, self.dtype, (ranks.rank, ranks.size))
-        ranks.barrier("caches full")
-
-    def connect(self) -> None:
-        """Fill large caches, then connect the devices of all ranks."""
-        finetune.fill_ahead(self.args, self.config, self.tensors, self.data, self.dtype, self.ranks)
-        runtime.connect_devices(self.ranks, self.device)
+        of_run = args, self.config, self.tensors, self.data, self.dtype
+        if args.cache_only:
+            finetune.fill_caches(*of_run, (ranks.rank, ranks.size))
+            ranks.barrier("caches full")
+            return False
+        finetune.fill_ahead(*of_run, ranks)
+        runtime.connect_devices(ranks, device)
+        return True
 
     def begin(self, task: FineTune) -> int:
         """Restore what was saved, if the run is resumed; returns how many steps are made."""
