@@ -155,7 +155,7 @@ def test_offline_features_tell_pictures_of_one_set_from_another(tmp_path):
     same = offline.compare_folders(tmp_path / "noto", tmp_path / "noto")
     assert other["kid_x1000"] > 30 > 0 > same["kid_x1000"]
     assert same["top1"] == 1.0 > other["top1"] > 1 / 12
-    assert offline.OpenNsfw()([Image.new("RGB", (64, 64), "red")]).shape == (1, 1024)
+    assert offline.open_features()([Image.new("RGB", (64, 64), "red")]).shape == (1, 1024)
 
 
 def test_a_picture_with_several_captions_counts_once(tmp_path):

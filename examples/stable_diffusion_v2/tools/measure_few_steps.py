@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.metrics import kid, precision_recall
 from ldm import runtime
+from ldm.config.model import ModelConfig
 from ldm.data.captions import read_captions
 from ldm.data.images import load_image
 from ldm.files import replacing
@@ -39,13 +40,15 @@ from ldm.pictures import captioned_rows, make_folder, save_png
 from ldm.pipeline import Pipeline, sampler_of, settings_for
 from ldm.plot import Plot
 from ldm.weights import choose_config, open_weights, tensors_of
-from tools.measure_offline import OpenNsfw
+from tools.measure_offline import open_features
 
+Features = Callable[[list[Image.Image]], np.ndarray]
 HERE = Path(__file__).resolve().parents[1]
 EMOJI = HERE / "datasets" / "emoji"
 BATCH = 50
 SHOWN = 8  # noises on a sheet
 SHEET = {  # the rows on a sheet, and what it calls them
+    "ddim-32": "teacher",
     "ddim-32-guided": "teacher",
     **{f"ddim-{calls}": f"base, {calls}" for calls in (8, 4, 2, 1)},
     **{f"student-{calls}": f"student, {calls}" for calls in (8, 4, 2, 1)},
@@ -82,38 +85,38 @@ def prompt_sets(count: int) -> list[PromptSet]:
     ]
 
 
-def rows(base: Path, students: Path) -> list[Row]:
-    """The teacher first, then the base in other ways, then the students."""
+def rows(base: Path, students: Path, captioned: bool) -> list[Row]:
+    """The teacher first, then the base in other ways, then the students. Without a caption there is no guidance."""
     ddim = {"sampler": "ddim", "spacing": "trailing", "final_sigma": "zero"}
-    guided = [Row(f"ddim-{steps}-guided", base, steps, **ddim) for steps in (32, 16, 8, 4, 2, 1)]
-    plain = [Row(f"ddim-{steps}", base, steps, 1.0, **ddim) for steps in (8, 4, 2, 1)]
-    others = [Row(f"dpm_solver_pp-{steps}-guided", base, steps, None, "dpm_solver_pp") for steps in (8, 4)]
-    others += [Row("ddpm-15-guided", base, 15)]
-    found = sorted(students.glob("student-*.safetensors"), key=lambda path: -int(path.stem.split("-")[1]))
-    return [*guided, *plain, *others, *(Row(path.stem, path) for path in found)]
+    scale, ending = (None, "-guided") if captioned else (1.0, "")
+    found = [Row(f"ddim-{steps}{ending}", base, steps, scale, **ddim) for steps in (32, 16, 8, 4, 2, 1)]
+    if captioned:
+        found += [Row(f"ddim-{steps}", base, steps, 1.0, **ddim) for steps in (8, 4, 2, 1)]
+    found += [Row(f"dpm_solver_pp-{steps}{ending}", base, steps, scale, "dpm_solver_pp") for steps in (8, 4)]
+    found += [Row(f"ddpm-15{ending}", base, 15, scale)]
+    own = sorted(students.glob("student-*.safetensors"), key=lambda path: -int(path.stem.split("-")[1]))
+    return [*found, *(Row(path.stem, path) for path in own)]
 
 
-def pipelines() -> Callable[[Path], Pipeline]:
-    """A checkpoint's pipeline; the last one is kept."""
-    last: dict[Path, Pipeline] = {}
+def pipelines() -> Callable[[Path], tuple[ModelConfig, Pipeline]]:
+    """A checkpoint's config and pipeline; the last ones are kept."""
+    last: dict[Path, tuple[ModelConfig, Pipeline]] = {}
 
-    def of(path: Path) -> Pipeline:
+    def of(path: Path) -> tuple[ModelConfig, Pipeline]:
         if path not in last:
             weights = open_weights(str(path), widen=False)
             choice = choose_config(weights)
             model = StableDiffusion(choice.config)
             model.load(tensors_of(weights, choice), str(path), PARTS)
             last.clear()
-            last[path] = Pipeline(choice.config, model)
-            last[path].config = choice.config
+            last[path] = choice.config, Pipeline(choice.config, model)
         return last[path]
 
     return of
 
 
-def draw(pipeline: Pipeline, row: Row, prompts: list[str], seed: int) -> tuple[np.ndarray, int]:
+def draw(config: ModelConfig, pipeline: Pipeline, row: Row, prompts: list[str], seed: int) -> tuple[np.ndarray, int]:
     """(pictures uint8 [N, H, W, 3], network calls for each)."""
-    config = pipeline.config
     sampler = sampler_of(config, row.sampler, None, row.spacing, row.final_sigma)
     settings = settings_for(config, sampler, seed, steps=row.steps, guidance_scale=row.scale)
     pictures = []
@@ -132,7 +135,7 @@ def drawn(folder: Path, chosen: PromptSet, ways: list[Row], seed: int) -> Iterat
     for row in ways:
         path = folder / chosen.name / f"{row.name}.npz"
         if not path.exists():
-            pictures, calls = draw(pipeline_of(row.checkpoint), row, chosen.prompts, seed)
+            pictures, calls = draw(*pipeline_of(row.checkpoint), row, chosen.prompts, seed)
             make_folder(path.parent)
             with replacing(path) as file:
                 np.savez_compressed(file, pictures=pictures, calls=calls)
@@ -140,7 +143,7 @@ def drawn(folder: Path, chosen: PromptSet, ways: list[Row], seed: int) -> Iterat
             yield row, kept["pictures"], int(kept["calls"])
 
 
-def figures(pictures: np.ndarray, teacher: np.ndarray, features: OpenNsfw, real: np.ndarray) -> dict[str, float]:
+def figures(pictures: np.ndarray, teacher: np.ndarray, features: Features, real: np.ndarray) -> dict[str, float]:
     """The figures of a row; `real`: the real pictures' features."""
     own = features([Image.fromarray(picture) for picture in pictures])
     precision, recall = precision_recall(real, own)
@@ -151,7 +154,7 @@ def figures(pictures: np.ndarray, teacher: np.ndarray, features: OpenNsfw, real:
 
 CURVES = {  # the beginnings of the rows' names in a curve, its name and colour
     "ddim-guided": ("base, guided", "#e08a2e"),
-    "ddim": ("base, without guidance", "#8a97a8"),
+    "ddim": ("base, not guided", "#8a97a8"),
     "student": ("students", "#1f63b5"),
 }
 
@@ -175,7 +178,7 @@ def plot(path: Path, title: str, table: list[dict]) -> None:
     frame.save(path)
 
 
-def real_features(folder: Path, chosen: PromptSet, features: OpenNsfw) -> np.ndarray:
+def real_features(folder: Path, chosen: PromptSet, features: Features) -> np.ndarray:
     """The features of the real pictures, computed once."""
     path = make_folder(folder / chosen.name) / "real.npy"
     if not path.exists():
@@ -186,7 +189,7 @@ def real_features(folder: Path, chosen: PromptSet, features: OpenNsfw) -> np.nda
     return np.load(path)
 
 
-def measure(folder: Path, chosen: PromptSet, ways: list[Row], seed: int, features: OpenNsfw) -> Iterator[dict]:
+def measure(folder: Path, chosen: PromptSet, ways: list[Row], seed: int, features: Features) -> Iterator[dict]:
     """A table's rows for one set of prompts, and its sheet."""
     real, teacher, shown = real_features(folder, chosen, features), None, {}
     for row, pictures, calls in drawn(folder, chosen, ways, seed):
@@ -204,15 +207,18 @@ def main() -> None:
     parser.add_argument("--output_path", type=Path, default=Path("output/few_steps/measured"))
     parser.add_argument("--count", type=int, default=1000, help="pictures of each set but the captions")
     parser.add_argument("--sets", nargs="+", help="names of the sets to measure (default: all)")
+    parser.add_argument("--rows", nargs="+", help="names of the rows to measure, the teacher's first (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="of the noise")
     args = parser.parse_args()
     runtime.start()
-    features, table = OpenNsfw(), []
+    features, table = open_features(), []
     for chosen in prompt_sets(args.count):
         if args.sets and chosen.name not in args.sets:
             continue
         of_set = []
-        for figure in measure(args.output_path, chosen, rows(args.base, args.students), args.seed, features):
+        ways = rows(args.base, args.students, captioned=any(chosen.prompts))
+        ways = [row for row in ways if not args.rows or row.name in args.rows]
+        for figure in measure(args.output_path, chosen, ways, args.seed, features):
             print(*figure.values(), sep="\t", flush=True)
             of_set.append(figure)
         plot(args.output_path / f"{chosen.name}_kid.png", "KID x 1000", of_set)

