@@ -111,9 +111,10 @@ class Conditioner:
     def __init__(self, tokenizers: Sequence[Tokenizer], encoder: nn.Cell):
         self.tokenizers, self.encoder = tokenizers, encoder
 
-    def ids(self, texts: list[str]) -> np.ndarray:
-        """Token ids int32 [B, L], or [B, encoders, L] of several encoders."""
-        return self._side_by_side([tokenizer.encode(texts) for tokenizer in self.tokenizers])
+    def ids(self, texts: list[str], pieces: int = 1) -> np.ndarray:
+        """Token ids int32 [B, L], or [B, encoders, L] of several encoders; B is texts times pieces, a text's pieces
+        follow each other."""
+        return self._side_by_side([_rows(tokenizer, texts, pieces) for tokenizer in self.tokenizers])
 
     def __call__(self, texts: list[str], wording: Wording = AS_IT_IS) -> Condition:
         """The condition of a batch of texts, float32 arrays. The pooled vector is the first piece's."""
@@ -136,6 +137,14 @@ class Conditioner:
     @staticmethod
     def _side_by_side(ids: list[np.ndarray]) -> np.ndarray:
         return ids[0] if len(ids) == 1 else np.stack(ids, 1)
+
+
+def _rows(tokenizer: Tokenizer, texts: list[str], pieces: int) -> np.ndarray:
+    """Token ids int32 [texts times pieces, L]."""
+    room = tokenizer.context_length - 2
+    starts = range(0, pieces * room, room)
+    tokens = [tokenizer.tokens(text) for text in texts]
+    return np.array([tokenizer.row(each[start : start + room]) for each in tokens for start in starts], np.int32)
 
 
 def weighed(context: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -279,7 +279,9 @@ def test_captions_that_are_cut_or_all_empty_are_told_once():
     texts = ["a", "a b c d e f g h", "", "a b c d e f g h i", "a b c d e\nf g h i", "ab" * 5, "a b c d e f g h i"]
     samples = [Sample("a.png", text) for text in texts]
     (line,) = caption_warnings(samples, tokenizer)
-    assert line == "3 of 7 captions have more than 8 tokens; the rest is not seen: 'a b c d e f g h i'"
+    cut = "3 of 7 captions have more than 8 tokens; the rest is not seen without a larger --text_chunks"
+    assert line == f"{cut}: 'a b c d e f g h i'"
+    assert caption_warnings(samples, tokenizer, 2) == []
     assert caption_warnings(samples[:3], tokenizer) == []
     assert "all captions are empty" in caption_warnings([Sample("a.png", ""), Sample("b.png", " ")], tokenizer)[0]
 

@@ -56,9 +56,9 @@ def options(*words):
 
 
 def make_data(folder, *sides):
-    """Pictures of these (width, height), each with its number as caption, and one without a caption."""
+    """Pictures of these (width, height), each with its number 80 times as caption, and one without a caption."""
     folder.mkdir()
-    rows = [f"{n}.png,{n if n else ''}" for n in range(len(sides))]
+    rows = [f"{n}.png,{' '.join([str(n)] * 80) if n else ''}" for n in range(len(sides))]
     (folder / "img_txt.csv").write_text("\n".join(["dir,text", *rows]))
     for n, (width, height) in enumerate(sides):
         pixels = np.random.default_rng(n).integers(256, size=(height, width, 3), dtype=np.uint8)
@@ -68,14 +68,15 @@ def make_data(folder, *sides):
 
 def inputs_of(model, data, caches, token_ids=False):
     flat = np.full(1000, 1 / 1000), np.ones(1000)
-    return Inputs(model, data, 3, caches, token_ids, True, *flat)
+    return Inputs(model, data, 3, caches, token_ids, caches.pieces, True, *flat)
 
 
-def test_inputs_are_the_same_with_and_without_caches(frozen_model, tmp_path):
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_inputs_are_the_same_with_and_without_caches(frozen_model, tmp_path, pieces):
     """Latents of mirrored pictures, text and pooled text; the sizes come from the data, zeros for empty captions."""
     data, augment = make_data(tmp_path / "data", (40, 32), (32, 64), (50, 50)), Augment(flip=True)
     kinds = [(False, False), (True, True)]
-    caches = [FrozenOutputs(tmp_path, CONFIG, {}, 32, "float32", *kind, mirrored=True) for kind in kinds]
+    caches = [FrozenOutputs(tmp_path, CONFIG, {}, 32, "float32", *kind, True, pieces) for kind in kinds]
     caches[1].fill(frozen_model, data, 2)
     assert len(caches[1].latents) == 6 and len(caches[1].features) == 3
     caches[1].leave_out_missing(data)
@@ -89,6 +90,7 @@ def test_inputs_are_the_same_with_and_without_caches(frozen_model, tmp_path):
         for one, other in zip(encoded, found):
             np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), rtol=0, atol=1e-5)
         context, vector = (field.asnumpy() for field in found[4:])
+        assert context.shape[1] == 77 * pieces
         assert [bool(row.any()) for row in context] == [bool(text) for text in plain.texts]
         numbers = np.array([Sizes(*cut).numbers(6) for cut in plain.cuts])
         np.testing.assert_array_equal(vector[:, 32:], embed_numbers(numbers, 8))
@@ -96,17 +98,18 @@ def test_inputs_are_the_same_with_and_without_caches(frozen_model, tmp_path):
     assert {*mirrored} == {False, True}
 
 
-def test_a_text_loss_gives_the_network_what_inputs_would(frozen_model, tmp_path):
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_text_loss_gives_the_network_what_inputs_would(frozen_model, tmp_path, pieces):
     class Echo(nn.Cell):
         def construct(self, latents, eps, t, weight, context, vector):
             return context, vector
 
     data = make_data(tmp_path / "data", (40, 32), (32, 64), (50, 50))
-    none = FrozenOutputs(tmp_path, CONFIG, {}, 32, "float32", False, False)
+    none = FrozenOutputs(tmp_path, CONFIG, {}, 32, "float32", False, False, pieces=pieces)
     batch = next(iter(Batches(data, 3, 3, cuts=True)))
     wanted = inputs_of(frozen_model, data, none)(batch)
     ids = inputs_of(frozen_model, data, none, token_ids=True)(batch)
-    assert ids[4].shape == (3, 2, 77) and sorted(ids[5].asnumpy()) == [0, 1, 1]
+    assert ids[4].shape == (3 * pieces, 2, 77) and sorted(ids[5].asnumpy()) == [0, 1, 1]
     for one, other in zip(TextLoss(frozen_model.text_encoder, Echo(), True)(*ids), wanted[4:]):
         np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), rtol=0, atol=1e-5)
 

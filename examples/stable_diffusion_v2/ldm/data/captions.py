@@ -65,19 +65,21 @@ def read_prompts(data_path: str | Path, limit: int | None = None) -> list[Sample
     return samples
 
 
-def caption_warnings(samples: list[Sample], tokenizer: Tokenizer) -> list[str]:
-    """Warnings about captions before training: that all are empty, or how many are longer than the encoder reads."""
+def caption_warnings(samples: list[Sample], tokenizer: Tokenizer, pieces: int = 1) -> list[str]:
+    """Warnings about captions before training: that all are empty, or how many are longer than the encoder reads in so
+    many pieces."""
     texts = {sample.text for sample in samples}
     if not any(text.strip() for text in texts):
         return ["all captions are empty: the model will learn to draw without a prompt, and prompts will not steer it"]
-    room = tokenizer.context_length - 2  # start and end token take two; a token has one byte at least
+    room = pieces * (tokenizer.context_length - 2)  # start and end token take two; a token has one byte at least
     large = (text for text in texts if len(text.encode("utf-8", "replace")) > room)
     long = {text for text in large if len(tokenizer.tokens(text)) > room}
     cut = [sample for sample in samples if sample.text in long]
     if not cut:
         return []
     example = quoted(" ".join(cut[0].text.split()))
-    return [f"{len(cut):,} of {len(samples):,} captions have more than {room} tokens; the rest is not seen: {example}"]
+    too_long = f"{len(cut):,} of {len(samples):,} captions have more than {room} tokens; the rest is not seen"
+    return [f"{too_long} without a larger --text_chunks: {example}"]
 
 
 def _tables(folder: Path) -> list[Path]:

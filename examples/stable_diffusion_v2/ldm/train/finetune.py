@@ -144,9 +144,10 @@ def open_data(args: argparse.Namespace) -> CaptionedImages:
     return CaptionedImages(args.data_path, args.image_size, args.image_filter_size, args.on_bad_image, **options)
 
 
-def warn_of_captions(data: CaptionedImages, config: ModelConfig) -> None:
+def warn_of_captions(args: argparse.Namespace, data: CaptionedImages, config: ModelConfig) -> None:
     """Say which captions are empty or too long for the text encoder."""
-    for line in caption_warnings(data.samples, Tokenizer(config.text.vocab_size, config.text.context_length)):
+    tokenizer = Tokenizer(config.text.vocab_size, config.text.context_length)
+    for line in caption_warnings(data.samples, tokenizer, args.text_chunks):
         log.warning(line)
 
 
@@ -166,6 +167,8 @@ def run_settings(args: argparse.Namespace, config: ModelConfig, dtype: str, rank
     del facts["unet.use_checkpoint"]  # changes memory and time, not the result
     if args.trainable_modules:
         names += ("trainable_modules",)
+    if args.text_chunks > 1:
+        names += ("text_chunks",)
     if args.use_lora:
         names += tuple(name for name in vars(args) if name.startswith("lora_") and name != "lora_format")
     if args.timestep_bias_strategy != "none":
@@ -224,7 +227,8 @@ def open_caches(
     text = args.cache_text and not (trains_text(args) or args.text_encoder_initialize_random)
     folder = Path(args.cache_path or Path(args.output_path) / "cache")
     latents = caches_latents(args, data)
-    return FrozenOutputs(folder, config, tensors, args.image_size, dtype, latents, text, args.flip)
+    what = latents, text, args.flip, args.text_chunks
+    return FrozenOutputs(folder, config, tensors, args.image_size, dtype, *what)
 
 
 def fills_in_child(args: argparse.Namespace, tensors: dict) -> bool:
@@ -328,7 +332,7 @@ class FineTune(Task):
         self.frozen = frozen_tensors(args, tensors)  # for networks that were not built
         self.step = build_train_step(args, config, self.model, self.trained_parameters(dtype), dtype, ranks)
         of_times = timestep_bias(args, config), timestep_weight(args, config)
-        of_text = trains_text(args), config.sampling.zeros_for_empty_prompt
+        of_text = trains_text(args), args.text_chunks, config.sampling.zeros_for_empty_prompt
         self.inputs_of = Inputs(self.model, data, args.seed, self.caches, *of_text, *of_times)
         self.frozen_key = settings_key(self.untrained(tensors))
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ldm.conditioning import Condition
+from ldm.conditioning import Condition, Wording
 from ldm.config.model import ModelConfig
 from ldm.data.dataset import CaptionedImages
 from ldm.data.images import DECODER, crop, to_float
@@ -66,6 +66,7 @@ class FrozenOutputs:
         latents: whether the Gaussians of the latents are kept.
         text: whether the conditions are kept.
         mirrored: whether the Gaussians of the mirrored pictures are kept too.
+        pieces: of each caption; see `Wording`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class FrozenOutputs:
         latents: bool,
         text: bool,
         mirrored: bool = False,
+        pieces: int = 1,
     ):
         def store(kind: str, prefix: str, shape: tuple[int, ...], **settings) -> ArrayStore:
             weights = {name: array for name, array in tensors.items() if name.startswith(prefix)}
@@ -85,14 +87,16 @@ class FrozenOutputs:
             return ArrayStore(folder / f"{kind}-{key}", shape)
 
         side, self.latents, self.features, self.mirrored = image_size // config.vae.factor, None, None, mirrored
+        self.pieces = pieces
         if latents:
             shape = (2, config.vae.embed_dim, side, side)  # mean and standard deviation
             facts = {"size": image_size, "scale": config.scale_factor, "dtype": dtype, "decoder": DECODER}
             self.latents = store("latents", VAE, shape, **facts)
         if text:
-            self.context = config.text.context_length, config.unet.context_dim
+            self.context = pieces * config.text.context_length, config.unet.context_dim
             pooled = config.texts[-1].projection or 0
-            self.features = store("text", TEXT, (math.prod(self.context) + pooled,), **_text_facts(config), dtype=dtype)
+            facts = {**_text_facts(config), "dtype": dtype, **({"pieces": pieces} if pieces > 1 else {})}
+            self.features = store("text", TEXT, (math.prod(self.context) + pooled,), **facts)
 
     def condition(self, texts: list[str]) -> Condition:
         """The condition of these captions, without sizes. All must be in the cache. UserError as `ArrayStore.take`."""
@@ -178,7 +182,7 @@ class FrozenOutputs:
 
     def _fill_text(self, model: StableDiffusion, data: CaptionedImages, texts: list[str], size: int) -> None:
         """Add the rows of up to `size` captions, computed as a batch of that size."""
-        condition = model.conditioner(texts + [""] * (size - len(texts)))
+        condition = model.conditioner(texts + [""] * (size - len(texts)), Wording(self.pieces))
         rows = np.concatenate([field.reshape(size, -1) for field in condition.given()], 1)[: len(texts)]
         require_finite(rows, "the text encoder", texts)
         self.features.append([text_key(text) for text in texts], rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor
 
-from ldm.conditioning import Condition, Sizes, embed_numbers
+from ldm.conditioning import Condition, Sizes, Wording, embed_numbers
 from ldm.data.batches import Batch
 from ldm.data.dataset import CaptionedImages
 from ldm.diffusion.timestep_bias import timesteps_at
@@ -24,6 +24,7 @@ class Inputs:
         seed: of the run.
         frozen: the caches, full.
         token_ids: give token ids and sizes, for a `TextLoss` of trained text encoders, in the place of a condition.
+        pieces: of each text; see `Wording`.
         zeros_for_empty: zeros stand for the text of an empty caption, as they do where the model is drawn with.
         density: how often each timestep comes, float64 [T]; see `timestep_density`.
         weight: of the squared error at each timestep, [T]; see `loss_weight`.
@@ -36,12 +37,13 @@ class Inputs:
         seed: int,
         frozen: FrozenOutputs,
         token_ids: bool,
+        pieces: int,
         zeros_for_empty: bool,
         density: np.ndarray,
         weight: np.ndarray,
     ):
         self.model, self.data, self.seed, self.frozen = model, data, seed, frozen
-        self.token_ids, self.zeros_for_empty = token_ids, zeros_for_empty
+        self.token_ids, self.pieces, self.zeros_for_empty = token_ids, pieces, zeros_for_empty
         self.density, self.weight = density, weight.astype(np.float32)
         self.shape = model.latent_shape(data.image_size, data.image_size)
 
@@ -83,7 +85,8 @@ class Inputs:
     def _for_text_loss(self, batch: Batch) -> tuple[np.ndarray, ...]:
         model, numbers = self.model, self._numbers(batch)
         sizes = () if numbers is None else (embed_numbers(numbers, model.size_channels),)
-        return (model.conditioner.ids(batch.texts), self._kept(batch.texts).astype(np.float32), *sizes)
+        ids = model.conditioner.ids(batch.texts, self.pieces)
+        return (ids, self._kept(batch.texts).astype(np.float32), *sizes)
 
     def _kept(self, texts: list[str]) -> np.ndarray:
         """Whether each text stands for itself, not for zeros."""
@@ -97,7 +100,7 @@ class Inputs:
         """The condition of the captions, without sizes."""
         if self.frozen.features is not None:
             return self.frozen.condition(texts)
-        condition = self.model.conditioner(texts)
+        condition = self.model.conditioner(texts, Wording(self.pieces))
         for field in condition.given():
             require_finite(field, "the text encoder", texts)
         return condition

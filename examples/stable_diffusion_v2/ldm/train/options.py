@@ -46,6 +46,7 @@ def add_data(add: Callable) -> None:
     add("--random_crop", type=str2bool, default=False, help="crop at a random place instead of the middle")
     add("--flip", type=str2bool, default=False, help="mirror half of the pictures")
     add("--caption_dropout", type=float, default=0.0, help="share of captions emptied, for guidance")
+    add("--text_chunks", type=int, default=1, help="pieces of 75 tokens that a caption is seen in")
     add("--on_bad_image", choices=ON_BAD_IMAGE, default="error", help="what to do about an unreadable picture")
     add("--cache_latents", type=str2bool, default=True, help="encode each picture once, where no crop is random")
     add("--cache_text", type=str2bool, default=True, help="encode each caption once, where the encoder is frozen")

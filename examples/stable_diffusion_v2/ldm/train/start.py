@@ -65,7 +65,7 @@ def check(args: argparse.Namespace, config: ModelConfig) -> None:
     """Find mistakes in the options that all trainings of a model share; UserError."""
     if args.use_lora:
         adapters.check(args)
-    require_at_least(1, args, "train_batch_size", "gradient_accumulation_steps", "ckpt_save_interval")
+    require_at_least(1, args, "text_chunks", "train_batch_size", "gradient_accumulation_steps", "ckpt_save_interval")
     require_at_least(0, args, "validation_interval")
     check_config(config, args.image_size)
     drawn = settings_of(args, config)
@@ -143,7 +143,7 @@ class Job:
         log.info(self.data.summary())
         if ranks.is_main:
             finetune.require_finite_weights(args, self.tensors)
-            finetune.warn_of_captions(self.data, self.config)
+            finetune.warn_of_captions(args, self.data, self.config)
         of_run = args, self.config, self.tensors, self.data, self.dtype
         if args.cache_only:
             finetune.fill_caches(*of_run, (ranks.rank, ranks.size))

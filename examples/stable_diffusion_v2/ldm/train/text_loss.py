@@ -9,7 +9,8 @@ class TextLoss(nn.Cell):
     """The text encoders, then the diffusion loss: it takes token ids in the place of a condition.
 
     Args:
-        text_encoder: ids int32 [B, L], or [B, 2, L] for two encoders -> the condition's fields without sizes.
+        text_encoder: ids int32 [N, L], or [N, 2, L] for two encoders -> the condition's fields without sizes. N is B
+            times the pieces of each text; see `Wording`.
         loss: of latents, eps, t, weight and the condition's fields.
         told: whether the UNet is told sizes.
     """
@@ -26,8 +27,10 @@ class TextLoss(nn.Cell):
             sizes: where `told`, float32 [B, n], the embedded sizes; they follow the pooled text.
         """
         fields = self.text_encoder(ids)
-        context = fields[0] * kept.reshape(-1, 1, 1)
+        count = kept.shape[0]
+        context = fields[0].reshape(count, -1, fields[0].shape[-1]) * kept.reshape(-1, 1, 1)
         if not self.told:
             return self.loss(latents, eps, t, weight, context)
-        vector = ops.concat((fields[1] * kept.reshape(-1, 1), sizes[0]), 1)
+        pooled = fields[1].reshape(count, -1, fields[1].shape[-1])[:, 0]  # the first piece's
+        vector = ops.concat((pooled * kept.reshape(-1, 1), sizes[0]), 1)
         return self.loss(latents, eps, t, weight, context, vector)

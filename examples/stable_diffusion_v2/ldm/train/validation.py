@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
     """How validation pictures are drawn: as by text_to_image.py, unless an option says otherwise."""
     sampler, size = sampler_of(config, args.validation_sampler), args.image_size
     steps, scale = args.validation_steps, args.validation_scale
-    return settings_for(config, sampler, args.seed, steps=steps, guidance_scale=scale, height=size, width=size)
+    settings = settings_for(config, sampler, args.seed, steps=steps, guidance_scale=scale, height=size, width=size)
+    return replace(settings, long_prompts=args.text_chunks > 1)
 
 
 class Validation:
@@ -40,9 +42,11 @@ class Validation:
 
     def __init__(self, args: argparse.Namespace, config: ModelConfig, model: StableDiffusion, frozen_text: bool):
         self.args, self.config, self.model, self.ahead = args, config, model, None
-        if frozen_text and len(args.validation_prompts) < CACHED_PROMPTS:
-            self.ahead = Pipeline(config, model)
-            self.ahead.encode_ahead([*args.validation_prompts, ""])
+        if frozen_text and len(args.validation_prompts) <= CACHED_PROMPTS // 2:
+            self.ahead, settings = Pipeline(config, model), settings_of(args, config)
+            wordings = [self.ahead.wording([prompt], [""], settings) for prompt in args.validation_prompts]
+            texts = dict.fromkeys([*zip(args.validation_prompts, wordings), *(("", wording) for wording in wordings)])
+            self.ahead.encode_ahead(*zip(*texts))
 
     def draw(self, step: int, by_layers: bool) -> None:
         """Draw and write the pictures after so many steps; `by_layers`: with one graph for each kind of layer.
