@@ -47,6 +47,7 @@ from ldm.drawing import (
 )
 from ldm.errors import UserError
 from ldm.files import claimed
+from ldm.marks import Marks, marks_of
 from ldm.model import StableDiffusion
 from ldm.networks.blockwise import MANY_WEIGHTS
 from ldm.parallel.ranks import Ranks
@@ -141,6 +142,8 @@ def _add_output(add: Callable) -> None:
     add("--resume", action="store_true", help="number from 0 and keep the pictures that this command has drawn before")
     add("--skip_grid", action="store_true", help="no grid picture")
     add("--skip_save", action="store_true", help="no single pictures")
+    add("--check_safety", action="store_true", help="pictures that may not be safe for work are black")
+    add("--add_watermark", action="store_true", help="an invisible mark in each picture, as of Stability's scripts")
     add("--n_rows", type=int, default=0, help="rows of the grid (default: one per prompt and iteration)")
 
 
@@ -153,6 +156,7 @@ class Job(NamedTuple):
     ways: dict[tuple, Settings]
     facts: dict[tuple, dict]
     samples: Path
+    marks: Marks
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
@@ -171,6 +175,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
         for found in filter(None, (model, refiner)):
             check_config(found.config, way.height, way.width)
         way.sampler.times(build_schedule(config.schedule), way.steps)  # raises for a wrong number of steps
+    marks = marks_of(args.check_safety, args.add_watermark, {(way.height, way.width) for way in ways.values()})
     with ranks.main_first("folder"):
         samples = make_folder(Path(args.output_path) / "samples")
         if ranks.is_main:
@@ -184,7 +189,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
         files = file_facts(args, model.path) if next_number(samples) else {}
         facts = {own: {**each, **files} for own, each in facts.items()}
         pictures = missing(pictures, samples, args, facts)
-    return Job(pictures, model, refiner, ways, facts, samples)
+    return Job(pictures, model, refiner, ways, facts, samples, marks)
 
 
 def build(args: argparse.Namespace, job: Job, device: str) -> Pipeline:
@@ -222,7 +227,7 @@ def main() -> None:
         log.info("all pictures are in %s", job.samples)
         return
     warn_of_plain_words(pictures, settings, job.model.config)
-    warn_of_other_steps(settings, job.model.config)
+    warn_of_other_steps(ways.values(), job.model.config)
     device = runtime.start(args.device_target, args.mode, ranks, runtime.ascend_settings(args))
     known = args.skip_save or "checkpoint_sha256" in job.facts[()]
     files = None if known else in_background(file_facts, args, job.model.path)
@@ -239,7 +244,7 @@ def main() -> None:
             numbers = [noise_number(picture, args) for picture in filled]
             prompts, negatives = [p.prompt for p in filled], [p.negative_prompt for p in filled]
             images = pipeline.draw(prompts, negatives, numbers, ways[batch[0].own], counted(bar))
-            output.save(batch, images[: len(batch)])
+            output.save(batch, job.marks(images[: len(batch)]))
     output.finish()
 
 

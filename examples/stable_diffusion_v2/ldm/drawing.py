@@ -49,6 +49,8 @@ WITHOUT = {
     "lora": [],
     "guidance_rescale": 0.0,
     "guidance_interval": None,
+    "check_safety": False,
+    "watermark": False,
 }  # facts that pictures once had not, and how they were drawn
 IN_GRID = 64  # the most pictures: those of a long prompt file would fill the memory
 
@@ -282,6 +284,8 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, se
         "dtype": runtime.compute_dtype(args.dtype, args.device_target),
         "checkpoint": Path(checkpoint).name,
         "lora": [[Path(path).name, by] for path, by in each_with_scale(args.lora_ckpt_path, args.lora_scale)],
+        "check_safety": args.check_safety,
+        "watermark": args.add_watermark,
         **told,
     }
 
@@ -457,11 +461,18 @@ def texts_of(pictures: list[Picture], pipeline: Pipeline, ways: dict[tuple, Sett
     return texts
 
 
-def warn_of_other_steps(settings: Settings, config: ModelConfig) -> None:
+def warn_of_other_steps(ways: Iterable[Settings], config: ModelConfig) -> None:
     """One line where a student (`SamplingConfig.distilled_guidance`) is drawn otherwise than it was distilled."""
-    own, scales = config.sampling, config.sampling.distilled_guidance
-    if scales is None:
+    if config.sampling.distilled_guidance is None:
         return
+    other = [words for settings in ways for words in _unlike_distilled(settings, config)]
+    if other:
+        log.warning("the model was distilled for %s: expect worse pictures", "; ".join(dict.fromkeys(other)))
+
+
+def _unlike_distilled(settings: Settings, config: ModelConfig) -> list[str]:
+    """What of the settings differs from the student's own."""
+    own, scales = config.sampling, config.sampling.distilled_guidance
     sampler, scale = settings.sampler, settings.guidance_scale
     fits = scale == 1 if len(scales) == 1 else scales[0] <= scale <= scales[1]
     wanted = "1" if len(scales) == 1 else f"from {scales[0]:g} to {scales[1]:g}"
@@ -473,9 +484,7 @@ def warn_of_other_steps(settings: Settings, config: ModelConfig) -> None:
         ("ddim_eta", 0.0, sampler.eta),
         ("scale", wanted, wanted if fits else f"{scale:g}"),
     )
-    other = [f"--{option} {then}, not {now}" for option, then, now in facts if then != now]
-    if other:
-        log.warning("the model was distilled for %s: expect worse pictures", "; ".join(other))
+    return [f"--{option} {then}, not {now}" for option, then, now in facts if then != now]
 
 
 def warn_of_plain_words(pictures: list[Picture], settings: Settings, config: ModelConfig) -> None:

@@ -31,6 +31,8 @@ OPTIONS = {  # option: the fact that it makes
     "final_sigma": "final_sigma",
     "ddim_eta": "eta",
     "sampler": "sampler",
+    "check_safety": "check_safety",
+    "add_watermark": "watermark",
 }
 _SAMPLING = ("spacing", "final_sigma", "ddim_eta", "sampler")  # a sampler that is asked for brings its own
 _SIZES = ("original_size", "crop", "target_size", "aesthetic_score")

@@ -321,8 +321,8 @@ def test_one_line_says_that_a_student_was_distilled_otherwise(sampler, steps, sc
     unet = replace(SMALLER.unet, time_cond_proj_dim=256)
     config = replace(SMALLER, unet=unet, sampling=replace(STUDENT, distilled_guidance=scales))
     settings = SimpleNamespace(sampler=sampler_of(config, sampler), steps=steps, guidance_scale=scale)
-    drawing.warn_of_other_steps(settings, config)
-    assert len(caplog.messages) == bool(said) and all(words in caplog.text for words in said)
+    drawing.warn_of_other_steps([settings, settings], config)
+    assert len(caplog.messages) == bool(said) and all(caplog.text.count(words) == 1 for words in said)
 
 
 def test_what_students_have_is_checked_and_left_out_of_other_models():

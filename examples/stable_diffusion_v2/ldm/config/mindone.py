@@ -300,8 +300,6 @@ REFUSED_TRAIN_OPTIONS = {
 
 # Options of MindONE's drawing that would change the pictures: for `ldm.config.options.Parser.refuse`.
 REFUSED_DRAW_OPTIONS = {
-    "check_safety": "there is no safety checker, pictures are saved as they are drawn",
-    "add_watermark": "there is no watermark; who made a picture can be told by its text entries",
     "ti_ckpt_path": "embeddings of textual inversion are not read",
 }
 
@@ -309,8 +307,8 @@ REFUSED_DRAW_OPTIONS = {
 IGNORED_DRAW_OPTIONS = {
     "lora_rank": "the adapter's file says it",
     "log_level": "progress and warnings always show",
-    "clip_ckpt_path": "there is no safety checker",
-    "safety_version": "there is no safety checker",
+    "clip_ckpt_path": "--check_safety has another network",
+    "safety_version": "--check_safety has another network",
     "lora_ft_unet": "the adapter's file says it",
     "lora_ft_text_encoder": "the adapter's file says it",
 }
