@@ -5,9 +5,11 @@ FULL_SIZE=xl-vpred,xl,xl-refiner in the environment adds these at full size, one
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -49,15 +51,6 @@ def pair(config, place, seed=0):
     return Pipeline(config, model), diffusers.DiffusionPipeline.from_pretrained(place)
 
 
-def large_pair(config, place):
-    """`pair`, in less memory: the weights are of half the width, and ours stay in their file, as for drawing."""
-    checkpoint.save(place, random_tensors(config, 0, "float16"), words_of(config), "diffusers")
-    model = StableDiffusion(config)
-    model.load(checkpoint.load(place).tensors, str(place), as_stored=(UNET, TEXT))
-    model.compile_blockwise()
-    return Pipeline(config, model), diffusers.DiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return pair(tiny_sdxl_config(), tmp_path_factory.mktemp("base") / "pipeline")
@@ -73,23 +66,48 @@ def refiner(tmp_path_factory):
 @pytest.mark.parametrize("version", FULL_SIZE)
 def test_the_published_models_at_full_size(version, tmp_path):
     """Networks, text encoders, and two guided steps."""
-    config = FULL_SIZE[version]
-    ours, theirs = large_pair(config, tmp_path / "pipeline")
-    compare_networks(ours, theirs)
+    config, place = FULL_SIZE[version], tmp_path / "pipeline"
+    checkpoint.save(place, random_tensors(config, 0, "float16"), words_of(config), "diffusers")
+    chosen = settings(config, 2, zeros_for_empty=config.sampling.zeros_for_empty_prompt)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32)
+    wanted = [networks_of(theirs)]
     if config.text_2 is not None:
-        compare_text_encoders(ours, theirs)
-        compare_steps(config, ours, theirs, 2, zeros_for_empty=config.sampling.zeros_for_empty_prompt)
+        wanted += [texts_of(theirs), steps_of(theirs, chosen)]
+    del theirs  # there is no room for both
+    gc.collect()
+    model = StableDiffusion(config)
+    model.load(checkpoint.load(place).tensors, str(place), as_stored=(UNET, TEXT))
+    model.compile_blockwise()
+    ours = Pipeline(config, model)
+    compare_networks(ours, wanted[0])
+    if config.text_2 is not None:
+        compare_texts(ours, wanted[1])
+        assert relative_rms(latents_of(ours, chosen, [""]), wanted[2]) <= 1e-3
 
 
 def test_networks_of_the_base(base):
-    compare_networks(*base)
+    compare_networks(base[0], networks_of(base[1]))
 
 
 def test_networks_of_the_refiner(refiner):
-    compare_networks(*refiner)
+    compare_networks(refiner[0], networks_of(refiner[1]))
 
 
-def compare_networks(ours, theirs):
+class Networks(NamedTuple):
+    """Inputs of UNet and autoencoder, and what diffusers' say of them."""
+
+    z: np.ndarray
+    t: np.ndarray
+    context: np.ndarray
+    vector: np.ndarray
+    numbers: np.ndarray
+    output: np.ndarray
+    pixels: np.ndarray
+    mean: np.ndarray
+    decoded: np.ndarray
+
+
+def networks_of(theirs) -> Networks:
     rng = np.random.default_rng(0)
     unet = theirs.unet.config
     z = rng.standard_normal((2, 4, 16, 16), np.float32)
@@ -102,29 +120,38 @@ def compare_networks(ours, theirs):
     told = {"text_embeds": torch.from_numpy(vector), "time_ids": torch.from_numpy(numbers)}
     with torch.no_grad():
         arrays = map(torch.from_numpy, (z, t, context))
-        wanted = theirs.unet(*arrays, added_cond_kwargs=told).sample.numpy()
+        output = theirs.unet(*arrays, added_cond_kwargs=told).sample.numpy()
         pixels = rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)
-        posterior = theirs.vae.encode(torch.from_numpy(pixels)).latent_dist
-        decoded = theirs.vae.decode(posterior.mean).sample.numpy()
-    condition = ours.model.told_sizes(ours.condition(["", ""])._replace(context=context, vector=vector), numbers)
-    got = ours.model.unet(Tensor(z), Tensor(t), *condition.map(Tensor)).asnumpy()
-    assert relative_rms(got, wanted) <= 1e-4
-    mean, _ = ours.model.encode_images(pixels)
-    assert relative_rms(mean, posterior.mean.numpy() * 0.13025) <= 1e-4
-    assert relative_rms(ours.model.vae(Tensor(posterior.mean.numpy())).asnumpy(), decoded) <= 1e-4
+        mean = theirs.vae.encode(torch.from_numpy(pixels)).latent_dist.mean
+        decoded = theirs.vae.decode(mean).sample.numpy()
+    return Networks(z, t, context, vector, numbers, output, pixels, mean.numpy(), decoded)
+
+
+def compare_networks(ours, wanted: Networks):
+    condition = ours.condition(["", ""])._replace(context=wanted.context, vector=wanted.vector)
+    condition = ours.model.told_sizes(condition, wanted.numbers)
+    got = ours.model.unet(Tensor(wanted.z), Tensor(wanted.t), *condition.map(Tensor)).asnumpy()
+    assert relative_rms(got, wanted.output) <= 1e-4
+    mean, _ = ours.model.encode_images(wanted.pixels)
+    assert relative_rms(mean, wanted.mean * 0.13025) <= 1e-4
+    assert relative_rms(ours.model.vae(Tensor(wanted.mean)).asnumpy(), wanted.decoded) <= 1e-4
 
 
 def test_text_encoders(base):
     """Each encoder's own padding, the layers before the last, the pooled text of the second."""
-    compare_text_encoders(*base)
+    compare_texts(base[0], texts_of(base[1]))
 
 
-def compare_text_encoders(ours, theirs):
-    condition = ours.condition(TEXTS)
+def texts_of(theirs):
     with torch.no_grad():
         context, _, pooled, _ = theirs.encode_prompt(TEXTS, do_classifier_free_guidance=False)
-    assert relative_rms(condition.context, context.numpy()) <= 1e-4
-    assert relative_rms(condition.vector, pooled.numpy()) <= 1e-4
+    return context.numpy(), pooled.numpy()
+
+
+def compare_texts(ours, wanted):
+    condition = ours.condition(TEXTS)
+    assert relative_rms(condition.context, wanted[0]) <= 1e-4
+    assert relative_rms(condition.vector, wanted[1]) <= 1e-4
 
 
 def settings(config, steps, **more):
@@ -132,21 +159,22 @@ def settings(config, steps, **more):
     return Settings(sampler_of(config, "ddim"), steps, 5.0, 64, 128, 0, SIZES, NEGATIVE, **more)
 
 
+NOISE = normal_draws(0, "parity", (4, 8, 16), [0])
+
+
 def latents_of(pipeline, chosen, negative):
-    """Ours: the final latents from the noise that `noise` gives, and that noise."""
-    shape = pipeline.model.latent_shape(chosen.height, chosen.width)
-    noise = normal_draws(0, "parity", shape, [0])
+    """Ours: the final latents from that noise."""
     denoise = pipeline.guided(PROMPTS, negative, chosen)
     times = chosen.sampler.times(pipeline.schedule, chosen.steps)
-    return chosen.sampler(denoise, noise(-1), times, pipeline.schedule), noise(-1)
+    return chosen.sampler(denoise, NOISE(-1), times, pipeline.schedule)
 
 
-def called(noise, chosen, **more):
+def called(chosen, **more):
     """The arguments of diffusers' pipelines for the same latents."""
     sizes = {"original_size": SIZES.original, "crops_coords_top_left": SIZES.crop, "target_size": SIZES.target}
     sizes |= {f"negative_{key}": value for key, value in zip(sizes, NEGATIVE[:3])}
     words = {"num_inference_steps": chosen.steps, "guidance_scale": 5.0, "output_type": "latent"}
-    return {"latents": torch.from_numpy(noise).float(), "height": 64, "width": 128, **words, **sizes, **more}
+    return {"latents": torch.from_numpy(NOISE(-1)).float(), "height": 64, "width": 128, **words, **sizes, **more}
 
 
 @pytest.mark.parametrize(
@@ -155,18 +183,16 @@ def called(noise, chosen, **more):
 def test_five_guided_steps_with_zero_terminal_snr(base, negative, zeros, rescale):
     ours, theirs = base
     assert theirs.scheduler.config.rescale_betas_zero_snr and theirs.config.force_zeros_for_empty_prompt
-    compare_steps(tiny_sdxl_config(), ours, theirs, 5, negative, guidance_rescale=rescale, zeros_for_empty=zeros)
+    chosen = settings(tiny_sdxl_config(), 5, guidance_rescale=rescale, zeros_for_empty=zeros)
+    assert relative_rms(latents_of(ours, chosen, [negative or ""]), steps_of(theirs, chosen, negative)) <= 1e-3
 
 
-def compare_steps(config, ours, theirs, steps, negative=None, guidance_rescale=0.0, zeros_for_empty=True):
-    """Latents after some guided steps of DDIM."""
-    chosen = settings(config, steps, guidance_rescale=guidance_rescale, zeros_for_empty=zeros_for_empty)
-    got, noise = latents_of(ours, chosen, [negative or ""])
+def steps_of(theirs, chosen, negative=None):
+    """diffusers' latents after the steps of DDIM."""
     theirs.set_progress_bar_config(disable=True)
     negatives = None if negative is None else [negative]
-    words = {"negative_prompt": negatives, "guidance_rescale": guidance_rescale, **called(noise, chosen)}
-    wanted = theirs(PROMPTS, **words).images
-    assert relative_rms(got, wanted.numpy()) <= 1e-3
+    words = {"negative_prompt": negatives, "guidance_rescale": chosen.guidance_rescale, **called(chosen)}
+    return theirs(PROMPTS, **words).images.numpy()
 
 
 def test_the_refiner_goes_on_where_the_base_ends(base, refiner):
@@ -174,8 +200,7 @@ def test_the_refiner_goes_on_where_the_base_ends(base, refiner):
     ours, theirs = base
     chosen = settings(tiny_sdxl_config(), 4, zeros_for_empty=True, refiner_start=0.5)
     with_refiner = Pipeline(tiny_sdxl_config(), ours.model, refiner[0])
-    got, noise = latents_of(with_refiner, chosen, [""])
-    words = called(noise, chosen)
+    got, words = latents_of(with_refiner, chosen, [""]), called(chosen)
     half = theirs(PROMPTS, denoising_end=0.5, **words).images
     for key in ("latents", "height", "width"):
         del words[key]
