@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import test_train_parts as train_parts
 import text_to_image
+import train_distillation
 import train_text_to_image
 from steps_on_ranks import STEPS
 from test_scripts import SMALLER, call, fill_place, quickly, refusal, run, sampling, tensors, training
@@ -399,10 +400,10 @@ def kill_when(seen, rank: int, started: subprocess.Popen, output: Path) -> None:
     assert not set(pids) & set(processes_with(str(output)))
 
 
-def alone(words: list[str]) -> None:
+def alone(words: list[str], script=train_text_to_image) -> None:
     """The training of one process: of this one."""
     with pytest.MonkeyPatch.context() as patch:
-        call(patch, train_text_to_image, words)
+        call(patch, script, words)
 
 
 @pytest.mark.parametrize("name", ["msrun", pytest.param("mpirun", marks=with_mpirun)])
@@ -431,6 +432,21 @@ def test_two_ranks_equal_one_with_twice_the_batch_and_a_lost_one_costs_nothing(s
     np.testing.assert_allclose(*(losses(folder)[:20] for folder in (tmp_path / "one", at_20)), rtol=1e-5)
     alone(steps(small, at_20, 30, "--train_batch_size", 6, "--resume", True))
     assert relative_difference(weights(at_30 / STATE), weights(at_20 / STATE)) < 2e-6
+
+
+def test_a_distillation_on_two_ranks_is_that_on_one(small, tmp_path):
+    """Across the end of a halving, guided, with a moving average: students of 2 and 1 steps."""
+    words = ["--start_steps", 4, "--updates_per_halving", 2, "--scale", 3, "--ckpt_save_interval", 10]
+    alone(training(small, tmp_path / "one", *words, "--train_batch_size", 6), train_distillation)
+    options = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *training(small, tmp_path / "two", *words)]
+    started = distributed("run_distillation_distributed.sh", options, tmp_path)
+    assert started.wait(300) == 0, (tmp_path / "console.log").read_text()[-3000:]
+    assert not list((tmp_path / "two").glob("**/rank_1"))
+    both = tmp_path / "one", tmp_path / "two"
+    assert relative_difference(*(weights(folder / STATE) for folder in both)) < 4e-6  # 1.4e-6 where measured
+    for student in ("student-2.safetensors", "student-1.safetensors"):
+        assert relative_difference(*(tensors(folder / "ckpt/rank_0" / student) for folder in both)) < 4e-5
+    np.testing.assert_allclose(*map(losses, both), rtol=1e-5)
 
 
 def test_a_rank_killed_in_the_first_pass_of_the_data(small, tmp_path):
