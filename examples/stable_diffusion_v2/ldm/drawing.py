@@ -19,7 +19,7 @@ from ldm.checkpoint import content_key
 from ldm.conditioning import Sizes, Wording
 from ldm.config.model import REFINER_NUMBERS, ModelConfig, changed, load_model_config
 from ldm.config.options import require_at_least
-from ldm.config.versions import VERSIONS, existing, find_checkpoint
+from ldm.config.versions import VERSIONS, existing, find_checkpoint, rest_of
 from ldm.config.yaml_file import search
 from ldm.data.prompts import own_settings, paired, read_lines
 from ldm.diffusion.samplers import SAMPLERS
@@ -124,6 +124,7 @@ def find_model(args: argparse.Namespace) -> Model:
         version = version or default_version(config.prediction_type if config else None, args.download)
         config = config or changed(load_model_config(VERSIONS[version].config), args.set)
         path = find_checkpoint(version, args.download, config.prediction_type)
+    args.pretrained_model_path = args.pretrained_model_path or rest_of(path)
     weights = open_weights(existing(path), args.pretrained_model_path, widen=False)
     choice = choose_config(weights, args.config, version, args.set)
     if args.use_lora and not args.lora_ckpt_path:

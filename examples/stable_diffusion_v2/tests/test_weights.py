@@ -91,7 +91,7 @@ def test_a_file_of_sdxl_without_marks_is_asked_about():
             choose(weights)
     with pytest.raises(UserError, match=asked.format("the refiner of Stable Diffusion XL", "xl-refiner")):
         choose(unet(2560))
-    with pytest.raises(UserError, match=asked.format("a model of Stable Diffusion 2.x", "1.5, .*-v, tiny")):
+    with pytest.raises(UserError, match=asked.format("a model of Stable Diffusion 2.x", "1.5, .*-v, tiny, tiny-4step")):
         choose(unet(0))
     for zero in ("true", "false"):
         marked = unet(0, {**v, "schedule": f'{{"zero_terminal_snr": {zero}}}'})

@@ -22,13 +22,15 @@ _STABILITY = "https://huggingface.co/stabilityai"
 class Version(NamedTuple):
     """A published model. `also`: other names of its file, without a suffix. `page`: where it is, if not at MindONE's.
 
-    `checkpoint` is the name of its file under models/; None where there is no single one.
+    `checkpoint` is the name of its file under models/; None where there is no single one. `rest` is the version whose
+    file has the other networks, where this file has a UNet alone.
     """
 
     config: str
     checkpoint: str | None
     also: tuple[str, ...] = ()
     page: str | None = None
+    rest: str | None = None
 
     @property
     def is_mindone(self) -> bool:
@@ -72,6 +74,7 @@ VERSIONS = {
         f"{_STABILITY}/stable-diffusion-xl-refiner-1.0",
     ),
     "tiny": Version("configs/tiny-vpred.yaml", "tiny-vpred.safetensors"),
+    "tiny-4step": Version("configs/tiny-vpred.yaml", "tiny-4step.safetensors", rest="tiny"),
 }
 XL_VPRED = "xl-vpred"
 
@@ -148,6 +151,12 @@ def find_checkpoint(version: str, fetch: bool = False, prediction_type: str | No
         )
     download(f"{PUBLISHED}/{name}", place / name)
     return str(place / name)
+
+
+def rest_of(path: str) -> str | None:
+    """The published file with the networks that a published UNet's file lacks; None for any other file."""
+    name = published(path)
+    return find_checkpoint(VERSIONS[name].rest) if name and VERSIONS[name].rest else None
 
 
 def _not_there(version: str, place: Path) -> str:
