@@ -1,6 +1,7 @@
 """The tools: a level added to a UNet, the offline measure, what the comparison of types trains on and writes."""
 
 import csv
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -49,18 +50,26 @@ def test_the_demo_trains_beside_what_is_there(tmp_path, monkeypatch):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "train/ckpt/rank_0/sd-9.ckpt").write_text("somebody's")
     assert demo.unused(tmp_path / "train") == tmp_path / "train-3"
-    monkeypatch.setattr(demo, "draw", lambda *words: np.zeros((len(demo.SHOWN), 64, 64, 3), np.uint8))
+
+    def drawn(checkpoint, prompts, output):
+        return np.zeros((len(prompts.read_text().splitlines()), 64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(demo, "draw", drawn)
 
     def run(script, *words):
         assert words[words.index("--output_path") + 1] == str(tmp_path / "train-3")
         (tmp_path / "train-3/ckpt/rank_0").mkdir(parents=True)
         (tmp_path / "train-3/ckpt/rank_0/sd-1.ckpt").touch()
+        (tmp_path / "train-3/args.yaml").write_text("seed: <42>")
 
     monkeypatch.setattr(demo, "run", run)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output_path", str(tmp_path)])
     demo.main()
     assert (tmp_path / "train/ckpt/rank_0/sd-9.ckpt").read_text() == "somebody's"
-    assert (tmp_path / "before_after.png").exists()
+    html = (tmp_path / "index.html").read_text()
+    assert "seed: &lt;42&gt;" in html and f"--ckpt_path {tmp_path}/train-3/ckpt/rank_0/sd-1.ckpt" in html
+    for name in re.findall('src="([^"]+)"', html):
+        assert name == "train-3/loss_curve.png" or (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("blocks, levels, attention", [(1, 3, (4,)), (2, 2, (2,))])
