@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm import runtime
-from ldm.conditioning import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from ldm.config.mindone import IGNORED_DRAW_OPTIONS, REFUSED_DRAW_OPTIONS
-from ldm.config.model import SamplingConfig, add_set
-from ldm.config.options import Parser, read_options, seed, str2bool
+from ldm.config.model import add_set
+from ldm.config.options import Parser, read_options, str2bool
 from ldm.config.versions import VERSIONS, version
-from ldm.diffusion.samplers import FINAL_SIGMAS, SAMPLERS
 from ldm.diffusion.schedule import build_schedule
-from ldm.diffusion.spacing import SPACINGS
+from ldm.draw_options import add_beginning, add_output, add_sdxl, add_ways_to_draw
 from ldm.drawing import (
     Model,
     Output,
@@ -37,7 +34,6 @@ from ldm.drawing import (
     noise_number,
     plan,
     run_facts,
-    settings_of,
     texts_of,
     warn_of_long_prompts,
     warn_of_other_steps,
@@ -87,64 +83,16 @@ def build_parser() -> Parser:
     add("--use_lora", type=str2bool, default=False, help="lora_ckpt_path alone says it too")
     add("--lora_ckpt_path", nargs="+", default=[], help="adapters (LoRA) to draw with: files or folders of any form")
     add("--lora_scale", type=float, nargs="+", default=[1.0], help="strength of the adapters: one for all, or one each")
-    _add_ways_to_draw(add)
-    _add_sdxl(parser.add_argument_group("Stable Diffusion XL").add_argument)
-    _add_output(add)
+    add_ways_to_draw(add)
+    add_beginning(parser.add_argument_group("What a drawing begins with").add_argument)
+    add_sdxl(parser.add_argument_group("Stable Diffusion XL").add_argument)
+    add_output(add)
     runtime.add_device_options(add)
     add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_infer_distributed.sh: one of several")
     parser.ignore(IGNORED_DRAW_OPTIONS)
     parser.refuse(REFUSED_DRAW_OPTIONS)
     return parser
-
-
-def _add_ways_to_draw(add: Callable) -> None:
-    add("--sampler", choices=list(SAMPLERS), help="default: the model's")
-    for name, sampler in SAMPLERS.items():
-        add(sampler.flag, action="store_true", help=f"the same as --sampler {name}")
-    usual = f"the model's, {SamplingConfig.steps}"
-    add("--sampling_steps", type=int, help=f"steps of the sampler for a picture (default: {usual})")
-    add("--spacing", choices=list(SPACINGS), help="of the times where it runs (default: the model's, or the sampler's)")
-    add("--final_sigma", choices=list(FINAL_SIGMAS), help="noise that is left (default: the model's, or the sampler's)")
-    add("--ddim_eta", type=float, help="fresh noise per step, 0 to 1 (default: the sampler's own)")
-    add("--scale", type=float, help="guidance scale; 1 is none (default: the model's)")
-    add("--guidance_rescale", type=float, help="0 to 1, against too much contrast by guidance (default: the model's)")
-    levels = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-    add("--guidance_interval", **levels, help="noise levels sigma / alpha where guidance works, such as 0.28 5.42")
-    add("--n_iter", type=int, default=2, help="batches per prompt")
-    add("--n_samples", type=int, default=4, help="pictures per batch and prompt")
-    add(
-        "--batch_size", type=int, help="pictures drawn at once, across prompts too; changes the speed, not the pictures"
-    )
-    add("--H", type=int, help="height in pixels (default: the config's image_size)")
-    add("--W", type=int, help="width in pixels")
-    add("--seed", type=seed, default=42, help="picture k depends on the seed and k alone")
-    add("--fixed_code", action="store_true", help="the same starting noises for every batch of n_samples")
-
-
-def _add_sdxl(add: Callable) -> None:
-    """Add what this model is told of the picture's size, and its refiner."""
-    hw, place = {"type": int, "nargs": 2, "metavar": ("H", "W")}, {"type": int, "nargs": 2, "metavar": ("TOP", "LEFT")}
-    add("--original_size", **hw, help="of the file that the picture would be from (default: the size that is drawn)")
-    add("--crop", **place, help="where the picture would be cut out of it (default: 0 0)")
-    add("--target_size", **hw, help="of the picture (default: the size that is drawn)")
-    for name, options in (("original_size", hw), ("crop", place), ("target_size", hw)):
-        add(f"--negative_{name}", **options, help="the same for the negative prompt (default: as for the prompt)")
-    usual = "as the model says"
-    add("--zeros_for_empty_prompt", type=str2bool, help=f"zeros in the place of an empty negative prompt ({usual})")
-    add("--refiner", help="the checkpoint of SDXL's refiner, which draws the last steps")
-    add("--refiner_start", type=float, default=0.8, help="share of the time that is drawn before the refiner")
-    add("--aesthetic_score", type=float, default=AESTHETIC_SCORE, help="the refiner is told, 0 to 10")
-    add("--negative_aesthetic_score", type=float, default=NEGATIVE_AESTHETIC_SCORE, help="for the negative prompt")
-
-
-def _add_output(add: Callable) -> None:
-    add("--resume", action="store_true", help="number from 0 and keep the pictures that this command has drawn before")
-    add("--skip_grid", action="store_true", help="no grid picture")
-    add("--skip_save", action="store_true", help="no single pictures")
-    add("--check_safety", action="store_true", help="pictures that may not be safe for work are black")
-    add("--add_watermark", action="store_true", help="an invisible mark in each picture, as of Stability's scripts")
-    add("--n_rows", type=int, default=0, help="rows of the grid (default: one per prompt and iteration)")
 
 
 class Job(NamedTuple):
@@ -169,13 +117,12 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
         model = find_model(args)
         refiner = find_refiner(args, model.config) if args.refiner else None
     config = model.config
-    settings = settings_of(args, config)
-    ways = ways_to_draw(args, config, settings, pictures)
+    ways = ways_to_draw(args, config, pictures)
     for way in ways.values():
         for found in filter(None, (model, refiner)):
-            check_config(found.config, way.height, way.width)
+            check_config(found.config, *way.sides)
         way.sampler.times(build_schedule(config.schedule), way.steps)  # raises for a wrong number of steps
-    marks = marks_of(args.check_safety, args.add_watermark, {(way.height, way.width) for way in ways.values()})
+    marks = marks_of(args.check_safety, args.add_watermark, {way.sides[-2:] for way in ways.values()})
     with ranks.main_first("folder"):
         samples = make_folder(Path(args.output_path) / "samples")
         if ranks.is_main:
@@ -238,12 +185,13 @@ def main() -> None:
         facts["batch_size"] = size  # the last bit of a picture can depend on it
     every = batches(pictures, size, lambda each: (ways[each.own], wording_of(each, pipeline, ways[each.own])))
     mine = list(every)[ranks.rank :: ranks.size]  # the batches of one process, hence the same bits
-    with tqdm(total=sum(ways[batch[0].own].steps for batch, _ in mine), unit="step") as bar:
+    with tqdm(total=sum(ways[batch[0].own].runs for batch, _ in mine), unit="step") as bar:
         bar.set_description(f"{sum(len(batch) for batch, _ in mine)} pictures")
         for batch, filled in mine:
             numbers = [noise_number(picture, args) for picture in filled]
             prompts, negatives = [p.prompt for p in filled], [p.negative_prompt for p in filled]
-            images = pipeline.draw(prompts, negatives, numbers, ways[batch[0].own], counted(bar))
+            shown = output.previews(batch, pipeline.model)
+            images = pipeline.draw(prompts, negatives, numbers, ways[batch[0].own], counted(bar), shown)
             output.save(batch, job.marks(images[: len(batch)]))
     output.finish()
 

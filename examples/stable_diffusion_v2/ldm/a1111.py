@@ -7,7 +7,6 @@ import re
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.text.emphasis import has_weights
 
-ENTRY = "parameters"  # the PNG text entry
 _SAMPLERS = {  # A1111's names, where they are others than our labels
     "ddpm": "DDPM",
     "dpm_solver_pp": "DPM++ 2M",
@@ -34,7 +33,16 @@ def parameters(facts: dict) -> str:
         "CFG scale": f"{facts['scale']:g}",
         "Seed": facts["seed"],
         "Size": f"{facts['W']}x{facts['H']}",
+        "Denoising strength": _number(facts, "hires_strength") or _number(facts, "strength"),
+        "Hires upscale": _number(facts, "hires_scale"),
+        "Hires upscaler": "Lanczos" if facts.get("hires_scale") else None,
+        "Variation seed": facts.get("variation_seed"),
+        "Variation seed strength": _number(facts, "variation_strength"),
         "Model hash": facts.get("checkpoint_sha256", "")[:10],
         "Model": re.sub(r"[,:\n]", "_", facts["checkpoint"].rpartition(".")[0] or facts["checkpoint"]),
     }
-    return "\n".join([*words, ", ".join(f"{key}: {value}" for key, value in settings.items() if value)])
+    return "\n".join([*words, ", ".join(f"{key}: {value}" for key, value in settings.items() if value or value == 0)])
+
+
+def _number(facts: dict, key: str) -> str | None:
+    return None if facts.get(key) is None else f"{facts[key]:g}"

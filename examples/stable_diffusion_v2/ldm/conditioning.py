@@ -22,15 +22,21 @@ class Condition(NamedTuple):
     context: [B, L, D], the encoded text.
     vector: [B, V], joined to the time embedding: the pooled text and embedded sizes.
     guidance: [B, G], the embedded guidance scale of a distilled network; see `embed_guidance`.
+    channels: [B, N, H, W], joined to z: a mask and the picture around it, or a depth map.
     """
 
     context: Any
     vector: Any = None
     guidance: Any = None
+    channels: Any = None
 
     def given(self) -> tuple:
         """The arguments of a network after z and t: the fields that are not None, in their order."""
-        return tuple(field for field in self if field is not None)
+        return tuple(field for field in self[:3] if field is not None)
+
+    def beside(self, z: np.ndarray) -> np.ndarray:
+        """What the network takes for z: z, and the channels where there are any; arrays."""
+        return z if self.channels is None else np.concatenate((z, self.channels), 1)
 
     def with_sizes(self, sizes: np.ndarray) -> Condition:
         """The condition whose vector is the pooled text and then the sizes, as `embed_numbers` gives them."""

@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
 
-from ldm import a1111, runtime
+from ldm import a1111, modes, runtime
 from ldm.checkpoint import content_key
 from ldm.conditioning import Sizes, Wording
 from ldm.config.model import REFINER_NUMBERS, ModelConfig, changed, load_model_config
@@ -25,9 +26,21 @@ from ldm.data.prompts import own_settings, paired, read_lines
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.files import escaped
+from ldm.model import StableDiffusion
 from ldm.parallel.ranks import Ranks
-from ldm.pictures import grid, next_number, read_facts, read_png, save_drawn, save_png
+from ldm.pictures import (
+    enlarged,
+    find_drawn,
+    grid,
+    make_folder,
+    next_number,
+    read_facts,
+    read_png,
+    save_drawn,
+    save_png,
+)
 from ldm.pipeline import Pipeline, Settings, sampler_of, settings_for
+from ldm.preview import Preview
 from ldm.text.emphasis import has_weights
 from ldm.text.tokenizer import Tokenizer
 from ldm.weights import (
@@ -51,6 +64,7 @@ WITHOUT = {
     "guidance_interval": None,
     "check_safety": False,
     "watermark": False,
+    **dict.fromkeys(modes.FACTS),
 }  # facts that pictures once had not, and how they were drawn
 IN_GRID = 64  # the most pictures: those of a long prompt file would fill the memory
 
@@ -90,17 +104,19 @@ def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def plan(args: argparse.Namespace) -> list[Picture]:
     """Every picture of the run, prompt by prompt: n_iter times n_samples of each, or as many as its line says."""
-    require_at_least(1, args, "n_iter", "n_samples", "sampling_steps", "batch_size")
+    require_at_least(1, args, "n_iter", "n_samples", "sampling_steps", "batch_size", "preview_interval")
     require_at_least(0, args, "n_rows")
+    if args.preview_interval and args.check_safety:
+        raise UserError("--check_safety does not see previews: leave out --preview_interval, or the check")
     if args.from_image:
         own = (("seed", args.seed),)  # its noise is the seed's for this number
         return [Picture(args.prompt, args.negative_prompt, 0, own, args.repeated["number"])]
     pictures: list[Picture] = []
     for line, negative in paired_prompts(args):
         prompt, own = own_settings(line) if args.data_path else (line, ())
-        count = dict(own).get("n", args.n_iter * args.n_samples)
+        wanted = dict(own).get("n", args.n_iter * args.n_samples)
         own = tuple((key, value) for key, value in own if key != "n")
-        pictures += [Picture(prompt, negative, len(pictures) + i, own, i) for i in range(count)]
+        pictures += [Picture(prompt, negative, len(pictures) + i, own, i) for i in range(wanted)]
     return pictures
 
 
@@ -176,21 +192,26 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
         prompt_weights=args.prompt_weights,
         long_prompts=args.support_long_prompts,
     )
-    return _with_sizes(settings, args, config)
+    settings = _with_sizes(modes.with_inputs(settings, args, config), args, config)
+    again = modes.larger(settings, args, config)
+    return replace(settings, again=again and _with_sizes(again, args, config))
 
 
-OWN = {"seed": "seed", "scale": "guidance_scale", "steps": "steps", "W": "width", "H": "height"}  # of a line: Settings'
+OPTIONS = {"steps": "sampling_steps"}  # the options that a line's settings are, where they have other names
 
 
-def ways_to_draw(
-    args: argparse.Namespace, config: ModelConfig, settings: Settings, pictures: list[Picture]
-) -> dict[tuple, Settings]:
-    """Settings for the own settings of every line, and for none."""
-    ways = {(): settings}
+def ways_to_draw(args: argparse.Namespace, config: ModelConfig, pictures: list[Picture]) -> dict[tuple, Settings]:
+    """The settings of every line that has settings of its own, and of the run, (); UserError as from `settings_of`.
+
+    Where each line has its own, those of the first one stand for the run's.
+    """
+    ways = {}
     for own in dict.fromkeys(picture.own for picture in pictures):
-        changes = {OWN[key]: value for key, value in own}
-        ways[own] = _with_sizes(replace(settings, **changes), args, config)
-    return ways
+        changes = {OPTIONS.get(key, key): value for key, value in own}
+        if changes.get("scale") == 1:
+            changes["guidance_interval"] = None
+        ways[own] = settings_of(argparse.Namespace(**{**vars(args), **changes}), config)
+    return {(): next(iter(ways.values())), **ways}
 
 
 def _interval(args: argparse.Namespace, settings: Settings, config: ModelConfig) -> tuple[float, float] | None:
@@ -288,6 +309,7 @@ def run_facts(args: argparse.Namespace, config: ModelConfig, checkpoint: str, se
         "check_safety": args.check_safety,
         "watermark": args.add_watermark,
         **told,
+        **modes.facts(settings),
     }
 
 
@@ -364,11 +386,13 @@ def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, fa
     """
     left = []
     for picture in pictures:
-        path = samples / f"{picture.number:05}.png"
-        if not path.exists():
+        path = find_drawn(samples, picture.number)
+        if path is None:
             left.append(picture)
             continue
-        said, wanted = {**WITHOUT, **read_facts(path)}, picture_facts(picture, args, facts[picture.own])
+        said, wanted = (
+            {**WITHOUT, **each} for each in (read_facts(path), picture_facts(picture, args, facts[picture.own]))
+        )
         known = [key for key in wanted if key in said or not key.endswith("_sha256")]  # old pictures lack these
         other = next((key for key in known if said.get(key) != wanted[key]), None)
         if other:
@@ -401,7 +425,7 @@ class Output:
         files: Future | None,
     ):
         self.args, self.ranks, self.samples, self.facts, self.files = args, ranks, samples, facts, files
-        self.count, self.drawn = len(pictures), {}
+        self.count, self.drawn, self.preview = len(pictures), {}, None
         self.shown = [picture.number for picture in pictures[:IN_GRID]]
         first = 0 if args.resume else next_number(samples)
         self.first = ranks.broadcast("first number", first)  # no rank draws before all know it
@@ -418,11 +442,32 @@ class Output:
         with runtime.signals.held("when these pictures are saved"):
             for picture, image in zip(batch, images):
                 facts = picture_facts(picture, self.args, self.facts[picture.own])
-                save_drawn(image, self.path(picture.number), facts, {a1111.ENTRY: a1111.parameters(facts)})
+                save_drawn(image, self.path(picture.number), facts, a1111.parameters(facts))
         runtime.signals.raise_if_asked()
 
     def path(self, number: int) -> Path:
-        return self.samples / f"{self.first + number:05}.png"
+        return self.samples / f"{self.first + number:05}.{self.args.image_format}"
+
+    def previews(self, batch: list[Picture], model: StableDiffusion) -> Callable[[np.ndarray], None] | None:
+        """What saves the estimates of a batch's clean latents, every `preview_interval` steps; None: nothing does."""
+        every, steps = self.args.preview_interval, count(1)
+        if not every:
+            return None
+
+        def show(x0: np.ndarray) -> None:
+            step = next(steps)
+            if step % every:
+                return
+            self.preview = self.preview or Preview(model)
+            for picture, image in zip(
+                batch, enlarged(self.preview(x0), *(model.factor * side for side in x0.shape[2:]))
+            ):
+                save_png(
+                    image,
+                    make_folder(self.samples.with_name("previews")) / f"{self.path(picture.number).stem}-{step:03}.png",
+                )
+
+        return show
 
     def finish(self) -> None:
         """Say where the pictures are, and write the grid."""
@@ -434,7 +479,8 @@ class Output:
 
     def _write_grid(self) -> None:
         args, shown = self.args, self.shown
-        tiles = [self.drawn[k] if k in self.drawn else read_png(self.path(k)) for k in shown]
+        files = {k: find_drawn(self.samples, self.first + k) for k in shown if k not in self.drawn}
+        tiles = [self.drawn[k] if k in self.drawn else read_png(files[k]) for k in shown]
         if len({tile.shape for tile in tiles}) > 1:
             log.info("the pictures have several sizes: they are not shown together")
             return

@@ -1,4 +1,4 @@
-"""Drawn pictures as files: numbered PNGs that hold the facts of their making, grids, and sheets with captions.
+"""Drawn pictures as files: numbered files that hold the facts of their making, grids, and sheets with captions.
 
 The record of a run, the file RECORD beside its pictures, holds one line of JSON per picture: its file name and facts.
 """
@@ -15,7 +15,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 
 from ldm.data.images import BadImageError, opened
 from ldm.errors import UserError
@@ -25,8 +25,10 @@ log = logging.getLogger(__name__)
 
 GAP = 4
 ENTRY = "text_to_image"  # the PNG text entry with the picture's facts, as in its line of the record
-FORMER_ENTRY = "parameters"
+PARAMETERS = "parameters"  # A1111's; the entry of the facts too, in pictures of older versions
 RECORD = "prompts.jsonl"
+FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # suffixes of drawn pictures, and Pillow's names
+QUALITY = 95  # of JPEG and WebP
 
 
 def make_folder(path: str | Path) -> Path:
@@ -46,9 +48,16 @@ def make_folder(path: str | Path) -> Path:
 
 
 def next_number(folder: Path) -> int:
-    """One more than the highest number of the folder's files 00000.png, 00001.png, ...; 0 where there are none."""
-    numbers = [int(path.stem) for path in folder.glob("*.png") if re.fullmatch(r"\d{5,}", path.stem)]
+    """One more than the highest number of the folder's files 00000.png, 00001.jpg, ...; 0 where there are none."""
+    names = rf"\d{{5,}}\.({'|'.join(FORMATS)})"
+    numbers = [int(path.stem) for path in folder.glob("*.*") if re.fullmatch(names, path.name)]
     return max(numbers, default=-1) + 1
+
+
+def find_drawn(folder: Path, number: int) -> Path | None:
+    """The file of that number, of whatever format; None where there is none."""
+    paths = (folder / f"{number:05}.{suffix}" for suffix in FORMATS)
+    return next((path for path in paths if path.exists()), None)
 
 
 def save_png(
@@ -63,25 +72,46 @@ def save_png(
     entries = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         entries.add_itxt(key, value)
+    _write(picture, path, new, "PNG", pnginfo=entries)
+
+
+def _save_with_exif(picture: np.ndarray, path: Path, facts: dict, text: str) -> None:
+    """Write a JPEG or WebP: the facts are its ImageDescription, the text its UserComment, as A1111 has it."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(facts)  # ASCII, as EXIF wants it
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text.encode("utf-16-be")
+    try:
+        _write(
+            Image.fromarray(picture), path, True, FORMATS[path.suffix[1:]], quality=QUALITY, subsampling=0, exif=exif
+        )
+    except ValueError as error:
+        raise UserError(f"cannot write {path}: {error}; a PNG has room for long prompts: --image_format png") from None
+
+
+def _write(picture: Image.Image, path: Path, new: bool, form: str, **options) -> None:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=entries)
+    picture.save(buffer, form, **options)
     with replacing(path, new) as file:
         file.write(buffer.getbuffer())
 
 
-def save_drawn(picture: np.ndarray, path: Path, facts: dict, text: dict[str, str] | None = None) -> None:
+def save_drawn(picture: np.ndarray, path: Path, facts: dict, parameters: str = "") -> None:
     """Write a picture with the facts of its making, then its line in the folder's record.
 
     Args:
         picture: uint8 [H, W, 3].
-        path: a new file.
+        path: a new file, whose suffix is one of FORMATS.
         facts: values of JSON.
-        text: further PNG text entries.
+        parameters: the same in A1111's words.
 
     Raises:
         UserError: the picture or the record cannot be written, or another run has written a picture of that name.
     """
-    save_png(picture, path, {**(text or {}), ENTRY: json.dumps(facts, ensure_ascii=False)}, new=True)
+    if path.suffix == ".png":
+        text = {PARAMETERS: parameters} if parameters else {}
+        save_png(picture, path, {**text, ENTRY: json.dumps(facts, ensure_ascii=False)}, new=True)
+    else:
+        _save_with_exif(picture, path, facts, parameters)
     line = json.dumps({"file": path.name, **facts}, ensure_ascii=False).encode() + b"\n"
     record = path.with_name(RECORD)
     try:
@@ -98,7 +128,8 @@ def read_facts(path: Path) -> dict:
     """The facts that a picture holds, or none where it holds none. UserError where the file is no picture."""
     try:
         with opened(path) as picture:
-            return _facts(picture.info.get(ENTRY) or picture.info.get(FORMER_ENTRY))
+            said = picture.info.get(ENTRY) or picture.info.get(PARAMETERS)
+            return _facts(said or picture.getexif().get(ExifTags.Base.ImageDescription))
     except BadImageError as error:
         raise UserError(f"{path} is damaged, or no picture ({error}); remove it") from None
 
@@ -137,6 +168,25 @@ def read_png(path: Path) -> np.ndarray:
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Floats [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded. Values outside are clipped."""
     return np.clip(images * 127.5 + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def enlarged(pictures: np.ndarray, height: int, width: int) -> list[np.ndarray]:
+    """Pictures uint8 [B, H, W, 3] at other sides, by Lanczos."""
+    return [np.asarray(Image.fromarray(picture).resize((width, height), Image.LANCZOS)) for picture in pictures]
+
+
+def pasted(pictures: np.ndarray, known: np.ndarray, hole: np.ndarray, edge: int) -> np.ndarray:
+    """Pictures inside the hole, the known picture outside, with a soft edge.
+
+    Args:
+        pictures: uint8 [B, H, W, 3].
+        known: uint8 [H, W, 3].
+        hole: truth values [H, W].
+        edge: so many pixels around the hole go from the one to the other; all farther ones are the known picture's.
+    """
+    near = Image.fromarray(hole.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(edge // 2 * 2 + 1))
+    share = np.asarray(near.filter(ImageFilter.BoxBlur(edge // 2)), np.float32)[:, :, None] / 255  # [H, W, 1]
+    return np.round(known + share * (pictures.astype(np.float32) - known)).astype(np.uint8)
 
 
 def grid(pictures: np.ndarray, rows: int) -> np.ndarray:

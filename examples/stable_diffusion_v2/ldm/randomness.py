@@ -34,6 +34,20 @@ def stratified(seed: int, purpose: str, index: np.ndarray) -> np.ndarray:
     return (generator(seed, purpose).random() + GOLDEN * np.asarray(index)) % 1
 
 
+def between(one: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
+    """Noise on the great circle from one to the other, for each sample of [B, ...]; unit Gaussian as they are.
+
+    share: 0 is the one, 1 is the other.
+    """
+    flat = (each.reshape(len(each), -1) for each in (one, other))
+    a, b = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in flat)
+    angle = np.arccos(np.clip((a * b).sum(1), -1, 1)).reshape(-1, *[1] * (one.ndim - 1))
+    straight = np.sin(angle) < 1e-6
+    parts = (np.sin(part * angle) / np.where(straight, 1, np.sin(angle)) for part in (1 - share, share))
+    first, second = (np.where(straight, even, part) for even, part in zip((1 - share, share), parts))
+    return first * one + second * other
+
+
 def settled_seed(seed: int, broadcast: Callable[[str, int], int]) -> int:
     """The seed itself; for -1 a random one, the same for all ranks (`Ranks.broadcast`). A line tells it."""
     if seed != -1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm import modes
 from ldm.config.options import Parser
 from ldm.config.yaml_file import search
 from ldm.diffusion.samplers import SAMPLERS
@@ -33,8 +34,14 @@ OPTIONS = {  # option: the fact that it makes
     "sampler": "sampler",
     "check_safety": "check_safety",
     "add_watermark": "watermark",
+    **{option: option for option in (*modes.FILES, *modes.NUMBERS)},
 }
 _SAMPLING = ("spacing", "final_sigma", "ddim_eta", "sampler")  # a sampler that is asked for brings its own
+_BROUGHT = {  # an option that a picture was drawn without brings these
+    "init_image": ("strength",),
+    "mask": ("strength",),
+    "hires_scale": ("hires_strength",),
+}
 _SIZES = ("original_size", "crop", "target_size", "aesthetic_score")
 
 
@@ -57,9 +64,14 @@ def take_facts(args: argparse.Namespace, parser: Parser) -> None:
         raise UserError(f"{path} does not say how it was made: --from_image takes pictures of text_to_image.py")
     said = {**WITHOUT, **facts}
     typed = _typed(args, parser)
+    typed |= {
+        brought for option, others in _BROUGHT.items() if option in typed and not said[option] for brought in others
+    }
     for option, fact in OPTIONS.items():
         if option not in typed and fact in said:
             setattr(args, option, said[fact])
+    named = {option: said[option] for option in modes.FILES if said[option] and option not in typed}
+    modes.find_files(args, named, path.parent)
     if args.guidance_interval:
         args.guidance_interval = [float("inf") if end is None else end for end in args.guidance_interval]
     _take_sizes(args, parser, said)
@@ -92,7 +104,7 @@ def _take_sizes(args: argparse.Namespace, parser: Parser, said: dict) -> None:
 
 def check_same(args: argparse.Namespace, facts: dict) -> None:
     """UserError where the command draws otherwise than the picture was, but for the options that it names."""
-    names_of_files = ("checkpoint", "lora", "refiner")  # their sha256 and scales tell
+    names_of_files = ("checkpoint", "lora", "refiner", *modes.FILES)  # their sha256 and scales tell
     for key in (*facts, *(key for key in args.repeated if key.endswith("_sha256") and key not in facts)):
         value = facts.get(key)
         then = args.repeated.get(key, value)
@@ -101,7 +113,7 @@ def check_same(args: argparse.Namespace, facts: dict) -> None:
         if then != value:
             raise UserError(
                 f"cannot repeat {args.from_image}: it was drawn with {key} {then!r}, the command has {value!r}; give "
-                "the same checkpoint and adapters"
+                "the same checkpoint, adapters and pictures"
             )
 
 

@@ -146,9 +146,9 @@ def by_marks(ckpt: Checkpoint) -> ModelConfig | None:
 
 def _versions_of(ckpt: Checkpoint) -> list[str]:
     """The published models whose UNets take as much beside time and texts as the file's UNet does."""
-    width = kinds.label_width(ckpt.tensors)
-    widths = {word: load_model_config(known.config).unet.adm_in_channels or 0 for word, known in VERSIONS.items()}
-    return [word for word in VERSIONS if widths[word] == width] or list(VERSIONS)
+    own = kinds.label_width(ckpt.tensors), kinds.joined_channels(ckpt.tensors) or 0
+    unets = {word: load_model_config(known.config).unet for word, known in VERSIONS.items()}
+    return [word for word, unet in unets.items() if (unet.adm_in_channels or 0, unet.joined) == own] or list(unets)
 
 
 def sidecar(path: str) -> str | None:
@@ -242,20 +242,25 @@ def check_words(
 
 
 _CALLED = {0: "Stable Diffusion 1.x or 2.x", 5: "the refiner of Stable Diffusion XL", 6: "Stable Diffusion XL"}
+_JOINED = {"mask": "an inpainting model", "depth": "a depth model"}
 
 
 def _check_kind(path: str, ckpt: Checkpoint, config: ModelConfig, origin: str, parts: tuple[str, ...]) -> None:
-    """UserError where one of the file's UNet and the config's is told of sizes, and the other one is not, or of others.
+    """UserError where one of the file's UNet and the config's is told of sizes or pictures, and the other one is not.
 
     Networks of billions of parameters would be built before anybody noticed.
     """
-    width = kinds.label_width(ckpt.tensors) if UNET in parts else None
-    if width in (None, config.unet.adm_in_channels or 0):
+    width, joined = kinds.label_width(ckpt.tensors), kinds.joined_channels(ckpt.tensors)
+    same_sizes = width in (None, config.unet.adm_in_channels or 0)
+    if UNET not in parts or (same_sizes and joined in (None, config.unet.joined)):
         return
     kind = kinds.of_unet(ckpt.tensors)
     like = "Stable Diffusion XL, of other widths" if width else "Stable Diffusion 1.x or 2.x"
+    if same_sizes:
+        like = f"Stable Diffusion with {joined} channels beside the latents"
     name, advice = (kind.name, kind.advice) if kind else (f"a model like {like}", "choose its own config")
-    raise UserError(f"{path} is {name}, {origin} is for {_CALLED[config.size_numbers]}: {advice}")
+    wanted = _JOINED.get(config.joined) or _CALLED[config.size_numbers]
+    raise UserError(f"{path} is {name}, {origin} is for {wanted}: {advice}")
 
 
 def _check_type(path: str, ckpt: Checkpoint, config: ModelConfig, origin: str) -> None:

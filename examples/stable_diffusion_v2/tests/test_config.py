@@ -4,6 +4,9 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
+import runpy
+import shlex
 import tracemalloc
 from pathlib import Path
 
@@ -483,6 +486,23 @@ def test_mindone_files_give_our_models(theirs, ours, caplog):
 
 
 @pytest.mark.parametrize(
+    ("target", "channels", "ours"),
+    [
+        ("LatentInpaintDiffusion", 9, "v2-inpaint-inference"),
+        ("LatentDepthDiffusion", 5, "v2-depth-inference"),
+        ("LatentDepth2ImageDiffusion", 5, "v2-depth-inference"),
+    ],
+)
+def test_mindone_files_of_models_that_are_told_pictures(target, channels, ours):
+    text = edited("mindone_v2.yaml", "ddpm.LatentDiffusion", f"ddpm.{target}")
+    text = text.replace("crossattn", "hybrid\n    finetune_keys: null").replace(
+        "in_channels: 4", f"in_channels: {channels}"
+    )
+    own = load_model_config(CONFIGS / f"{ours}.yaml")
+    assert from_yaml(text, "x") == dataclasses.replace(own, text=dataclasses.replace(own.text, padding="end"))
+
+
+@pytest.mark.parametrize(
     ("name", "old", "new", "said"),
     [
         ("mindone_v1.yaml", "legacy: False", "legacy: False, fa_max_head_dim: 256", []),
@@ -563,9 +583,9 @@ def test_mindone_switches_that_contradict_each_other(types):
     [
         ("log_every_t", "log_every_tea", ["model.params.log_every_tea", "model.params.log_every_t'"]),
         ("ch: 128", "chan: 128", ["ddconfig.chan"]),
-        ("conditioning_key: crossattn", "conditioning_key: hybrid", ["conditioning_key", "hybrid", "not supported"]),
+        ("conditioning_key: crossattn", "conditioning_key: concat", ["conditioning_key", "concat", "not supported"]),
         ("cond_stage_trainable: false", "cond_stage_trainable: true", ["cond_stage_trainable", "not supported"]),
-        ("ddpm.LatentDiffusion", "ddpm.LatentInpaintDiffusion", ["LatentInpaintDiffusion", "not supported"]),
+        ("ddpm.LatentDiffusion", "cldm.ControlLDM", ["ControlLDM", "not supported"]),
         ("openaimodel.UNetModel", "tuneavideo.UNetModel3D", ["UNetModel3D", "not supported"]),
         ("modules.FrozenCLIPEmbedder", "modules.CNCLIPEmbedder", ["CNCLIPEmbedder", "not supported"]),
         ('"BpeTokenizer"', '"WordpieceTokenizer"', ["WordpieceTokenizer", "not supported"]),
@@ -608,8 +628,8 @@ def test_mindone_schedules_heads_and_recompute():
     assert not from_yaml(text.replace("use_recompute: True", "use_recompute: False"), "x").unet.use_checkpoint
 
 
-def test_a_unet_that_wants_more_than_latents_is_refused():
-    text = edited("mindone_v2.yaml", "in_channels: 4,", "in_channels: 9,")  # inpainting's
+def test_a_unet_that_wants_something_unknown_beside_latents_is_refused():
+    text = edited("mindone_v2.yaml", "in_channels: 4,", "in_channels: 8,")  # InstructPix2Pix'
     assert "model.unet.in_channels" in message(from_yaml, text, "x")
 
 
@@ -990,6 +1010,24 @@ def test_a_moved_script_gives_our_command(capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "error: this is new.py here: python new.py a b --image_path 'x y' --quiet (a note)\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "ours"),
+    [
+        ("inpaint.py", ["--image", "a.png", "--mask", "b.png", "--num_samples", "2", "--aug", "resize"], "2.0-inpaint"),
+        ("depth_to_image.py", ["--depth_map", "a.png", "--sample_steps", "9", "--ms_mode", "1"], "2.0-depth"),
+    ],
+)
+def test_mindones_scripts_that_begin_with_pictures(script, words, ours, capsys, monkeypatch):
+    """The command that they tell is one that text_to_image.py reads."""
+    monkeypatch.setattr("sys.argv", [script, *words])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    told = shlex.split(re.search(r"python text_to_image.py (.*?) \(", capsys.readouterr().err)[1])
+    args = read_options(text_to_image.build_parser(), told)
+    assert args.version == ours and (args.init_image or args.depth_map) == "a.png"
+    assert (args.n_iter, args.n_samples) == ((1, 2) if script == "inpaint.py" else (1, 4))
 
 
 def test_options_without_effect_are_accepted_once_said_and_gone(tmp_path, caplog):

@@ -109,8 +109,12 @@ def test_relatives_are_known_by_their_shapes():
     sd2, first = model("sd2_parameters"), UNET + "input_blocks.0.0.weight"
     assert kinds.recognise(sd2).name == "a model of Stable Diffusion 2.x"
     assert kinds.recognise(model("sd1_parameters_stability")).name == "a model of Stable Diffusion 1.x"
-    for channels, what in ((9, "an inpainting model"), (5, "a depth-to-image model")):
-        assert kinds.recognise({**sd2, first: blank(320, channels, 3, 3)}).name.startswith(what)
+    for channels, what in ((9, "an inpainting model of Stable Diffusion 2.x"), (5, "a depth model of")):
+        kind = kinds.recognise({**sd2, first: blank(320, channels, 3, 3)})
+        assert kind.name.startswith(what) and kind.serves
+    sd1 = {**model("sd1_parameters_stability"), first: blank(320, 9, 3, 3)}
+    assert kinds.recognise(sd1).name == "an inpainting model of Stable Diffusion 1.x"
+    assert not kinds.recognise({**sd2, first: blank(320, 8, 3, 3)}).serves
     label = UNET + "label_emb.0.0.weight"
     for width, what in ((2816, "a model of Stable Diffusion XL"), (2560, "the refiner"), (2048, "an unCLIP model")):
         assert kinds.recognise({**sd2, label: blank(1280, width)}).name.startswith(what)

@@ -105,5 +105,7 @@ def test_settings_of_a_line(line, prompt, own):
     ],
 )
 def test_settings_of_a_line_that_mean_nothing(tail, word):
-    with pytest.raises(UserError, match=f"says {word} behind.*seed=, scale=, steps=, W=, H=, n=, each once"):
+    with pytest.raises(
+        UserError, match=f"says {word} behind.*seed=, scale=, steps=, W=, H=, n=, .*hires_strength=, each once"
+    ):
         own_settings(f"a fox | {tail}")

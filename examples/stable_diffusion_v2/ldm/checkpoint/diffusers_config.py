@@ -426,8 +426,10 @@ def _tokenizer(text: dict) -> Tokenizer:
 def _index(model: dict) -> dict:
     parts = text_parts(model)
     there = "text_encoder" in parts
+    joined = model["unet"]["in_channels"] - model["unet"]["out_channels"]
+    kind = {0: "", 1: "Depth2Img"}.get(joined, "Inpaint")
     table = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{kind}Pipeline",
         "_diffusers_version": _VERSION,
         "feature_extractor": [None, None],
         "scheduler": ["diffusers", "DDIMScheduler"],
@@ -438,6 +440,8 @@ def _index(model: dict) -> dict:
     }
     if "text_encoder_2" in parts:
         table |= _xl_index(model)
+    elif joined == 1:
+        table |= {"depth_estimator": [None, None]}
     else:
         table |= {"requires_safety_checker": False, "safety_checker": [None, None]}
     return dict(sorted(table.items()))

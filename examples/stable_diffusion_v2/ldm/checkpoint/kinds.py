@@ -105,14 +105,17 @@ XL = Kind("a model of Stable Diffusion XL", "choose its config, for instance by 
 REFINER = Kind("the refiner of Stable Diffusion XL", "choose its config, for instance by --version xl-refiner", True)
 _BY_LABELS = {2816: XL, 2560: REFINER}  # by the width of the vector that is added to the time embedding
 _BY_INPUT = {  # by the UNet's input channels, where it has four output channels
-    9: "an inpainting model",
-    5: "a depth-to-image model",
     7: "a picture upscaler of Stable Diffusion",
     8: "a model that edits pictures (InstructPix2Pix) or enlarges them",
 }
-_BY_CONTEXT = {
-    768: Kind("a model of Stable Diffusion 1.x", "choose its config, for instance by --version 1.5", True),
-    1024: Kind("a model of Stable Diffusion 2.x", "choose its config, for instance by --version 2.1 or 2.1-v", True),
+_XL_INPAINTING = Kind("an inpainting model of Stable Diffusion XL", _OTHER)
+_CHOOSE = "choose its config, for instance by --version"
+_BY_CONTEXT = {  # by the width of a text's features, and the channels into the UNet beside the latents
+    (768, 0): Kind("a model of Stable Diffusion 1.x", f"{_CHOOSE} 1.5", True),
+    (1024, 0): Kind("a model of Stable Diffusion 2.x", f"{_CHOOSE} 2.1 or 2.1-v", True),
+    (768, 5): Kind("an inpainting model of Stable Diffusion 1.x", f"{_CHOOSE} 1.5-inpaint", True),
+    (1024, 5): Kind("an inpainting model of Stable Diffusion 2.x", f"{_CHOOSE} 2.0-inpaint", True),
+    (1024, 1): Kind("a depth model of Stable Diffusion 2.x", f"{_CHOOSE} 2.0-depth", True),
 }
 _BESIDE = "it is one part of a model, which wants the rest too"
 _ALONE = {
@@ -121,7 +124,7 @@ _ALONE = {
     TEXT: Kind("a text encoder alone", _BESIDE, True),
 }
 _CONTEXT = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-_FIRST = UNET + "input_blocks.0.0.weight"
+_FIRST, _LAST = UNET + "input_blocks.0.0.weight", UNET + "out.2.weight"
 _ROWS = "num_vectors"  # MindONE's name for the number of a textual inversion's rows
 _MOST_WORDS, _LONGEST_WORD = 8, 256  # words in a textual inversion, rows of a word's embedding
 _WIDTHS = (768, 1024, 1280, 2048, 4096)  # values in a row
@@ -159,10 +162,12 @@ def _is_textual_inversion(tensors: Tensors, meta: Strings) -> bool:
 
 def _by_shape(tensors: Tensors) -> Kind | None:
     """The kind of a relative of Stable Diffusion, whose UNet has other inputs."""
-    into, out = _shape(tensors, _FIRST), _shape(tensors, UNET + "out.2.weight")
+    into, out = _shape(tensors, _FIRST), _shape(tensors, _LAST)
     if len(into) == 4 and out[:1] == (4,) and into[1] in _BY_INPUT:
         return Kind(f"{_BY_INPUT[into[1]]} ({into[1]} channels go into its UNet)", _OTHER)
     labels, keys = _shape(tensors, LABELS), _shape(tensors, _CONTEXT)
+    if labels and out[:1] == (4,) and into[1:2] == (9,):
+        return _XL_INPAINTING
     if labels and labels[-1] not in _BY_LABELS and keys[1:] == (1024,):
         return _UNCLIP
     return None
@@ -181,7 +186,7 @@ def of_unet(tensors: Tensors) -> Kind | None:
     labels, keys = _shape(tensors, LABELS), _shape(tensors, _CONTEXT)
     if labels:
         return _BY_LABELS.get(labels[-1])
-    return _BY_CONTEXT.get(keys[1]) if len(keys) == 2 else None
+    return _BY_CONTEXT.get((keys[1], joined_channels(tensors) or 0)) if len(keys) == 2 else None
 
 
 def label_width(tensors: Tensors) -> int | None:
@@ -190,6 +195,12 @@ def label_width(tensors: Tensors) -> int | None:
     if labels:
         return labels[-1]
     return 0 if _FIRST in tensors else None
+
+
+def joined_channels(tensors: Tensors) -> int | None:
+    """How many channels go into a UNet beside the latents, which come out of it; None without a UNet."""
+    into, out = _shape(tensors, _FIRST), _shape(tensors, _LAST)
+    return into[1] - out[0] if len(into) == 4 and out else None
 
 
 def _shape(tensors: Tensors, *names: str) -> tuple[int, ...]:
@@ -222,7 +233,7 @@ def _text_sizes(section: str, prefixes: tuple[str, ...]) -> tuple[tuple, ...]:
 _SIZES = (
     ("unet", "model_channels", (_FIRST,), 0),
     ("unet", "in_channels", (_FIRST,), 1),
-    ("unet", "out_channels", (UNET + "out.2.weight",), 0),
+    ("unet", "out_channels", (_LAST,), 0),
     ("unet", "context_dim", (_CONTEXT,), 1),
     ("unet", "adm_in_channels", (LABELS,), 1),
     ("unet", "time_cond_proj_dim", (GUIDANCE,), 1),

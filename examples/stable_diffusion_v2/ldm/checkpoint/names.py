@@ -48,6 +48,7 @@ EXTRAS = re.compile(
             r"sqrt_recip(m1)?_alphas_cumprod|posterior_.*|lvlb_weights|logvar|scale_factor",
             _RE_TEXT + r".*(logit_scale|text_projection(\.weight)?|position_ids|attn_mask)",  # CLIP's other half
             _RE_OPENCLIP + r"transformer\.resblocks\.23\..*",  # SD 2.x stops at the layer before the last
+            r"depth_model\..*",  # the network that finds depths in pictures, in Stability's depth model
             r"denoiser\.sigmas",  # the schedule in files of Stability's generative-models
             rf"({_RE_VAE})?loss\..*",  # the autoencoder's discriminator
             r"epoch_num|step_num|global_step|learning_rate|loss_scale",  # MindSpore's training loop

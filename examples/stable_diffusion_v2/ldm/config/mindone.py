@@ -30,6 +30,8 @@ class _Keys(NamedTuple):
 
 _LATENT_DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
 _DREAMBOOTH = "ldm.models.diffusion.ddpm.LatentDiffusionDreamBooth"  # another loss; the weights are Stable Diffusion's
+_INPAINT = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
+_DEPTH = tuple(f"ldm.models.diffusion.ddpm.Latent{name}Diffusion" for name in ("Depth", "Depth2Image"))
 _OPEN_CLIP = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"  # Stability's name of SD 2.x's text encoder
 _TEXTUAL_INVERSION = "ldm.modules.textual_inversion.text_encoder.FrozenCLIPEmbedder_CLIPTokenizer"
 _OPEN_CLIP_LAYERS = {"last": 24, "penultimate": 23}
@@ -37,16 +39,22 @@ _OPEN_CLIP_LAYERS = {"last": 24, "penultimate": 23}
 _KEYS = {
     "model": _Keys(
         used=("params", "prediction_type"),
-        only={"target": (_LATENT_DIFFUSION, _DREAMBOOTH)},
+        only={"target": (_LATENT_DIFFUSION, _DREAMBOOTH, _INPAINT, *_DEPTH)},
         ignored=("base_learning_rate", "name", "version", "pretrained_ckpt"),
     ),
     "model.params": _Keys(
         used=("linear_start", "linear_end", "timesteps", "beta_schedule", "image_size", "scale_factor")
         + ("parameterization", "unet_config", "first_stage_config", "cond_stage_config"),
-        only={"conditioning_key": ("crossattn",), "cond_stage_trainable": (False,)},
+        only={
+            "conditioning_key": ("crossattn", "hybrid"),  # hybrid: something is joined to the latents too
+            "cond_stage_trainable": (False,),
+            "concat_keys": (["mask", "masked_image"],),
+            "masked_image_key": ("masked_image",),
+        },
         ignored=("num_timesteps_cond", "log_every_t", "first_stage_key", "cond_stage_key", "channels", "monitor")
         + ("use_ema", "use_fp16", "prior_loss_weight", "scheduler_config", "personalization_config", "ckpt_path")
-        + ("ignore_keys", "load_only_unet", "unet_trainable", "loss_type", "l_simple_weight", "u_cond_percent"),
+        + ("ignore_keys", "load_only_unet", "unet_trainable", "loss_type", "l_simple_weight", "u_cond_percent")
+        + ("finetune_keys", "depth_stage_config"),
     ),
     "model.params.unet_config": _Keys(
         used=("params",), only={"target": ("ldm.modules.diffusionmodules.openaimodel.UNetModel",)}, ignored=()

@@ -33,6 +33,7 @@ from ldm.text.tokenizer import PADDINGS
 
 LEAST_BETA = 1e-12  # 1 - beta has 16 digits
 GROUPS = 32  # of every group norm of Stable Diffusion
+NEEDS = {"mask": "paints a masked part of a picture anew", "depth": "draws by a depth map"}  # see `ModelConfig.joined`
 REFINER_NUMBERS, BASE_NUMBERS = 5, 6  # that SDXL's UNets are told of a picture's size; see `ldm.conditioning.Sizes`
 
 # A larger size is a mistake or an attack: such a network would take all memory, or hours until it is built.
@@ -128,6 +129,8 @@ class SamplingConfig:
 class UNetConfig:
     """The denoising network.
 
+    `in_channels` are the latents', and those of what is joined to them; see `ModelConfig.joined`.
+
     Attention has `num_heads` heads (SD 1.x), or heads of the width `num_head_channels` (SD 2.x); the other one is None.
     SDXL has `adm_in_channels`, the width of the vector that is joined to the time embedding: the pooled text, then
     `size_channels` for each number of the picture's size and crop. None: there is no such vector.
@@ -186,6 +189,11 @@ class UNetConfig:
         """The number of blocks in a transformer of each level."""
         depth = self.transformer_depth
         return depth if isinstance(depth, tuple) else (depth,) * len(self.channel_mult)
+
+    @property
+    def joined(self) -> int:
+        """How many channels go in beside the latents."""
+        return self.in_channels - self.out_channels
 
     @property
     def factor(self) -> int:
@@ -292,8 +300,12 @@ class ModelConfig:
         several = len(self.sampling.distilled_guidance or ()) == 2
         fits = unet.time_cond_proj_dim is not None or not several
         _require(fits, "model.sampling.distilled_guidance is a range, but model.unet.time_cond_proj_dim is missing")
-        fits = unet.out_channels == vae.embed_dim == unet.in_channels
-        _require(fits, "model.unet.in_channels and model.unet.out_channels must equal model.vae.embed_dim")
+        fits = unet.out_channels == vae.embed_dim and unet.joined in self._joined_by_channels
+        _require(
+            fits,
+            "model.unet.in_channels and model.unet.out_channels must equal model.vae.embed_dim; in_channels may have 1 "
+            "more for a depth map, or 1 and embed_dim more for a mask and the picture around it",
+        )
         step = vae.factor * unet.factor
         fits = self.image_size % step == 0
         _require(fits, f"model.image_size {self.image_size} must be a multiple of {step} (VAE's factor times UNet's)")
@@ -315,6 +327,19 @@ class ModelConfig:
     def texts(self) -> tuple[TextConfig, ...]:
         """The text encoders, in the order of their features."""
         return (self.text,) if self.text_2 is None else (self.text, self.text_2)
+
+    @property
+    def _joined_by_channels(self) -> dict[int, str | None]:
+        return {0: None, 1: "depth", 1 + self.vae.embed_dim: "mask"}
+
+    @property
+    def joined(self) -> str | None:
+        """What is joined to the latents that go into the UNet.
+
+        "mask": a mask and the latents of the picture around it (inpainting models). "depth": a depth map. None:
+        nothing.
+        """
+        return self._joined_by_channels[self.unet.joined]
 
     @property
     def size_numbers(self) -> int:

@@ -8,9 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 
-def answer(script: str, names: Mapping[str, str | None] | None = None, note: str = "") -> NoReturn:
-    """Print the command that does the same here as MindONE's script, and end with exit code 2."""
-    line = f"error: this is {script} here: python {shlex.join([script, *translated(sys.argv[1:], names or {})])}"
+def answer(
+    script: str, names: Mapping[str, str | None] | None = None, note: str = "", words: Sequence[str] = ()
+) -> NoReturn:
+    """Print the command that does the same here as MindONE's script, and end with exit code 2.
+
+    Args:
+        script: ours.
+        names: as in `translated`.
+        note: what else there is to know.
+        words: options that MindONE's script does not need.
+    """
+    command = shlex.join([script, *words, *translated(sys.argv[1:], names or {})])
+    line = f"error: this is {script} here: python {command}"
     print(line + (f" ({note})" if note else ""), file=sys.stderr)
     sys.exit(2)
 

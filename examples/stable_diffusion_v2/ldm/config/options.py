@@ -43,6 +43,13 @@ _OTHER_WORDS = {  # other programs' names of options, where ours look different
     "num_inference_steps": "sampling_steps",
     "guidance_scale": "scale",
     "cfg_scale": "scale",
+    "image": "init_image",
+    "image_path": "init_image",
+    "mask_image": "mask",
+    "mask_path": "mask",
+    "denoising_strength": "strength",
+    "num_samples": "n_samples",
+    "sample_steps": "sampling_steps",
     "height": "H",
     "width": "W",
 }

@@ -34,7 +34,7 @@ class Version(NamedTuple):
 
     @property
     def is_mindone(self) -> bool:
-        return bool(self.checkpoint) and self.checkpoint.endswith(".ckpt")
+        return bool(self.checkpoint) and self.page is None and self.checkpoint.endswith(".ckpt")
 
     @property
     def stems(self) -> tuple[str, ...]:
@@ -60,6 +60,14 @@ VERSIONS = {
         "sd_v2-1_768_v-061732d1.ckpt",
         ("v2-1_768-ema-pruned", "v2-1_768-nonema-pruned"),
     ),
+    "1.5-inpaint": Version(
+        "configs/v1-inpaint-inference.yaml",
+        "sd-v1-5-inpainting.ckpt",
+        ("sd-v1-5-inpainting",),
+        page="https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-inpainting",
+    ),
+    "2.0-inpaint": Version("configs/v2-inpaint-inference.yaml", "sd_v2_inpaint-f694d5cf.ckpt", ("512-inpainting-ema",)),
+    "2.0-depth": Version("configs/v2-depth-inference.yaml", "sd_v2_depth-186e18a0.ckpt", ("512-depth-ema",)),
     "xl": Version(
         "configs/sdxl-inference.yaml",
         "sd_xl_base_1.0.safetensors",

@@ -74,10 +74,18 @@ LINE_SETTINGS = {  # of a line, and how its text is read
     "W": _whole(1),
     "H": _whole(1),
     "n": _whole(1),
+    "init_image": str,
+    "mask": str,
+    "depth_map": str,
+    "strength": _finite,
+    "variation_seed": _whole(0),
+    "variation_strength": _finite,
+    "hires_scale": _finite,
+    "hires_strength": _finite,
 }
 
 
-def own_settings(line: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+def own_settings(line: str) -> tuple[str, tuple[tuple[str, float | str], ...]]:
     """The prompt of a line, and its own settings: the words key=value behind the last " | ".
 
     Words of which none is a setting belong to the prompt.
@@ -89,7 +97,7 @@ def own_settings(line: str) -> tuple[str, tuple[tuple[str, float], ...]]:
     pairs = [re.fullmatch(r"(\w+)=(\S+)", word) for word in tail.split()]
     if not bar or not any(pair and pair[1] in LINE_SETTINGS for pair in pairs):
         return line, ()
-    said: dict[str, float] = {}
+    said: dict[str, float | str] = {}
     for word, pair in zip(tail.split(), pairs):
         try:
             if not pair or pair[1] in said:
@@ -98,6 +106,7 @@ def own_settings(line: str) -> tuple[str, tuple[tuple[str, float], ...]]:
         except (KeyError, ValueError):
             usage = ", ".join(f"{key}=" for key in LINE_SETTINGS)
             raise UserError(
-                f"the prompt file says {escaped(word)} behind ' | ': settings are {usage}, each once with a number"
+                f"the prompt file says {escaped(word)} behind ' | ': settings are {usage}, each once, with a number "
+                "or a file's name without blanks"
             ) from None
     return prompt.strip(), tuple(sorted(said.items()))

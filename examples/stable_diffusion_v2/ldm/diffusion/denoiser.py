@@ -22,7 +22,8 @@ class Denoiser:
     this guides both.
 
     Args:
-        network: Cell, network(x float32 [N, C, H, W], t float32 [N], *condition) -> [N, C, H, W].
+        network: Cell, network(x float32 [N, C, H, W], t float32 [N], *condition) -> [N, C, H, W]; x has the condition's
+            channels too, if there are any.
         schedule: the noise schedule that the network was trained with.
         prediction: what the network predicts.
         cond: the prompts' condition, arrays.
@@ -54,9 +55,9 @@ class Denoiser:
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.guidance_scale, self.guidance_rescale = per_sample(guidance_scale), guidance_rescale
         self.guidance_interval, self.batch = guidance_interval, len(cond.context)
-        self.condition = Condition.join(conditions).map(Tensor).given()  # of copies * B
         self.copies = len(conditions)
-        self.alone = cond.map(Tensor).given() if guidance_interval and self.copies > 1 else None  # of B
+        self.condition = _ready(Condition.join(conditions))  # of copies * B
+        self.alone = _ready(cond) if guidance_interval and self.copies > 1 else None  # of B
 
     def __call__(self, x: np.ndarray, t: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(x0, eps), float64 [B, C, H, W] each, for x [B, C, H, W] at time t, which may lie between two steps.
@@ -73,7 +74,8 @@ class Denoiser:
         copies, condition = (1, self.alone) if plain else (self.copies, self.condition)
         batch = np.concatenate([x] * copies).astype(np.float32)  # [copies * B, C, H, W]
         times = np.concatenate([np.broadcast_to(t, len(x))] * copies)
-        output = self.network(Tensor(batch), Tensor(times.astype(np.float32)), *condition)
+        beside, told = condition
+        output = self.network(Tensor(beside(batch)), Tensor(times.astype(np.float32)), *told)
         output = output.astype(ms.float32).asnumpy()
         finite = np.isfinite(output).all((1, 2, 3))
         if not finite.all():
@@ -99,6 +101,11 @@ class Denoiser:
         return np.where(per_sample(inside), self.guidance_scale, 1.0)
 
 
+def _ready(condition: Condition) -> tuple[Callable, tuple[Tensor, ...]]:
+    """What joins the condition's channels to z, and the tensors that the network takes after z and t."""
+    return condition.beside, condition.map(Tensor).given()
+
+
 class Relay:
     """Two denoisers of one picture: the first one down to a time, the second one, SDXL's refiner, from there to the end
     (arXiv 2307.01952, section 2.5).
@@ -119,3 +126,26 @@ class Relay:
             self.handed()
             self.handed = None
         return self.second(x, t)
+
+
+class Blend:
+    """A denoiser that knows a part of the picture: it says so wherever the mask does not say otherwise.
+
+    In the known part it answers as the exact denoiser of a known picture, x0 = known and the eps that x then holds. So
+    every sampler leads that part to the known picture, and the network sees it with the noise of each time.
+
+    Args:
+        denoise: denoise(x, t) -> (x0, eps).
+        known: [1 or B, C, H, W], clean latents.
+        mask: [1, 1, H, W], 1 where the network decides, 0 where the picture is known.
+        schedule: the noise schedule.
+    """
+
+    def __init__(self, denoise: Callable, known: np.ndarray, mask: np.ndarray, schedule: NoiseSchedule):
+        self.denoise, self.known, self.mask, self.schedule = denoise, known, mask, schedule
+
+    def __call__(self, x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
+        x0, eps = self.denoise(x, t)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        known_eps = (x - alpha * self.known) / sigma
+        return tuple(np.where(self.mask, guess, known) for guess, known in ((x0, self.known), (eps, known_eps)))

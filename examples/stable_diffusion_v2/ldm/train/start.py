@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ldm import runtime
 from ldm.checkpoint.diffusers_config import check_model
-from ldm.config.model import ModelConfig, changed, load_model_config, save_model_config, to_dict
+from ldm.config.model import NEEDS, ModelConfig, changed, load_model_config, save_model_config, to_dict
 from ldm.config.options import Parser, read_options, require_at_least
 from ldm.config.versions import VERSIONS, existing, find_checkpoint
 from ldm.data.batches import Augment
@@ -63,6 +63,8 @@ def settle(args: argparse.Namespace) -> tuple[Choice, Weights]:
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:
     """Find mistakes in the options that all trainings of a model share; UserError."""
+    if config.joined:
+        raise UserError(f"this model {NEEDS[config.joined]}, which is not trained here: choose another model")
     if args.use_lora:
         adapters.check(args)
     require_at_least(1, args, "text_chunks", "train_batch_size", "gradient_accumulation_steps", "ckpt_save_interval")
