@@ -43,14 +43,14 @@ SLICED_HEADS = partial(plain.Heads, attend=sliced.SlicedAttention)
 CPU_CONV2D = partial(plain.Conv2d, convolve=convolution.small_gradient_conv2d)
 SLICED = Kernels(Heads=SLICED_HEADS, Conv2d=CPU_CONV2D)
 NATIVE = Kernels(
-    Heads=SLICED_HEADS,
+    Heads=cpu.NativeHeads,
     GroupNorm=cpu.NativeGroupNorm,
     LayerNorm=cpu.NativeLayerNorm,
     GELU=cpu.NativeGELU,
     GEGLU=cpu.NativeGEGLU,
     Upsample2=cpu.NativeUpsample2,
     Affine=partial(plain.Affine, add_bias=cpu.NativeAddBias),
-    Conv2d=CPU_CONV2D,
+    Conv2d=convolution.native_conv2d,
 )
 ASCEND = Kernels(
     Heads=ascend.FlashHeads,

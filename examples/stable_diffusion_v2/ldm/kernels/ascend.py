@@ -8,7 +8,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import mint, nn, ops
 
-from ldm.kernels.plain import Heads, cast, multiply, reshape
+from ldm.kernels.plain import Heads, add, cast, multiply, reshape
 from ldm.kernels.sliced import SlicedAttention
 
 WIDEST = 128  # of a head, for flash attention: pictures were noisy with 160
@@ -96,7 +96,9 @@ class FusedConv2d(nn.Cell):
     def construct(self, x, weight, bias):
         if self.around:
             x = mint.nn.functional.pad(x, self.around)
-        return self.conv(x, weight, bias)
+        if bias is None or bias.ndim == 1:
+            return self.conv(x, weight, bias)
+        return add(self.conv(x, weight, None), reshape(bias, bias.shape + (1, 1)))
 
     def conv(self, x, weight, bias):
         return mint.nn.functional.conv2d(x, weight, bias, self.stride, self.padding)

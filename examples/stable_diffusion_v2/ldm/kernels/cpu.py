@@ -1,4 +1,4 @@
-"""The CPU's operators: cpu.cc, compiled once per machine by GCC or Clang, called as custom operators with gradients.
+"""The CPU's operators: C++, compiled once per machine by GCC or Clang, called as custom operators with gradients.
 
 Without a compiler the plain definitions run, and one line says so.
 """
@@ -24,7 +24,7 @@ from ldm.errors import UserError
 from ldm.files import escaped, private_folder, replacing, sha256
 from ldm.kernels.plain import add, cast
 
-SOURCE = Path(__file__).with_name("cpu.cc")
+HEADERS, SOURCES = (sorted(Path(__file__).with_name("native").glob(f"*{kind}")) for kind in (".h", ".cc"))
 COMPILE_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -39,13 +39,14 @@ COMPILE_FLAGS = (
 
 @cache
 def native_library() -> str | None:
-    """The path of the compiled cpu.cc, which is compiled now if need be; None where it cannot be compiled."""
+    """The path of the compiled SOURCES, which are compiled now if need be; None where they cannot be compiled."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None:
         return _no_native("no C++ compiler was found (install g++)")
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     model = "".join(line for line in cpu.splitlines() if line.startswith(("flags", "Features", "model name")))
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, COMPILE_FLAGS, model)).encode()).hexdigest()[:16]
+    content = [path.read_bytes() for path in (*HEADERS, *SOURCES)]
+    key = hashlib.sha256(repr((content, compiler, COMPILE_FLAGS, model)).encode()).hexdigest()[:16]
     try:
         library = private_folder("ldm-kernels") / f"kernels_cpu-{key}.so"
         if not (_is_as_recorded(library) and _loads(library)):
@@ -86,7 +87,7 @@ def _loads(library: Path) -> bool:
 def _compile(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         made = Path(scratch) / library.name
-        command = [compiler, *COMPILE_FLAGS, str(SOURCE), "-o", str(made)]
+        command = [compiler, *COMPILE_FLAGS, *map(str, SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True)
         content = made.read_bytes()
     with replacing(library) as file:
@@ -100,7 +101,7 @@ def _no_native(reason: str) -> None:
     print(f"warning: {line}: {escaped(reason, 400)}", file=sys.stderr)
 
 
-def _native(name: str, out) -> ops.Custom:
+def native(name: str, out) -> ops.Custom:
     """The operator `name` of the library; `out` maps the inputs' shapes (or types) to the outputs'."""
     return ops.Custom(f"{native_library()}:{name}", out_shape=out, out_dtype=out, func_type="aot")
 
@@ -111,8 +112,8 @@ class NativeNorm(nn.Cell):
     def __init__(self, name: str, *settings: float):
         super().__init__()
         self.settings = Tensor(np.array(settings, np.float32))
-        self.forward = _native(name, lambda x, w, b, s: x)
-        self.backward = _native(f"{name}_grad", lambda x, w, b, s, dy: (x, w, b))
+        self.forward = native(name, lambda x, w, b, s: x)
+        self.backward = native(f"{name}_grad", lambda x, w, b, s, dy: (x, w, b))
 
     def construct(self, x, weight, bias):
         return self.forward(cast(x, ms.float32), weight, bias, self.settings)
@@ -149,8 +150,8 @@ class NativeActivation(nn.Cell):
 
     def __init__(self, name: str, out):
         super().__init__()
-        self.forward = _native(name, out)
-        self.backward = _native(f"{name}_grad", lambda x, dy: x)
+        self.forward = native(name, out)
+        self.backward = native(f"{name}_grad", lambda x, dy: x)
 
     def construct(self, x):
         return self.forward(cast(x, ms.float32))
@@ -183,8 +184,8 @@ class NativeAddBias(nn.Cell):
 class BiasKernel(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.forward = _native("add_bias", lambda x, b: x)
-        self.backward = _native("add_bias_grad", lambda dy, b: b)
+        self.forward = native("add_bias", lambda x, b: x)
+        self.backward = native("add_bias_grad", lambda dy, b: b)
 
     def construct(self, x, bias):
         return self.forward(x, bias)
@@ -196,11 +197,58 @@ class BiasKernel(nn.Cell):
 class NativeUpsample2(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.forward = _native("upsample2", _twice_the_plane)
-        self.backward = _native("upsample2_grad", _half_the_plane)
+        self.forward = native("upsample2", _twice_the_plane)
+        self.backward = native("upsample2_grad", _half_the_plane)
 
     def construct(self, x):
         return self.forward(cast(x, ms.float32))
 
     def bprop(self, x, out, dout):
         return (self.backward(dout).astype(x.dtype),)
+
+
+class NativeHeads(nn.Cell):
+    """`plain.Heads` without a matrix of all scores, in float32. The heads are read where they lie."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.attend, self.attend_masked = FlashAttention(heads), MaskedFlashAttention(heads)
+
+    def construct(self, q, k, v, mask=None):
+        inputs = cast(q, ms.float32), cast(k, ms.float32), cast(v, ms.float32)
+        y, _ = self.attend(*inputs) if mask is None else self.attend_masked(*inputs, mask)
+        return cast(y, v.dtype)
+
+
+class FlashAttention(nn.Cell):
+    """q [B, N, C], k and v [B, M, C] to (outputs [B, N, C], logarithms of the softmax's sums [B, heads, N])."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.forward = native("attention", lambda q, k, v: (q, _rows_of_heads(q, heads)))
+        self.backward = native("attention_grad", lambda q, k, v, y, log_sums, dy: (q, k, v))
+
+    def construct(self, q, k, v):
+        return self.forward(q, k, v)
+
+    def bprop(self, q, k, v, out, dout):
+        return self.backward(q, k, v, *out, dout[0])
+
+
+class MaskedFlashAttention(nn.Cell):
+    """`FlashAttention` with a mask [N, M] that is added to the scores. The mask is a constant without a gradient."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.forward = native("attention_masked", lambda q, k, v, mask: (q, _rows_of_heads(q, heads)))
+        self.backward = native("attention_masked_grad", lambda q, k, v, mask, y, log_sums, dy: (q, k, v))
+
+    def construct(self, q, k, v, mask):
+        return self.forward(q, k, v, mask)
+
+    def bprop(self, q, k, v, mask, out, dout):
+        return (*self.backward(q, k, v, mask, *out, dout[0]), ops.zeros_like(mask))
+
+
+def _rows_of_heads(q, heads: int):
+    return [q[0], heads, q[1]] if isinstance(q, (list, tuple)) else q

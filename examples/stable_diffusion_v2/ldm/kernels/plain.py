@@ -142,7 +142,9 @@ def conv2d(outputs: int, kernel: int, stride: int, padding: int | tuple[int, int
 
 
 class Conv2d(nn.Cell):
-    """Cross-correlation of x [B, in, H, W] with W [outputs, in, kernel, kernel], plus a bias [outputs] or None.
+    """Cross-correlation of x [B, in, H, W] with W [outputs, in, kernel, kernel], plus a bias.
+
+    The bias is [outputs], or [B, outputs] with one for each picture, or None.
 
     Args:
         padding: a number, or (top, bottom, left, right).
@@ -156,7 +158,9 @@ class Conv2d(nn.Cell):
 
     def construct(self, x, weight, bias):
         y = self.conv(x, weight)
-        return y if bias is None else self.add_bias(y, bias)
+        if bias is None:
+            return y
+        return self.add_bias(y, bias) if bias.ndim == 1 else add(y, reshape(bias, bias.shape + (1, 1)))
 
 
 def matmul() -> ops.MatMul:

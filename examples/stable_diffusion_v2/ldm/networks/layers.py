@@ -144,8 +144,7 @@ class ShiftedConv2d(Conv2d):
     """A convolution that adds `shift` [B, out] to its bias, which saves an addition to every pixel."""
 
     def construct(self, x, shift):
-        shift = add(self.bias, shift)
-        return add(self.conv(x, self.effective_weight(), None), reshape(shift, shift.shape + (1, 1)))
+        return self.conv(x, self.effective_weight(), add(self.bias, shift))
 
 
 class GroupNorm(nn.Cell):

@@ -1,30 +1,18 @@
-// CPU kernels for the operators that MindSpore's CPU back end runs several times slower than memory allows: group norm,
-// layer norm, GEGLU, GELU, bias, nearest x2, each with its gradient. Compiled by kernels.py on first use; the plain
-// definitions there say what each computes. All tensors are float32 and contiguous. Every sum is made by one thread in a
-// fixed order, so results do not depend on the number of threads. Signature: MindSpore's "aot" custom operator.
+// The operators that MindSpore's CPU back end runs several times slower than memory allows: group norm,
+// layer norm, GEGLU, GELU, bias, nearest x2, each with its gradient. The plain definitions in plain.py say what each
+// computes. Every sum is made by one thread in a fixed order, so results do not depend on the number of threads.
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <vector>
 
-#define KERNEL(name) extern "C" int name(int, void** p, int* rank, int64_t** shape, const char**, void*, void*)
-#define PRAGMA(...) _Pragma(#__VA_ARGS__)
-#define PARALLEL PRAGMA(omp parallel for schedule(static))
+#include "operator.h"
+
 #define SUM(...) PRAGMA(omp simd reduction(+ : __VA_ARGS__))
 #define VECTOR PRAGMA(omp simd)
 
 namespace {
 
 constexpr int64_t kStrip = 4096;  // floats summed in single precision before the sum goes on in double
-
-const float* in(void** p, int i) { return static_cast<const float*>(p[i]); }
-float* out(void** p, int i) { return static_cast<float*>(p[i]); }
-
-int64_t count(int rank, const int64_t* shape) {
-  int64_t n = 1;
-  for (int i = 0; i < rank; i++) n *= shape[i];
-  return n;
-}
 
 // exp(x) to 2 ulp: 2^n e^r, |r| <= ln2/2, polynomial of degree 6; the loop over it vectorizes, NaN passes through.
 inline float fast_exp(float x) {
