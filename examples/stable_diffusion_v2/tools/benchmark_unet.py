@@ -1,8 +1,9 @@
-"""The full-size SD 2.x UNet (866 million parameters) beside diffusers': time, memory and agreement, in one run.
+"""The full-size UNet and decoder of SD 2.x beside diffusers', float32 on a CPU: time, memory, agreement, in one run.
 
-Two processes hold the same random weights and take turns, so that a busy machine slows both. Read the ratio.
+Two processes hold the same random weights and take turns, so that a busy machine slows both. Read the ratios: first the
+CPU time of one thread, then the time on the clock of all cores. The last lines are a table in Markdown.
 
-    python tools/benchmark_unet.py [--runs 5] [--size 64] [--batch 2]
+    python tools/benchmark_unet.py [--runs 3] [--size 64] [--batch 2] [--works UNet decoder] [--threads 1 2]
 """
 
 from __future__ import annotations
@@ -14,116 +15,182 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 HERE = Path(__file__).resolve().parents[1]
+UNET, DECODER = WORKS = ("UNet", "decoder")
+SETS = ("avx512f", "avx512_bf16", "amx_bf16", "avx2", "asimd")  # instruction sets that decide the speed
+HEAD = (
+    "| work | measured | ours | diffusers | ours / diffusers | peak memory | first call | relative rms difference |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- |"
+)
 
 
-def inputs(batch: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """z [B, 4, size, size], t [B], context [B, 77, 1024]."""
-    rng = np.random.default_rng(0)
-    z, context = rng.standard_normal((batch, 4, size, size)), rng.standard_normal((batch, 77, 1024))
-    return z.astype(np.float32), np.full(batch, 500, np.int32), context.astype(np.float32)
+class Answer(NamedTuple):
+    """Of one call; `seconds`: on the clock, of the CPU."""
+
+    output: np.ndarray
+    seconds: tuple[float, float]
+    peak: float  # GiB
 
 
-def serve(pipe, forward) -> None:
-    """Answer each request with (output, seconds of this call, peak resident memory in GiB)."""
+class Work(NamedTuple):
+    """What is measured: a network at a size, with so many threads on each side."""
+
+    network: str
+    size: int
+    batch: int
+    threads: int
+
+    def inputs(self) -> list[np.ndarray]:
+        """z [B, 4, size, size]; of the UNet also t [B] and context [B, 77, 1024]."""
+        rng = np.random.default_rng(0)
+        if self.network == DECODER:
+            return [rng.standard_normal((1, 4, self.size, self.size), np.float32)]
+        z = rng.standard_normal((self.batch, 4, self.size, self.size), np.float32)
+        return [z, np.full(self.batch, 500, np.int32), rng.standard_normal((self.batch, 77, 1024), np.float32)]
+
+    def title(self) -> str:
+        batch = f", batch {self.batch}" if self.network == UNET else ""
+        return f"SD 2.x {self.network}{batch}, {self.size}×{self.size} latents"
+
+
+def serve(pipe, forward: Callable[[], np.ndarray]) -> None:
+    """Answer each request by one call."""
     while pipe.recv():
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         output = forward()
-        seconds = time.perf_counter() - began
-        pipe.send((output, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+        seconds = time.perf_counter() - began[0], time.process_time() - began[1]
+        pipe.send(Answer(output, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
 
 
-def diffusers_worker(pipe, weights: Path, batch: int, size: int) -> None:
+def diffusers_worker(pipe, weights: Path, work: Work) -> None:
+    import diffusers
     import torch
-    from diffusers import UNet2DConditionModel
 
-    torch.set_num_threads(os.cpu_count())
-    torch.manual_seed(0)
-    net = UNet2DConditionModel(
-        cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
-    ).eval()
     from ldm import checkpoint
     from ldm.checkpoint.names import from_diffusers
 
+    torch.set_num_threads(work.threads)
+    torch.manual_seed(0)
+    if work.network == UNET:
+        heads = {"attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+        net = diffusers.UNet2DConditionModel(cross_attention_dim=1024, **heads).eval()
+    else:
+        widths, kinds = (128, 256, 512, 512), {"down_block_types": ["DownEncoderBlock2D"] * 4}
+        kinds |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 4}
+        net = diffusers.AutoencoderKL(block_out_channels=widths, **kinds).eval()
     state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    checkpoint.save(weights, from_diffusers(state, {}, {}, "openclip"), {}, "safetensors")
-    arrays = [torch.from_numpy(array) for array in inputs(batch, size)]
-    pipe.send(f"diffusers, PyTorch {torch.__version__}")
+    states = (state, {}) if work.network == UNET else ({}, state)
+    checkpoint.save(weights, from_diffusers(*states, {}, "openclip"), {}, "safetensors")
+    arrays = [torch.from_numpy(array) for array in work.inputs()]
+    pipe.send(f"diffusers {diffusers.__version__}, PyTorch {torch.__version__}")
+    call = net if work.network == UNET else net.decode
 
     def forward() -> np.ndarray:
         with torch.no_grad():
-            return net(*arrays).sample.numpy()
+            return call(*arrays).sample.numpy()
 
     serve(pipe, forward)
 
 
-def our_worker(pipe, weights: Path, batch: int, size: int) -> None:
+def our_worker(pipe, weights: Path, work: Work) -> None:
     from ldm import runtime
 
     runtime.start("CPU")
     import mindspore
     from mindspore import Tensor
 
-    from ldm import checkpoint, kernels
+    from ldm import checkpoint, kernels, parts
     from ldm.config.model import load_model_config
     from ldm.networks.layers import fill
     from ldm.networks.unet import UNet
-    from ldm.parts import UNET
+    from ldm.networks.vae import AutoencoderKL
 
-    net = UNet(load_model_config(HERE / "configs" / "v2-inference.yaml").unet)
+    config = load_model_config(HERE / "configs" / "v2-inference.yaml")
+    net, prefix = (UNet(config.unet), parts.UNET) if work.network == UNET else (AutoencoderKL(config.vae), parts.VAE)
+    net.set_train(False)
     tensors = checkpoint.load(weights).tensors
     for name, parameter in net.parameters_and_names():
-        fill(parameter, tensors[UNET + name])
+        fill(parameter, tensors[prefix + name])
     del tensors
-    arrays = [Tensor(array) for array in inputs(batch, size)]
+    arrays = [Tensor(array) for array in work.inputs()]
     how = "native kernels" if kernels.select() is kernels.NATIVE else "no native kernels"
     pipe.send(f"this project, MindSpore {mindspore.__version__}, {how}")
     serve(pipe, lambda: net(*arrays).asnumpy())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, default=5, help="timed runs of each, after one that is not counted")
-    parser.add_argument("--size", type=int, default=64, help="side of the latents: 64 for 512 pixels, 96 for 768")
-    parser.add_argument("--batch", type=int, default=2)
-    args = parser.parse_args()
-
+def measure(work: Work, runs: int) -> tuple[list[str], list[list[Answer]]]:
+    """The titles of both sides and their answers, diffusers' first; the first answer of each is not to be counted."""
     context = get_context("spawn")
+    os.environ["OMP_NUM_THREADS"] = str(work.threads)  # of both processes
+    titles, pipes, processes, answers = [], [], [], ([], [])
     with tempfile.TemporaryDirectory() as folder:
-        sides = []
         for worker in (diffusers_worker, our_worker):
             here, there = context.Pipe()
-            process = context.Process(
-                target=worker, args=(there, Path(folder) / "unet.safetensors", args.batch, args.size), daemon=True
-            )
+            process = context.Process(target=worker, args=(there, Path(folder) / "net.safetensors", work), daemon=True)
             process.start()
             there.close()  # otherwise the end of a worker is not noticed
-            sides.append((here.recv(), here, []))
-        for _ in range(args.runs + 1):
-            for _, pipe, answers in sides:
+            titles.append(here.recv())
+            pipes.append(here)
+            processes.append(process)
+        for _ in range(runs + 1):
+            for pipe, answered in zip(pipes, answers):
                 pipe.send(True)
-                answers.append(pipe.recv())
+                answered.append(pipe.recv())
+        for pipe, process in zip(pipes, processes):
+            pipe.send(False)
+            process.join()
+    return titles, list(answers)
 
-    for _, pipe, _ in sides:
-        pipe.send(False)
 
-    print(f"SD 2.x UNet forward, float32, batch {args.batch}, {args.size}x{args.size} latents, {args.runs} runs each")
-    print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}")
-    for title, _, answers in sides:
-        first, *rest = (answer[1] for answer in answers)
-        print(f"  {title}: median {np.median(rest):.2f} s (min {min(rest):.2f}, max {max(rest):.2f}),", end=" ")
-        print(f"first call {first:.1f} s, peak memory {answers[-1][2]:.1f} GiB")
-    theirs, ours = (np.array([answer[1] for answer in answers[1:]]) for _, _, answers in sides)
-    wanted, got = sides[0][2][-1][0], sides[1][2][-1][0]
-    error = np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2))
-    print(f"  ours / theirs, pair by pair: median {np.median(ours / theirs):.2f}; relative rms difference {error:.1e}")
+def row(work: Work, theirs: list[Answer], ours: list[Answer]) -> str:
+    """A line of the table. With one thread the CPU's seconds count, which other processes hardly change."""
+    kind = int(work.threads == 1)
+    times = [np.array([answer.seconds[kind] for answer in answers[1:]]) for answers in (ours, theirs)]
+    ratio = float(np.median(times[0] / times[1]))
+    error = np.sqrt(np.mean((ours[0].output - theirs[0].output) ** 2) / np.mean(theirs[0].output ** 2))
+    measured = "CPU time, 1 thread" if kind else f"clock, {work.threads} threads"
+    cells = [work.title(), measured, *(f"{np.median(each):.2f} s" for each in times), f"**{ratio:.2f}**"]
+    cells.append(f"{ours[-1].peak:.1f} and {theirs[-1].peak:.1f} GiB")
+    cells.append(f"{ours[0].seconds[0]:.1f} and {theirs[0].seconds[0]:.1f} s")
+    return f"| {' | '.join([*cells, f'{error:.1e}'])} |"
+
+
+def machine() -> str:
+    """The processor and those of its instruction sets that matter here."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    lines = dict(line.split("\t:", 1) for line in reversed(info.splitlines()) if "\t:" in line)
+    lines = {name.strip(): value.strip() for name, value in lines.items()}
+    has = [name for name in SETS if name in (lines.get("flags") or lines.get("Features", "")).split()]
+    name = lines.get("model name", platform.processor() or platform.machine())
+    return f"{os.cpu_count()} cores, {name} ({', '.join(has)}), Python {platform.python_version()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=3, help="timed runs of each, after one that is not counted")
+    parser.add_argument("--size", type=int, default=64, help="side of the latents: 64 for 512 pixels, 96 for 768")
+    parser.add_argument("--batch", type=int, default=2, help="of the UNet")
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=WORKS)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    args = parser.parse_args()
+
+    works = [Work(network, args.size, args.batch, n) for network in args.works for n in args.threads]
+    rows = []
+    for work in works:
+        titles, answers = measure(work, args.runs)
+        rows.append(row(work, *answers))
+        print(rows[-1], flush=True)
+    print(f"\n{machine()}; {titles[1]}; {titles[0]}; float32, medians of {args.runs} pairs\n\n{HEAD}")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
