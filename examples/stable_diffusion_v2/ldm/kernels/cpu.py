@@ -212,6 +212,7 @@ class NativeHeads(nn.Cell):
 
     def __init__(self, heads: int):
         super().__init__()
+        self.heads = heads  # read by `networks.blockwise.graph_key`
         self.attend, self.attend_masked = FlashAttention(heads), MaskedFlashAttention(heads)
 
     def construct(self, q, k, v, mask=None):
