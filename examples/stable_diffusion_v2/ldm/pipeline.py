@@ -154,13 +154,13 @@ def normal_draws(seed: int, purpose: str, shape: tuple[int, ...], numbers: list[
 
 
 def noise_of(settings: Settings, purpose: str, shape: tuple[int, ...], numbers: list[int]) -> Callable:
-    """`normal_draws` of the seed, which begin between those of two seeds where the settings say so."""
+    """`normal_draws` of the seed, or between those of two seeds where the settings say so."""
     own = normal_draws(settings.seed, purpose, shape, numbers)
     if not settings.variation:
         return own
     seed, share = settings.variation
     other = normal_draws(seed, purpose, shape, numbers)
-    return lambda step: between(own(step), other(step), share) if step < 0 else own(step)
+    return lambda step: between(own(step), other(step), share)
 
 
 class Given(NamedTuple):

@@ -187,7 +187,7 @@ def test_masked_and_larger_pictures_are_drawn_again(files, place, tmp_path, monk
 
 
 def test_a_variation_ends_at_the_other_seed(place, tmp_path, monkeypatch):  # noqa: F811
-    words = [*WORDS, "--n_samples", 1, "--euler"]
+    words = [*WORDS, "--n_samples", 1, "--ddpm"]
     wanted, _ = draw(monkeypatch, place, tmp_path / "wanted", *words, "--seed", 7)
     end, facts = draw(monkeypatch, place, tmp_path / "end", *words, "--variation_seed", 7, "--variation_strength", 1)
     assert np.abs(wanted[0].astype(int) - end[0]).max() <= 1

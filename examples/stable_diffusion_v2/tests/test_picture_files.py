@@ -51,7 +51,7 @@ def test_a_jpeg_is_drawn_again_and_resumed(place, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "again/previews").exists()  # and previews have changed no picture
 
     line = refusal(monkeypatch, capsys, text_to_image, sampling(place, tmp_path / "run", *WORDS, "--resume", "--euler"))
-    assert "00000.jpg was drawn with sampler 'heun', not 'euler'" in line
+    assert "00000.jpg was drawn with hires_scale 1.5, not None" in line
 
 
 def test_a_text_that_a_jpeg_has_no_room_for(tmp_path):

@@ -29,7 +29,7 @@ def choose(weights, *words):
     return choose_config(weights, *words).config
 
 
-@pytest.mark.parametrize("version", [word for word in VERSIONS if word not in ("xl-vpred", "tiny")])
+@pytest.mark.parametrize("version", [word for word in VERSIONS if word != "xl-vpred" and "tiny" not in word])
 def test_a_published_file_is_known_by_its_name(version):
     known = VERSIONS[version]
     for name in (known.checkpoint, *(f"{stem}.safetensors" for stem in known.also)):
