@@ -117,7 +117,7 @@ def train(kind: str, lora: bool = False, dtype: str = "float16") -> None:
     batch = latents, latents, times, Tensor(np.ones(2, np.float32)), *condition
     step([batch], 1e-5, 1)
     title = f"{kind} lora" if lora else f"{kind} train"
-    print(f"{title}: {len(trained)} parameters")
+    print(f"{title}: {len(trained)} parameters, {len(step.optimizer.few)} updates")
     for part in ("gradients", "norm", "update"):
         setattr(step, part, Marked(f"{title} {part}", getattr(step, part)))
     step([batch], 1e-5, 2)
@@ -131,12 +131,12 @@ def update(kind: str) -> None:
     grads = [Tensor(np.zeros(param.shape, np.float32)) for param in step.optimizer.params]
     scalars = Tensor(np.ones(2 + len(step.optimizer.scalars(1e-5)), np.float32))
     twice(f"{kind} norm", lambda: step.norm(*grads))
-    twice(f"{kind} update", lambda: step.update(scalars, *grads))
+    twice(f"{kind} update", lambda: (step.optimizer.collect(), step.update(scalars, *grads)))
 
 
 PARTS = {
     "sd2-update": lambda: update("sd2"),
-    **{kind: lambda kind=kind: draw(kind) for kind in ("sd2", "sd1", "sdxl")},
+    **{kind: lambda kind=kind: draw(kind) for kind in ("sd2", "sd1", "sdxl", "short")},
     "sd2-bfloat16": lambda: draw("sd2", "bfloat16"),
     **{f"{kind}-train": lambda kind=kind: train(kind) for kind in ("sd2", "short", "sdxl")},
     **{f"{kind}-lora": lambda kind=kind: train(kind, lora=True) for kind in ("sd2", "short", "sdxl")},

@@ -16,7 +16,8 @@ from ldm.kernels import ascend, plain
 from ldm.model import StableDiffusion
 from ldm.parts import VAE
 from ldm.train.ema import Ema
-from ldm.train.optimizer import build_optimizer
+from ldm.train.optimizer import OPTIMIZERS, build_optimizer
+from ldm.train.state import load_state, save_state
 from ldm.train.step import TrainStep
 from ldm.train.together import NormOfFew
 
@@ -130,24 +131,61 @@ class Net(nn.Cell):
         return (loss,)
 
 
-def test_small_tensors_as_one_make_the_same_steps(monkeypatch):
-    trained = {}
-    for few in (False, True):
-        monkeypatch.setattr(kernels, "select", lambda few=few: kernels.PLAIN._replace(few_launches=few))
-        net = Net()
-        params = list(net.get_parameters())
-        step = TrainStep(net, build_optimizer("adamw", params), Ema(params, 0.9), max_grad_norm=0.5)
-        assert isinstance(step.norm, NormOfFew) == few
+def train_step(monkeypatch, few: bool, optimizer: str = "adamw") -> TrainStep:
+    monkeypatch.setattr(kernels, "select", lambda: kernels.PLAIN._replace(few_launches=few))
+    net = Net()
+    params = list(net.get_parameters())
+    step = TrainStep(net, build_optimizer(optimizer, params), Ema(params, 0.9), max_grad_norm=0.5)
+    assert isinstance(step.norm, NormOfFew) == few
+    if few:
+        assert [p.ndim == 1 for p in step.optimizer.params] == [False] * 3 + [True] * 4
+        assert len(step.optimizer.few) == len(step.ema.shadow) == 4 and not step.optimizer.separable
+        step.norm = Lengths(step.optimizer.params)
+    return step
+
+
+def make_steps(step: TrainStep, *numbers: int) -> list[float]:
+    return [step([(Tensor(1.5 - n, ms.float32),)], 0.1, n).grad_norm for n in numbers]
+
+
+def variables(step: TrainStep) -> dict[str, np.ndarray]:
+    return {name: v.asnumpy().copy() for name, v in step.variables().items()}
+
+
+def close_variables(given: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert given.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_allclose(given[name], array, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_small_tensors_as_one_make_the_same_steps(monkeypatch, optimizer):
+    one, other = train_step(monkeypatch, False, optimizer), train_step(monkeypatch, True, optimizer)
+    np.testing.assert_allclose(make_steps(other, 0, 1, 2), make_steps(one, 0, 1, 2), rtol=1e-6)
+    close_variables(variables(other), variables(one))
+    averages = other.ema.tensors()
+    with other.ema.applied():
+        for param in other.optimizer.params:
+            np.testing.assert_array_equal(param.asnumpy(), averages[param.name])
+    for step in (one, other):  # others have set the weights; the optimizer goes on from there
+        step.begin_anew()
+        assert not any(tensor.asnumpy().any() for tensor in step.optimizer.state)
+        make_steps(step, 3)
+    close_variables(variables(other), variables(one))
+
+
+def test_a_state_serves_joined_and_separate_tensors(monkeypatch, tmp_path):
+    straight, path = train_step(monkeypatch, True), tmp_path / "state.safetensors"
+    make_steps(straight, 0)
+    save_state(path, straight, {"step": 1}, {})
+    make_steps(straight, 1, 2)
+    for few in (True, False):
+        resumed = train_step(monkeypatch, few)
+        load_state(path, resumed, {})
+        make_steps(resumed, 1, 2)
+        close_variables(variables(resumed), variables(straight))
         if few:
-            assert [p.ndim == 1 for p in step.optimizer.params] == [False] * 3 + [True] * 4
-            step.norm = Lengths(step.optimizer.params)
-        results = [step([(Tensor(1.5 - n, ms.float32),)], 0.1, n) for n in range(3)]
-        trained[few] = {name: v.asnumpy() for name, v in step.variables().items()}, [r.grad_norm for r in results]
-    (one, norms), (other, of_few) = trained.values()
-    np.testing.assert_allclose(of_few, norms, rtol=1e-6)
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-        np.testing.assert_allclose(other[name], array, rtol=1e-5, atol=1e-7, err_msg=name)
+            assert all(np.array_equal(v, variables(resumed)[name]) for name, v in variables(straight).items())
 
 
 def test_weights_are_cast_once_for_drawing(monkeypatch, rng):

@@ -12,7 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from ldm import kernels
 from ldm.errors import UserError
 from ldm.networks.layers import set_values
-from ldm.train.together import Together, small_last
+from ldm.train.together import Together, copy_into, in_order
 
 
 class Ema(nn.Cell):
@@ -33,19 +33,24 @@ class Ema(nn.Cell):
     def __init__(self, params: Iterable[Parameter], decay: float = 0.9999):
         super().__init__(auto_prefix=False)
         self.check(decay)
-        few = kernels.select().few_launches
-        self.params = ParameterTuple(small_last(params) if few else params)
-        self.shadow = self.params.clone("ema", "same")
-        self.state = list(self.shadow)
-        for tensor in self.state:
+        self.params = in_order(params)
+        self.together = Together(self.params)
+        self.shadow = self.together.few_parameters(self.params, "joined").clone("ema", "same")
+        self.state = self.together.each(self.shadow, [f"ema.{param.name}" for param in self.params])
+        for tensor in self.shadow:
             tensor.requires_grad = False
         self.decay = decay
         self.updates = 0
         self.swapped = False
-        self.map = ops.HyperMap()
-        self.together = Together(self.params) if few else None
-        # It reads the parts of a joined tensor where they lie; ops.assign, for older versions, copies them first.
-        self.copy = getattr(ops.auto_generate, "inplace_copy", ops.assign)
+        self.map, self.copy_into = ops.HyperMap(), copy_into
+        self.fused = kernels.select().few_launches
+        self.few = self.params
+
+    def follow(self, few: ParameterTuple) -> None:
+        """Read the small weights where the optimizer has them joined, if it has (`Optimizer.few`)."""
+        if len(few) < len(self.params):
+            assert [param.shape for param in few] == [shadow.shape for shadow in self.shadow]
+            self.few = few
 
     @staticmethod
     def check(decay: float) -> None:
@@ -59,10 +64,10 @@ class Ema(nn.Cell):
         return 1 - min(self.decay, (1 + n) / (10 + n))
 
     def construct(self, weight: Tensor):
-        if self.together is None:
+        if not self.fused:
             return self.map(ops.partial(self.one, weight), self.shadow, self.params)
-        new = self.together(ops.partial(self.mix, weight), self.shadow, self.params)
-        return self.map(self.copy, self.shadow, new)
+        new = self.map(ops.partial(self.mix, weight), self.shadow, self.few)
+        return self.map(self.copy_into, self.shadow, new)
 
     def one(self, weight, shadow, param):
         return ops.assign_add(shadow, weight * (param.astype(ms.float32) - shadow))
@@ -72,12 +77,12 @@ class Ema(nn.Cell):
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Copies of the averaged weights, under the parameters' own names."""
-        return {param.name: shadow.asnumpy().copy() for param, shadow in zip(self.params, self.shadow)}
+        return {param.name: shadow.asnumpy().copy() for param, shadow in zip(self.params, self.state)}
 
     def begin_anew(self) -> None:
         """Begin with the weights as they are."""
         self.updates = 0
-        set_values(self.shadow, (param.asnumpy().copy() for param in self.params))
+        set_values(self.state, (param.asnumpy().copy() for param in self.params))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -88,7 +93,7 @@ class Ema(nn.Cell):
         own = [param.asnumpy().copy() for param in self.params]
         self.swapped = True
         try:
-            set_values(self.params, (shadow.asnumpy().copy() for shadow in self.shadow))
+            set_values(self.params, (shadow.asnumpy().copy() for shadow in self.state))
             yield
         finally:
             set_values(self.params, own)

@@ -17,10 +17,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from ldm import kernels
 from ldm.errors import UserError
 from ldm.networks.layers import set_values
-from ldm.train.together import small_last
+from ldm.train.together import Gather, Together, copy_into, in_order
 
 PART_BYTES = 256 * 2**20  # of parameters updated at once; the scaled gradients of more would fill the memory
 
@@ -57,7 +56,8 @@ class Optimizer(nn.Cell):
     Attributes:
         updates: the number of updates made; the caller counts them.
         state: the tensors to save and restore, each named "<prefix>.<parameter's name>".
-        separable: whether a parameter's update needs its own gradient alone.
+        separable: whether a parameter can be updated alone, by its own gradient.
+        few: what is updated: the parameters, or the large ones and a copy of all small ones behind them (`collect`).
     """
 
     prefixes: tuple[str, ...]
@@ -66,17 +66,29 @@ class Optimizer(nn.Cell):
     def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(auto_prefix=False)
         check_numbers(betas, eps, weight_decay)
-        self.params = ParameterTuple(small_last(params) if kernels.select().few_launches else params)
-        self.slots = tuple(self.params.clone(prefix, "zeros") for prefix in self.prefixes)
-        self.state = [tensor for slot in self.slots for tensor in slot]
-        for tensor in self.state:
-            tensor.requires_grad = False
-        self.decayed = tuple(weight_decay > 0 and param.ndim >= 2 for param in self.params)
+        self.params = in_order(params)
+        self.together = Together(self.params)
+        self.few = self.together.few_parameters(self.params, "joined")
+        self.small = ParameterTuple(self.params[self.together.first :])
+        self.gather = Gather(self.small, self.few[-1]) if self.small else None
+        self.separable = self.separable and not self.small
+        self.state: list = []
+        self.slots = tuple(self.new_slot(prefix, self.few) for prefix in self.prefixes)
+        self.decayed = tuple(weight_decay > 0 and param.ndim >= 2 for param in self.few)
         self.weight_decay = weight_decay
         self.updates = 0
-        self.map = ops.HyperMap()
-        self.parts = tuple(parts([4 * param.size for param in self.params], PART_BYTES))
-        self.places = {id(param): place for place, param in enumerate(self.params)}
+        self.map, self.copy_into = ops.HyperMap(), copy_into
+        self.parts = tuple(parts([4 * param.size for param in self.few], PART_BYTES))
+        self.places = {id(param): place for place, param in enumerate(self.few)}
+
+    def new_slot(self, prefix: str, few: ParameterTuple) -> ParameterTuple:
+        """A state tensor of zeros for each of these; they are the last of `self.few`."""
+        slot = few.clone(prefix, "zeros")
+        for tensor in slot:
+            tensor.requires_grad = False
+        names = [param.name for param in (*(few[:-1] if self.small else few), *self.small)]
+        self.state += self.together.each(slot, [f"{prefix}.{name}" for name in names])
+        return slot
 
     def scalars(self, lr: float) -> tuple[float, ...]:
         """The numbers that ``construct`` needs for the next update, at the learning rate ``lr``."""
@@ -84,12 +96,27 @@ class Optimizer(nn.Cell):
 
     def construct(self, scale: Tensor, scalars: tuple, grads: tuple):
         """Update the parameters with ``scale * grads``. ``scalars`` come from ``self.scalars``, as float32."""
+        done = self.update_few(scale, scalars, self.together.few(grads))
+        if not self.small:
+            return done
+        return done, self.map(self.copy_into, self.small, self.together.small(self.few[-1]))
+
+    def collect(self) -> None:
+        """Bring the copy of the small parameters up to date, before an update; somebody may have set them.
+
+        It is a graph of its own. In the graph that writes to them, MindSpore would copy each before it is read.
+        """
+        if self.small:
+            self.gather()
+
+    def update_few(self, scale, scalars, grads):
+        """Update `self.few` with gradients of their shapes."""
         done, last = (), scale
         for start, end in self.parts:
             part = self.map(ops.partial(self.wait, last), grads[start:end])
             slots = [slot[start:end] for slot in self.slots]
             one = ops.partial(self.one, scale, scalars)
-            last = self.map(one, self.decayed[start:end], self.params[start:end], *slots, part)
+            last = self.map(one, self.decayed[start:end], self.few[start:end], *slots, part)
             done += last
         return done
 
@@ -160,20 +187,17 @@ class Muon(AdamW):
     def __init__(self, params: Iterable[Parameter], betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, betas, eps, weight_decay)
         (momenta,) = self.slots
-        self.matrix = tuple(param.ndim >= 2 and "embedding" not in param.name for param in self.params)
-        others = ParameterTuple([p for p, matrix in zip(self.params, self.matrix) if not matrix])
-        squares = others.clone("adam_v", "zeros")
-        for tensor in squares:
-            tensor.requires_grad = False
-        self.state += squares
-        left = iter(squares)  # a matrix has none; its momentum fills the place and is not read there
+        self.matrix = tuple(param.ndim >= 2 and "embedding" not in param.name for param in self.few)
+        others = ParameterTuple([p for p, matrix in zip(self.few, self.matrix) if not matrix])
+        left = iter(self.new_slot("adam_v", others))
+        # A matrix has none. Its momentum fills the place and is not read there.
         self.slots += (ParameterTuple([m if matrix else next(left) for m, matrix in zip(momenta, self.matrix)]),)
         self.groups = self.by_size()
 
     def by_size(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """The places of all matrices, grouped by their shorter side, and inside a group by their longer side."""
         groups: dict[int, dict[int, list[int]]] = {}
-        for i, (param, matrix) in enumerate(zip(self.params, self.matrix)):
+        for i, (param, matrix) in enumerate(zip(self.few, self.matrix)):
             if matrix:
                 m, n = sorted((len(param), param.size // len(param)))
                 groups.setdefault(m, {}).setdefault(n, []).append(i)
@@ -182,10 +206,10 @@ class Muon(AdamW):
     def scalars(self, lr: float) -> tuple[float, ...]:
         return (*super().scalars(lr), lr)
 
-    def construct(self, scale: Tensor, scalars: tuple, grads: tuple):
+    def update_few(self, scale, scalars, grads):
         *adamw, lr = scalars
         one = ops.partial(self.one, scale, adamw)
-        done = self.map(one, self.decayed, self.matrix, self.params, *self.slots, grads)
+        done = self.map(one, self.decayed, self.matrix, self.few, *self.slots, grads)
         for group in self.groups:
             stacks = ()
             for alike in group:
@@ -195,7 +219,7 @@ class Muon(AdamW):
                 length = lr * 0.2 * updates.shape[2] ** 0.5
                 for i, update in zip(alike, ops.unstack(length * updates)):
                     lying = update if done[i].shape[0] <= done[i].shape[1] else update.swapaxes(0, 1)
-                    ops.assign_sub(self.params[i], lying.reshape(self.params[i].shape))
+                    ops.assign_sub(self.few[i], lying.reshape(self.few[i].shape))
         return done
 
     def one(self, scale, scalars, decayed, matrix, param, momentum, v, grad):

@@ -112,6 +112,8 @@ class TrainStep:
         self.gradients = gradients or WholeGraph(loss, optimizer.params)
         self.norm = NormOfFew(optimizer.params) if kernels.select().few_launches else GlobalNorm()
         self.update = _Update(optimizer, ema)
+        if ema:
+            ema.follow(optimizer.few)
         self.sum_of_ranks = _SumOfRanks() if self.ranks.size > 1 else None
         wait = max_grad_norm is not None or loss_scale is not None or self.ranks.size > 1 or not optimizer.separable
         self.by_layers = self.gradients.layer_by_layer and not wait
@@ -206,6 +208,7 @@ class TrainStep:
 
     def _apply(self, grads: tuple[Tensor, ...], factor: float, lr: float) -> None:
         scalars = (factor, self.ema.weight() if self.ema else 0.0, *self.optimizer.scalars(lr))
+        self.optimizer.collect()
         self.update(Tensor(scalars, ms.float32), *grads)
         self._count()
 
