@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ldm import npu
+from ldm.config.model import changed
+from tools import check_ascend
 from tools.ascend_checks import machine, model, operators
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +95,24 @@ def test_the_losses_are_those_that_are_stored(monkeypatch):
     assert found.ok and len(model.reference()["losses"]) == 5 and len(model.reference()["picture"]) == 3 * 8 * 8
     monkeypatch.setattr(model, "losses", lambda dtype: [1.02 * loss for loss in model.reference()["losses"]])
     assert not model.check_losses("float32").ok
+
+
+@pytest.mark.parametrize("part", model.SPEEDS)
+def test_speed_is_measured(monkeypatch, part):
+    shallow = ["model.unet.channel_mult=[1]", "model.unet.attention_resolutions=[1]", "model.unet.num_res_blocks=1"]
+    monkeypatch.setattr(model, "changed", lambda config, changes: changed(config, [*changes, *shallow]))
+    said = model.SPEEDS[part](64, 8, "float32", 1)
+    assert re.fullmatch(r"first call [\d.]+ s, then [\d.]+ ms, peak \d\.\d GiB", said), said
+
+
+def test_a_part_that_fails_is_a_finding_and_a_wrong_width_one_line():
+    found = check_ascend.speed("drawing", ["--part", "drawing", "--width", "32"])
+    assert found.ok is False and "expected a multiple of 64" in found.said
+
+
+def test_two_ranks_have_the_same_sum():
+    found = check_ascend.sums(SimpleNamespace(device_target="CPU", ranks=2))
+    assert found.ok and re.match(r"sum of 2 ranks is right, [\d.]+ GB/s", found.said), found
 
 
 def test_without_an_npu_it_says_so_and_ends_with_a_block_to_paste(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import subprocess
 import sys
 import time
@@ -21,10 +22,12 @@ sys.path.insert(0, str(HERE))
 
 from ldm import npu  # noqa: E402
 from ldm.config.options import Parser, read_options  # noqa: E402
+from ldm.files import quoted  # noqa: E402
 from tools.ascend_checks import machine  # noqa: E402
 from tools.ascend_checks.machine import Finding, guarded  # noqa: E402
 
 DTYPES = {"Ascend": ("float16", "bfloat16"), "CPU": ("float32", "float16")}
+WIDTHS, HEAD = {"Ascend": 320, "CPU": 64}, 64
 SUM_MEGABYTES, SUMS = 64, 5
 
 
@@ -33,12 +36,21 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--device_target", choices=("Ascend", "CPU"), default="Ascend", help="CPU: the same checks, to try them")
     add("--ranks", type=int, default=0, help="check the connections of that many devices too")
-    add("--width", type=int, default=320, help="of the UNet whose speed is measured; 320 is SD 2.x's, 0 measures none")
+    usual = "default: 320, SD 2.x's, and 64 on a CPU; 0 measures none"
+    add("--width", type=width, help=f"of the UNet whose speed in drawing and training is measured ({usual})")
     add("--short", action="store_true", help="fewer shapes of attention")
-    add("--part", choices=("speed", "sum", "reference"), help=argparse.SUPPRESS)  # in a process of its own
+    # A part is done by a process of its own.
+    add("--part", choices=("drawing", "training", "sum", "reference"), help=argparse.SUPPRESS)
     add("--jit_level", default="O0", help=argparse.SUPPRESS)
     add("--use_parallel", help=argparse.SUPPRESS)
     return parser
+
+
+def width(text: str) -> int:
+    """Of a UNet whose heads have 64 channels; for `type=`."""
+    if not text.isdecimal() or int(text) % HEAD:
+        raise argparse.ArgumentTypeError(f"expected a multiple of {HEAD}, or 0 to measure no speed, got {quoted(text)}")
+    return int(text)
 
 
 def mindspore_findings(device: str) -> Iterator[Finding]:
@@ -78,15 +90,19 @@ def compute_findings(args: argparse.Namespace) -> Iterator[Finding]:
         dtypes = dtypes[:1]
     yield from operators.findings(dtypes, *(((40, 160), (77, 256)) if args.short else ()))
     yield from model.findings(dtypes, weights=args.device_target != "CPU")
-    for level in ("O0", "O1") if args.width else ():
-        yield guarded(f"SD 2.x UNet at width {args.width}, {level}", lambda level=level: speed(args, level))
+    wide = WIDTHS[args.device_target] if args.width is None else args.width
+    levels = ("O0", "O1") if args.device_target == "Ascend" else ("O0",)  # a CPU compiles alike in both
+    for part, level in itertools.product(model.SPEEDS, levels if wide else ()):
+        what = f"{part} with SD 2.x's UNet at width {wide}, {level}"
+        words = ["--part", part, "--jit_level", level, "--width", str(wide), "--device_target", args.device_target]
+        yield guarded(what, lambda what=what, words=words: speed(what, words))
 
 
-def speed(args: argparse.Namespace, level: str) -> Finding:
-    words = ["--part", "speed", "--jit_level", level, "--width", str(args.width), "--device_target", args.device_target]
+def speed(what: str, words: list[str]) -> Finding:
+    """What a process of its own, started with these options, says of the speed."""
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, timeout=3600, check=False)
     last = ((done.stderr if done.returncode else done.stdout).strip().split("\n") or [""])[-1]
-    return Finding(f"SD 2.x UNet at width {args.width}, {level}", not done.returncode, last, "paste the whole report")
+    return Finding(what, not done.returncode, last, "paste the whole report")
 
 
 def sums(args: argparse.Namespace) -> Finding:
@@ -160,10 +176,10 @@ def do_part(args: argparse.Namespace) -> None:
 
     if args.part == "reference":
         model.write_reference()
-    elif args.device_target == "CPU":
-        print(model.speed(args.width, 16, "float32", 2))
-    else:
-        print(model.speed(args.width, 64, "float16", 20))
+        return
+    side, runs = (16, 2) if args.device_target == "CPU" else (64, 20)
+    dtype = runtime.compute_dtype(None, args.device_target, training=args.part == "training")
+    print(model.SPEEDS[args.part](args.width, side, dtype, runs))
 
 
 def main() -> None:

@@ -1,16 +1,17 @@
-"""The embedded tiny model's picture and losses against those of a CPU, and the speed of SD 2.x's UNet."""
+"""The embedded tiny model's picture and losses against those of a CPU, and how fast SD 2.x's UNet draws and trains."""
 
 from __future__ import annotations
 
 import json
+import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor, runtime
 
-from ldm.config.model import changed, load_model_config
+from ldm.config.model import ModelConfig, changed, load_model_config
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.prediction import get_prediction
 from ldm.diffusion.samplers import SAMPLERS
@@ -21,6 +22,7 @@ from ldm.networks.unet import UNet
 from ldm.parts import PARTS, UNET
 from ldm.pipeline import Pipeline, settings_for
 from ldm.runtime import set_compute_dtype
+from ldm.train.ema import Ema
 from ldm.train.optimizer import build_optimizer
 from ldm.train.step import LossScale, TrainStep
 from ldm.weights import choose_config, open_weights
@@ -100,18 +102,55 @@ def findings(dtypes: tuple[str, ...], weights: bool) -> Iterator[Finding]:
         yield guarded(f"losses, {dtype}", lambda dtype=dtype: check_losses(dtype))
 
 
-def speed(width: int, size: int, dtype: str, runs: int) -> str:
-    """Seconds to compile SD 2.x's UNet at this width, milliseconds of a forward pass of 2, and peak memory."""
+def sd2(width: int, dtype: str, weights: bool) -> tuple[ModelConfig, UNet]:
+    """(config, UNet) of SD 2.x at this width, with random weights."""
     config = changed(load_model_config(ROOT / "configs/v2-inference.yaml"), [f"model.unet.model_channels={width}"])
     net = UNet(config.unet)
     initialize(net, 0)
-    set_compute_dtype(net, dtype, weights=dtype != "float32")
+    set_compute_dtype(net, dtype, weights)
+    return config, net
+
+
+def unet_inputs(batch: int, side: int) -> list[Tensor]:
     rng = np.random.default_rng(0)
-    z, context = rng.standard_normal((2, 4, size, size), np.float32), rng.standard_normal((2, 77, 1024), np.float32)
-    inputs, seconds = [Tensor(z), Tensor(np.full(2, 500, np.int32)), Tensor(context)], []
+    z, context = (rng.standard_normal(shape, np.float32) for shape in ((batch, 4, side, side), (batch, 77, 1024)))
+    return [Tensor(z), Tensor(np.full(batch, 500, np.int32)), Tensor(context)]
+
+
+def drawing_speed(width: int, side: int, dtype: str, runs: int) -> str:
+    """Forward passes of two latents of side x side, as guidance makes them."""
+    _, net = sd2(width, dtype, weights=dtype != "float32")
+    inputs = unet_inputs(2, side)
+    return timed(lambda: net(*inputs).asnumpy(), runs)
+
+
+def training_speed(width: int, side: int, dtype: str, runs: int) -> str:
+    """Steps of the whole UNet on one picture: recomputation, clipping, AdamW and a moving average."""
+    config, net = sd2(width, dtype, weights=False)
+    net.recompute_blocks()
+    trained = list(net.get_parameters())
+    loss = DiffusionLoss(net, build_schedule(config.schedule), get_prediction(config.prediction_type))
+    scale = LossScale(1024.0, 1000) if dtype == "float16" else None
+    step = TrainStep(loss, build_optimizer("adamw", trained), Ema(trained), 1.0, scale)
+    z, times, context = unet_inputs(1, side)
+    batch = z, z, times, Tensor(np.ones(1, np.float32)), context
+    return timed(lambda: step([batch], 1e-5, 1), runs)
+
+
+SPEEDS = {"drawing": drawing_speed, "training": training_speed}
+
+
+def timed(call: Callable[[], object], runs: int) -> str:
+    """Seconds of the first call, which compiles, the median of the others in milliseconds, and peak memory."""
+    seconds = []
     for _ in range(runs + 1):
         began = time.perf_counter()
-        net(*inputs).asnumpy()
+        call()
         seconds.append(time.perf_counter() - began)
-    peak = runtime.max_memory_allocated() / 2**30  # 0 on a CPU
-    return f"first call {seconds[0]:.1f} s, then {1000 * float(np.median(seconds[1:])):.1f} ms, peak {peak:.1f} GiB"
+    then = 1000 * float(np.median(seconds[1:]))
+    return f"first call {seconds[0]:.1f} s, then {then:.1f} ms, peak {peak_memory():.1f} GiB"
+
+
+def peak_memory() -> float:
+    """GiB of the device's memory, or of the process where MindSpore counts none, as on a CPU."""
+    return (runtime.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
