@@ -109,6 +109,7 @@ def train(kind: str, lora: bool = False, dtype: str = "float16") -> None:
     if lora:
         places = adapter.attach(model, adapter.chosen(model, ["attention"], (UNET,)), 4, 1.0)
     model.compute_in(dtype)
+    model.unet.recompute_blocks()  # as the configs ask for
     trained = list(adapter.parameters(places) if lora else model.unet.get_parameters())
     loss = DiffusionLoss(model.unet, build_schedule(config.schedule), get_prediction(config.prediction_type))
     scale = LossScale(1024.0, 1000) if dtype == "float16" else None

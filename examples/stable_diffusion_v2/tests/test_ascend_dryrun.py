@@ -5,36 +5,32 @@ A dry run shows which kernels are launched, with which types and shapes. It show
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+import mindspore
 import pytest
 
+from ldm.files import private_folder
 from ldm.kernels.ascend import WIDEST
 from tools.ascend_dryrun.summary import parse
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools/ascend_dryrun"
-PLUGIN = Path(importlib.util.find_spec("mindspore").origin).parent / "lib/plugin"
+PLUGIN = Path(mindspore.__file__).parent / "lib/plugin"
+DAY = 24 * 3600
 MISSING = [tool for tool in ("g++", "nm", "readelf", "c++filt") if shutil.which(tool) is None]
-OLDER = {
-    "Conv2D",
-    "Split",
-    "AddN",
-    "GatherV2",
-    "ReduceMean",
-    "RealDiv",
-    "Pack",
-    "Unpack",
-    "AdamApplyOneWithDecayAssign",
-}
+ADAM = "AdamApplyOneWithDecayAssign"
+OLDER = {"Conv2D", "Split", "AddN", "GatherV2", "ReduceMean", "RealDiv", "Pack", "Unpack", ADAM}
 OLDER |= {"ArgMaxV2", "GatherNd", "StridedSlice"}  # of SDXL's pooled text
 PRODUCTS = {"aclnnMm", "aclnnAddmm", "aclnnConvolution", "aclnnConvolutionBackward", "aclnnFlashAttentionScore"}
 
@@ -54,9 +50,20 @@ class Call(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def stubs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("cann")
-    subprocess.run([TOOL / "build.sh", folder, sys.executable], check=True, capture_output=True, timeout=500)
+def stubs() -> Path:
+    """The stand-ins for this MindSpore's libraries. They are built once per machine; those of another day go."""
+    sources = b"".join((TOOL / name).read_bytes() for name in ("build.sh", "cann_stub.cc", "generate.py"))
+    key = hashlib.sha256(sources + f"{PLUGIN} {mindspore.__version__}".encode()).hexdigest()[:16]
+    home = private_folder("ldm-ascend-dryrun")
+    folder = home / key
+    for old in home.iterdir():
+        if old != folder and time.time() - old.stat().st_mtime > DAY:
+            shutil.rmtree(old, ignore_errors=True)
+    if not folder.exists():
+        made = tempfile.mkdtemp(dir=home)
+        subprocess.run([TOOL / "build.sh", made, sys.executable], check=True, capture_output=True, timeout=500)
+        os.rename(made, folder)
+    os.utime(folder)
     return folder
 
 
@@ -137,37 +144,28 @@ def test_bfloat16_is_used_where_it_is_asked_for(stubs, tmp_path):
     assert "f16" not in {dtype for calls in found.values() for call in calls for dtype, _ in call.tensors}
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("short-train", 1780), ("sdxl-train", 1050), ("short-lora", 2600)])
+@pytest.mark.parametrize(("kind", "limit"), [("short-train", 1780), ("sdxl-train", 1350), ("short-lora", 2600)])
 def test_training_launches_few_kernels(stubs, tmp_path, kind, limit):
     found, printed = parts(stubs, tmp_path, kind)
-    title, number = re.search(r"^(.*): (\d+) parameters$", printed, re.M).groups()
+    title, *counts = re.search(r"^(.*): (\d+) parameters, (\d+) updates$", printed, re.M).groups()
     gradients, norm, update = (found[f"{title} {part}"] for part in ("gradients", "norm", "update"))
     assert products(gradients) == {"f16"} and flash(gradients)
     assert limit * 0.8 < len(gradients) <= limit, len(gradients)
-    large = sum(call.kernel == "aclnnLerp" for call in update) - ("train" in kind)
-    assert len(norm) <= large + 5
-    assert sum(call.kernel == "AdamApplyOneWithDecayAssign" for call in update) == int(number)
-    assert len(update) <= 3 * int(number) + large + 8
+    parameters, updates = map(int, counts)
+    assert len(norm) <= updates + 5
+    assert sum(call.kernel == ADAM for call in update) == updates
+    # Each scales a gradient, updates, averages, and copies the average; the small ones are copied back.
+    assert len(update) <= 4 * updates + (parameters - updates) + 12, len(update)
 
 
 def test_a_chip_without_flash_attention_gets_none(stubs, tmp_path):
-    found, _ = parts(stubs, tmp_path, "sdxl", chip="Ascend310P3")
-    assert not flash([call for calls in found.values() for call in calls])
+    found, _ = parts(stubs, tmp_path, "short", chip="Ascend310P3")
+    assert found["short unet"] and not flash([call for calls in found.values() for call in calls])
 
 
 def test_the_script_draws_and_flash_attention_can_be_switched_off(stubs, tmp_path):
-    words = [
-        "--version",
-        "tiny",
-        "--n_iter",
-        1,
-        "--n_samples",
-        1,
-        "--sampling_steps",
-        1,
-        "--output_path",
-        tmp_path / "o",
-    ]
-    found, _ = dry(stubs, tmp_path, ROOT / "text_to_image.py", *words, "--enable_flash_attention", "False")
+    words = [ROOT / "text_to_image.py", "--version", "tiny", "--n_iter", 1, "--n_samples", 1, "--sampling_steps", 1]
+    words += ["--output_path", tmp_path / "o", "--enable_flash_attention", "False"]
+    found, _ = dry(stubs, tmp_path, *words)
     assert products(found["before"]) == {"f16"} and not flash(found["before"])
     assert len([*(tmp_path / "o/samples").glob("*.png")]) == 1
