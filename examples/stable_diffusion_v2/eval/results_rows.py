@@ -14,6 +14,7 @@ import text_to_image
 from ldm import runtime
 from ldm.config.options import require_at_least
 from ldm.data.captions import Sample, read_prompts
+from ldm.drawing import file_facts, find_model, plan, run_facts, settings_of
 from ldm.errors import UserError
 from ldm.files import replacing
 from ldm.pictures import make_folder
@@ -90,11 +91,11 @@ def plan_row(
     options = text_to_image.build_parser().parse_args(words)
     if options.skip_save:
         raise UserError("--skip_save leaves nothing to measure")
-    config, checkpoint, _ = text_to_image.find_model(options)
-    settings, pictures = text_to_image.settings_of(options, config), text_to_image.plan(options)
-    drawing = text_to_image.run_facts(options, config, checkpoint, settings)
+    config, checkpoint, _ = find_model(options)
+    settings, pictures = settings_of(options, config), plan(options)
+    drawing = run_facts(options, config, checkpoint, settings)
     check_config(config, drawing["H"], drawing["W"])
-    sources = {**text_to_image.file_facts(options, checkpoint), "fixed_code": options.fixed_code}
+    sources = {**file_facts(options, checkpoint), "fixed_code": options.fixed_code}
     key = digest(json.dumps([pictures, drawing, sources], sort_keys=True))
     facts = {
         "model": name or Path(checkpoint).stem,

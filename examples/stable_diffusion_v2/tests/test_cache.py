@@ -130,7 +130,7 @@ def test_a_picture_or_caption_without_an_answer_is_named(tmp_path):
             mean = np.where(images[:, :1] > 0, 0, np.nan)[:, [0] * 4, ::8, ::8].astype(np.float32)
             return mean, mean
 
-        def conditioner(self, texts):
+        def conditioner(self, texts, wording):
             return Condition(np.stack([np.full((77, 1024), np.inf if "dog" in t else 0, np.float32) for t in texts]))
 
     named = {"latents": "the autoencoder gives NaN or infinity for '.*dog.png'", "text": "for 'a dog'"}
