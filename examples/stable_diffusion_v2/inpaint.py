@@ -1,10 +1,8 @@
 """Where MindONE has its script for inpainting: tells the command that does it here."""
 
-from ldm.config.moved import answer
+from ldm.config.moved import DRAWING, answer
 
-NAMES = {"--image": "--init_image", "--save_path": "--output_path", "--num_samples": "--n_samples"}
-NAMES |= {"--sample_steps": "--sampling_steps", "--guidance_scale": "--scale", "--ms_mode": "--mode"}
-NAMES |= dict.fromkeys(("--version", "-v", "--aug", "--mask_ratio", "--img_size", "--save_graph"))
+NAMES = {**DRAWING, "--mask_ratio": None}
 NOTE = "--H and --W say the size, where it is not the picture's"
 
 if __name__ == "__main__":

@@ -459,13 +459,10 @@ class Output:
             if step % every:
                 return
             self.preview = self.preview or Preview(model)
-            for picture, image in zip(
-                batch, enlarged(self.preview(x0), *(model.factor * side for side in x0.shape[2:]))
-            ):
-                save_png(
-                    image,
-                    make_folder(self.samples.with_name("previews")) / f"{self.path(picture.number).stem}-{step:03}.png",
-                )
+            folder = make_folder(self.samples.with_name("previews"))
+            images = enlarged(self.preview(x0), *(model.factor * side for side in x0.shape[2:]))
+            for picture, image in zip(batch, images):
+                save_png(image, folder / f"{self.path(picture.number).stem}-{step:03}.png")
 
         return show
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -51,3 +53,12 @@ def call(path: str, name: str, inputs: list[np.ndarray], outputs: list[tuple[int
 
 def relative_rms(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.sqrt(np.mean((got - wanted) ** 2) / np.mean(np.square(wanted))))
+
+
+def said_by_threads(code: str, path: str) -> set[bytes]:
+    """What Python code prints about the library at `path`, with one, two and three threads."""
+    env, command = {**os.environ, "GLOG_v": "3"}, [sys.executable, "-c", code, path]
+    return {
+        subprocess.run(command, env={**env, "OMP_NUM_THREADS": n}, capture_output=True, check=True).stdout
+        for n in "123"
+    }

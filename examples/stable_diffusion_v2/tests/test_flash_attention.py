@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from native_library import builds, call, library, relative_rms
+from native_library import builds, call, library, relative_rms, said_by_threads
 from test_kernels import compare
 
 from ldm.kernels import cpu, plain
@@ -129,12 +125,7 @@ for array in (y, sums, *call(path, "attention_grad", [q, k, v, y, sums, dy], [q.
 
 
 def test_the_number_of_threads_changes_no_bit(path):
-    env = {**os.environ, "GLOG_v": "3"}
-    command = [sys.executable, "-c", THREADS, path]
-    said = {
-        subprocess.run(command, env={**env, "OMP_NUM_THREADS": n}, capture_output=True, check=True).stdout
-        for n in "123"
-    }
+    said = said_by_threads(THREADS, path)
     assert len(said) == 1 and said.pop().count(b"\n") == 5
 
 

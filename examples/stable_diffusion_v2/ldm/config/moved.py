@@ -7,6 +7,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+DRAWING = {  # names in MindONE's scripts that draw from a picture
+    "--image": "--init_image",
+    "--save_path": "--output_path",
+    "--num_samples": "--n_samples",
+    "--sample_steps": "--sampling_steps",
+    "--guidance_scale": "--scale",
+    "--ms_mode": "--mode",
+    **dict.fromkeys(("--version", "-v", "--aug", "--img_size", "--save_graph")),
+}
+
 
 def answer(
     script: str, names: Mapping[str, str | None] | None = None, note: str = "", words: Sequence[str] = ()
