@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mindspore import ops
 
 from ldm import npu
 from ldm.config.model import changed
@@ -87,7 +88,9 @@ def test_operators_of_this_device_pass_and_wrong_ones_fail():
     case = cases["SiLU"]
     assert not operators.check(case._replace(define=lambda x: 1.001 * case.define(x)), "float32").ok
     assert not operators.check(case._replace(define=lambda x: x * np.nan), "float32").ok
-    assert operators.adamw().ok
+    assert operators.adamw().ok and operators.overflow().ok
+    saturated = operators.overflow(ops.Minimum())
+    assert not saturated.ok and saturated.said == "60000 x 2 is 2"
 
 
 def test_the_losses_are_those_that_are_stored(monkeypatch):

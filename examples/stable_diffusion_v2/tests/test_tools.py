@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import add_unet_level
 import benchmark_sampling as sampling
+import check_versions
 import compare_prediction_types as compare
 import convert_checkpoint
 import demo
@@ -37,6 +39,7 @@ from ldm.config.model import (
     load_model_config,
     save_model_config,
 )
+from ldm.data.captions import read_captions
 from ldm.data.images import to_float
 from ldm.errors import UserError
 from ldm.model import StableDiffusion
@@ -432,3 +435,36 @@ def test_weights_that_look_at_texts_take_the_norm_in():
     left = features @ got[f"{name}to_v.weight"].T @ out.T + got[f"{name}to_out.0.bias"]
     np.testing.assert_allclose(left, wanted @ out.T + old[f"{name}to_out.0.bias"], rtol=1e-4, atol=1e-4)
     assert got.keys() == {f"{name}to_v.weight", f"{name}to_out.0.bias"}
+
+
+def test_every_version_gets_a_line_and_a_failure_its_reason(tmp_path, monkeypatch, capsys):
+    def said(*versions) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["check_versions.py", *versions])
+        with pytest.raises(SystemExit) as end:
+            check_versions.main()
+        out = capsys.readouterr().out.splitlines()
+        assert end.value.code == any("FAIL" in line for line in out)
+        return out
+
+    def run(what, words, limit):
+        if what == "pip":
+            raise UserError("pip: ERROR: No matching distribution found for mindspore==9.9.9")
+        words[-1].mkdir()
+
+    assert len(read_captions(check_versions.few_pictures(tmp_path / "data"))) == check_versions.ROWS
+    with pytest.raises(UserError, match="^pip: ValueError: too bad$"):
+        check_versions.run("pip", [sys.executable, "-c", "raise ValueError('too bad\\n\\nmore')"], 60)
+    with pytest.raises(UserError, match="pip: not done after 0 s"):
+        check_versions.run("pip", ["sleep", "9"], 0)
+    monkeypatch.setattr(check_versions, "run", run)
+    (line,) = said("9.9.9")
+    assert line.startswith("MindSpore 9.9.9: FAIL  pip finds no such version for Python 3.") and "pip index" in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1.5e9))
+    (line,) = said("2.8.0")
+    assert "has 1.5 GB of disk left: make room there" in line
+    monkeypatch.setattr(check_versions, "check", lambda *given: "draws (1 s) and trains (2 s)")
+    assert said("2.7.2", "2.8.0") == [f"MindSpore {v}: draws (1 s) and trains (2 s)" for v in ("2.7.2", "2.8.0")]
+    monkeypatch.setattr(sys, "argv", ["check_versions.py", "--2.8"])
+    with pytest.raises(SystemExit):
+        check_versions.main()
+    assert capsys.readouterr().err.count("check_versions.py: error") == 1

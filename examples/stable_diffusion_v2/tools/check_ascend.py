@@ -74,8 +74,6 @@ def mindspore_findings(device: str) -> Iterator[Finding]:
     free, total = (getattr(properties, f"{kind}_memory", 0) / 2**30 for kind in ("free", "total"))
     mend = "see in `npu-smi info` which process takes it"
     yield Finding("free memory", free > 0.5 * total, f"{free:.1f} of {total:.1f} GiB", mend)
-    mode = "an overflow becomes the largest number" if chip.saturates else "an overflow becomes infinity"
-    yield Finding("overflow", not chip.saturates, mode, "train in --dtype float32")
 
 
 def compute_findings(args: argparse.Namespace) -> Iterator[Finding]:

@@ -159,6 +159,13 @@ def adamw() -> Finding:
     return Finding("AdamW, 5 updates", error < 1e-5, f"error {error:.1e} in weights of 1", "this kernel is wrong here")
 
 
+def overflow(multiply: Callable = ops.Mul()) -> Finding:  # noqa: B008  a constant
+    """What a product beyond float16 becomes; a loss scale needs infinity."""
+    product = Called(multiply)(*(Tensor(np.full(16, value, np.float16)) for value in (60000, 2)))
+    value = float(product.asnumpy().astype(np.float32)[0])
+    return Finding("overflow in float16", value == np.inf, f"60000 x 2 is {value:g}", "train in --dtype float32")
+
+
 def findings(dtypes: tuple[str, ...], widths=WIDTHS, keys=KEYS) -> Iterator[Finding]:
     for case in cases(widths, keys):
         for dtype in dtypes:
@@ -166,3 +173,4 @@ def findings(dtypes: tuple[str, ...], widths=WIDTHS, keys=KEYS) -> Iterator[Find
             mend = "try --enable_flash_attention False" if "attention" in what else "paste the whole report"
             yield guarded(what, lambda case=case, dtype=dtype: check(case, dtype), mend)
     yield guarded("AdamW", adamw)
+    yield guarded("overflow", overflow)
