@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mindspore import ops
+from mindspore import nn, ops
 
 from ldm import npu
 from ldm.config.model import changed
@@ -79,6 +79,17 @@ def test_an_exception_is_a_finding():
     assert found.ok is False and found.said.startswith("ZeroDivisionError")
 
 
+class Stopped(nn.Cell):
+    """The right output of an operator, and no gradient."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def construct(self, x):
+        return ops.stop_gradient(self.operator(x))
+
+
 def test_operators_of_this_device_pass_and_wrong_ones_fail():
     cases = {case.name: case for case in operators.cases((40,), (77,))}
     names = "GroupNorm, SiLU", "GEGLU", "Conv2d 3x3, stride 2, padding (0, 1, 0, 1)", "attention, width 40, 77 keys"
@@ -88,6 +99,9 @@ def test_operators_of_this_device_pass_and_wrong_ones_fail():
     case = cases["SiLU"]
     assert not operators.check(case._replace(define=lambda x: 1.001 * case.define(x)), "float32").ok
     assert not operators.check(case._replace(define=lambda x: x * np.nan), "float32").ok
+    with np.errstate(all="ignore"):
+        found = operators.check(case._replace(build=lambda: Stopped(case.build())), "float32")
+    assert found.ok is False and str(found).endswith("this kernel is wrong here")
     assert operators.adamw().ok and operators.overflow().ok
     saturated = operators.overflow(ops.Minimum())
     assert not saturated.ok and saturated.said == "60000 x 2 is 2"

@@ -138,7 +138,7 @@ def check(case: Case, dtype: str) -> Finding:
     slopes = [(g.astype(ms.float32).asnumpy().astype(np.float64) * d).sum() for g, d in zip(grads, along)]
     length = math.sqrt(sum(float((g.astype(ms.float32).asnumpy().astype(np.float64) ** 2).sum()) for g in grads))
     backward = abs(sum(slopes) - (ends[0] - ends[1]) / (2 * step)) / length
-    good = forward <= FORWARD[dtype] and backward <= BACKWARD[dtype]  # False for NaN too
+    good = bool(forward <= FORWARD[dtype] and backward <= BACKWARD[dtype])  # False for NaN too
     return Finding(what, good, f"error {forward:.1e} forward, {backward:.1e} backward", "this kernel is wrong here")
 
 
