@@ -197,7 +197,7 @@ def compute_dtype(wanted: str | None, device: str | None, training: bool = False
     """
     device = find_device(device)
     if device == "CPU" and wanted == "bfloat16":
-        raise UserError("MindSpore has no bfloat16 on a CPU: leave out --dtype, or use float32 or float16")
+        _require_bfloat16(training)
     if device != "Ascend":
         return wanted or ("float32" if device == "CPU" else "float16")
     blind = training and chip().saturates
@@ -211,6 +211,17 @@ def compute_dtype(wanted: str | None, device: str | None, training: bool = False
     return wanted or ("float32" if blind else "float16")
 
 
+def _require_bfloat16(training: bool) -> None:
+    """UserError unless a CPU can draw with products in bfloat16."""
+    from ldm.kernels import products  # here, because networks come after `start`
+
+    if training:
+        raise UserError("bfloat16 on a CPU is for drawing: leave out --dtype, and training is in float32")
+    if not products.multiplies_bfloat16():
+        why = "this CPU does not multiply bfloat16 numbers, or the CPU kernels are not compiled"
+        raise UserError(f"{why}, so there is nothing to gain: leave out --dtype")
+
+
 def set_compute_dtype(net: nn.Cell, dtype: str, weights: bool = False) -> None:
     """Let the layers that multiply matrices work in `dtype`; softmax stays in float32.
 
@@ -219,7 +230,11 @@ def set_compute_dtype(net: nn.Cell, dtype: str, weights: bool = False) -> None:
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
-    if dtype != "float32":
+    if dtype == "bfloat16" and ms.get_context("device_target") == "CPU":  # only inputs of products are rounded
+        for _, cell in net.cells_and_names():
+            if hasattr(cell, "in_bfloat16"):
+                cell.in_bfloat16()
+    elif dtype != "float32":
         for _, cell in net.cells_and_names():
             if getattr(cell, "multiplies", False):
                 cell.to_float(DTYPES[dtype])

@@ -32,7 +32,7 @@ def library(build: str) -> str:
     if build == "native":
         return cpu.native_library()
     flags = [AVX2 if flag == "-march=native" else flag for flag in cpu.COMPILE_FLAGS]
-    subprocess.run(["g++", *flags, *map(str, cpu.SOURCES), "-o", f"{FOLDER.name}/avx2.so"], check=True)
+    subprocess.run(["g++", "-shared", *flags, *map(str, cpu.SOURCES), "-o", f"{FOLDER.name}/avx2.so"], check=True)
     return f"{FOLDER.name}/avx2.so"
 
 

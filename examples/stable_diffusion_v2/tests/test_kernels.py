@@ -79,18 +79,6 @@ def test_gelu_far_out():
     np.testing.assert_allclose(y, [0, 0, 0, 0, 12, 40, 1e4, np.nan], atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(2, 77, 64), (9000, 70), (1, 1)])
-def test_add_bias(rng, shape):
-    compare(cpu.NativeAddBias(), plain.AddBias(), rng.standard_normal(shape), rng.standard_normal(shape[-1]))
-
-
-def test_a_bias_in_half_precision_stays_so(rng):
-    x, bias = (Tensor(rng.standard_normal(shape).astype(np.float16)) for shape in ((50, 70), 70))
-    y = cpu.NativeAddBias()(x, bias)
-    assert y.dtype == ms.float16
-    np.testing.assert_array_equal(y.asnumpy(), x.asnumpy() + bias.asnumpy())
-
-
 def test_upsample(rng):
     compare(cpu.NativeUpsample2(), plain.Upsample2(), rng.standard_normal((2, 3, 5, 7)))
 

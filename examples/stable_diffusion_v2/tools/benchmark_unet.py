@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 HERE = Path(__file__).resolve().parents[1]
-UNET, DECODER = WORKS = ("UNet", "decoder")
+UNET, HALF, DECODER = WORKS = ("UNet", "UNet in bfloat16", "decoder")
 SETS = ("avx512f", "avx512_bf16", "amx_bf16", "avx2", "asimd")  # instruction sets that decide the speed
 HEAD = (
     "| work | measured | ours | diffusers | ours / diffusers | peak memory | first call | relative rms difference |\n"
@@ -58,7 +58,7 @@ class Work(NamedTuple):
         return [z, np.full(self.batch, 500, np.int32), rng.standard_normal((self.batch, 77, 1024), np.float32)]
 
     def title(self) -> str:
-        batch = f", batch {self.batch}" if self.network == UNET else ""
+        batch = "" if self.network == DECODER else f", batch {self.batch}"
         return f"SD 2.x {self.network}{batch}, {self.size}×{self.size} latents"
 
 
@@ -80,7 +80,7 @@ def diffusers_worker(pipe, weights: Path, work: Work) -> None:
 
     torch.set_num_threads(work.threads)
     torch.manual_seed(0)
-    if work.network == UNET:
+    if work.network != DECODER:
         heads = {"attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
         net = diffusers.UNet2DConditionModel(cross_attention_dim=1024, **heads).eval()
     else:
@@ -88,15 +88,18 @@ def diffusers_worker(pipe, weights: Path, work: Work) -> None:
         kinds |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 4}
         net = diffusers.AutoencoderKL(block_out_channels=widths, **kinds).eval()
     state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    states = (state, {}) if work.network == UNET else ({}, state)
+    states = ({}, state) if work.network == DECODER else (state, {})
     checkpoint.save(weights, from_diffusers(*states, {}, "openclip"), {}, "safetensors")
     arrays = [torch.from_numpy(array) for array in work.inputs()]
     pipe.send(f"diffusers {diffusers.__version__}, PyTorch {torch.__version__}")
-    call = net if work.network == UNET else net.decode
+    call = net.decode if work.network == DECODER else net
+    if work.network == HALF:
+        net.to(torch.bfloat16)
+        arrays = [each.to(torch.bfloat16) if each.is_floating_point() else each for each in arrays]
 
     def forward() -> np.ndarray:
         with torch.no_grad():
-            return call(*arrays).sample.numpy()
+            return call(*arrays).sample.float().numpy()
 
     serve(pipe, forward)
 
@@ -115,8 +118,10 @@ def our_worker(pipe, weights: Path, work: Work) -> None:
     from ldm.networks.vae import AutoencoderKL
 
     config = load_model_config(HERE / "configs" / "v2-inference.yaml")
-    net, prefix = (UNet(config.unet), parts.UNET) if work.network == UNET else (AutoencoderKL(config.vae), parts.VAE)
+    decodes = work.network == DECODER
+    net, prefix = (AutoencoderKL(config.vae), parts.VAE) if decodes else (UNet(config.unet), parts.UNET)
     net.set_train(False)
+    runtime.set_compute_dtype(net, "bfloat16" if work.network == HALF else "float32")
     tensors = checkpoint.load(weights).tensors
     for name, parameter in net.parameters_and_names():
         fill(parameter, tensors[prefix + name])

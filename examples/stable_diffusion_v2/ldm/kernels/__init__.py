@@ -14,13 +14,14 @@ import mindspore as ms
 from mindspore import ops
 
 from ldm import npu
-from ldm.kernels import ascend, convolution, cpu, plain, sliced
+from ldm.kernels import ascend, convolution, cpu, plain, products, sliced
 from ldm.kernels.plain import add, cast, concat_channels, multiply, reshape, transpose  # noqa: F401
 
 
 class Kernels(NamedTuple):
     """One implementation of each operator; see the plain classes for their meaning.
 
+    joins_products: whether one wide matrix product takes less time than three narrow ones and the joining.
     few_launches: whether launching a kernel costs more than its work on small tensors; see ldm.train.together.
     """
 
@@ -35,6 +36,7 @@ class Kernels(NamedTuple):
     MatMul: Callable = plain.matmul
     Affine: Callable = plain.Affine
     Conv2d: Callable = plain.Conv2d
+    joins_products: bool = True
     few_launches: bool = False
 
 
@@ -49,8 +51,10 @@ NATIVE = Kernels(
     GELU=cpu.NativeGELU,
     GEGLU=cpu.NativeGEGLU,
     Upsample2=cpu.NativeUpsample2,
-    Affine=partial(plain.Affine, add_bias=cpu.NativeAddBias),
+    MatMul=products.NativeMatMul,
+    Affine=products.NativeAffine,
     Conv2d=convolution.native_conv2d,
+    joins_products=False,
 )
 ASCEND = Kernels(
     Heads=ascend.FlashHeads,

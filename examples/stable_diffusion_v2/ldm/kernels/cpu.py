@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import mindspore as ms
@@ -22,7 +23,7 @@ from mindspore import Tensor, nn, ops
 
 from ldm.errors import UserError
 from ldm.files import escaped, private_folder, replacing, sha256
-from ldm.kernels.plain import add, cast
+from ldm.kernels.plain import cast
 
 HEADERS, SOURCES = (sorted(Path(__file__).with_name("native").glob(f"*{kind}")) for kind in (".h", ".cc"))
 COMPILE_FLAGS = (
@@ -33,7 +34,6 @@ COMPILE_FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fPIC",
-    "-shared",
 )
 
 
@@ -85,10 +85,15 @@ def _loads(library: Path) -> bool:
 
 
 def _compile(compiler: str, library: Path) -> None:
+    def run(*words: Path | str) -> None:
+        subprocess.run([compiler, *COMPILE_FLAGS, *map(str, words)], check=True, capture_output=True)
+
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        made = Path(scratch) / library.name
-        command = [compiler, *COMPILE_FLAGS, *map(str, SOURCES), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True)
+        made, objects = Path(scratch) / library.name, [Path(scratch) / f"{source.stem}.o" for source in SOURCES]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for each in [pool.submit(run, "-c", source, "-o", to) for source, to in zip(SOURCES, objects)]:
+                each.result()
+        run("-shared", *objects, "-o", made)
         content = made.read_bytes()
     with replacing(library) as file:
         file.write(content)
@@ -170,30 +175,6 @@ class NativeGELU(NativeActivation):
         super().__init__("gelu", lambda x: x)
 
 
-class NativeAddBias(nn.Cell):
-    """x + bias, in float32 by a kernel: MindSpore's broadcast takes twice the time and several copies of x."""
-
-    def __init__(self):
-        super().__init__()
-        self.add_bias = BiasKernel()
-
-    def construct(self, x, bias):
-        return self.add_bias(x, bias) if x.dtype == ms.float32 else add(x, bias)
-
-
-class BiasKernel(nn.Cell):
-    def __init__(self):
-        super().__init__()
-        self.forward = native("add_bias", lambda x, b: x)
-        self.backward = native("add_bias_grad", lambda dy, b: b)
-
-    def construct(self, x, bias):
-        return self.forward(x, bias)
-
-    def bprop(self, x, bias, out, dout):
-        return dout, self.backward(dout, bias)
-
-
 class NativeUpsample2(nn.Cell):
     def __init__(self):
         super().__init__()
@@ -215,6 +196,11 @@ class NativeHeads(nn.Cell):
         self.heads = heads  # read by `networks.blockwise.graph_key`
         self.attend, self.attend_masked = FlashAttention(heads), MaskedFlashAttention(heads)
 
+    def in_bfloat16(self) -> None:
+        """Multiply numbers rounded to bfloat16 from now on, with sums in float32. There are no gradients then."""
+        self.attend.forward = native("attention_bfloat16", self.attend.outputs)
+        self.attend_masked.forward = native("attention_masked_bfloat16", self.attend_masked.outputs)
+
     def construct(self, q, k, v, mask=None):
         inputs = cast(q, ms.float32), cast(k, ms.float32), cast(v, ms.float32)
         y, _ = self.attend(*inputs) if mask is None else self.attend_masked(*inputs, mask)
@@ -226,7 +212,8 @@ class FlashAttention(nn.Cell):
 
     def __init__(self, heads: int):
         super().__init__()
-        self.forward = native("attention", lambda q, k, v: (q, _rows_of_heads(q, heads)))
+        self.outputs = partial(_attended, heads)
+        self.forward = native("attention", self.outputs)
         self.backward = native("attention_grad", lambda q, k, v, y, log_sums, dy: (q, k, v))
 
     def construct(self, q, k, v):
@@ -241,7 +228,8 @@ class MaskedFlashAttention(nn.Cell):
 
     def __init__(self, heads: int):
         super().__init__()
-        self.forward = native("attention_masked", lambda q, k, v, mask: (q, _rows_of_heads(q, heads)))
+        self.outputs = partial(_attended, heads)
+        self.forward = native("attention_masked", self.outputs)
         self.backward = native("attention_masked_grad", lambda q, k, v, mask, y, log_sums, dy: (q, k, v))
 
     def construct(self, q, k, v, mask):
@@ -251,5 +239,5 @@ class MaskedFlashAttention(nn.Cell):
         return (*self.backward(q, k, v, mask, *out, dout[0]), ops.zeros_like(mask))
 
 
-def _rows_of_heads(q, heads: int):
-    return [q[0], heads, q[1]] if isinstance(q, (list, tuple)) else q
+def _attended(heads: int, q, *_):
+    return q, [q[0], heads, q[1]] if isinstance(q, (list, tuple)) else q

@@ -110,13 +110,6 @@ class GEGLU(nn.Cell):
         return value * self.gelu(gate)
 
 
-class AddBias(nn.Cell):
-    """x + bias for x [..., C] and bias [C]."""
-
-    def construct(self, x, bias):
-        return add(x, bias)
-
-
 class Upsample2(nn.Cell):
     """Nearest neighbour, [B, C, H, W] to [B, C, 2H, 2W]."""
 
@@ -128,12 +121,12 @@ class Upsample2(nn.Cell):
 class Affine(nn.Cell):
     """x Wᵀ + bias for x [N, in], W [out, in] and bias [out]."""
 
-    def __init__(self, add_bias: Callable[[], nn.Cell] = AddBias):
+    def __init__(self):
         super().__init__()
-        self.matmul, self.add_bias = matmul(), add_bias()
+        self.matmul = matmul()
 
     def construct(self, x, weight, bias):
-        return self.add_bias(self.matmul(x, weight), bias)
+        return add(self.matmul(x, weight), bias)
 
 
 def conv2d(outputs: int, kernel: int, stride: int, padding: int | tuple[int, int, int, int]) -> ops.Conv2D:

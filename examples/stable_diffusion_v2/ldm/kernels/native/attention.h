@@ -17,11 +17,13 @@ struct Head {
   float* at;
   int64_t count, width, pitch;
 
+  Head(const float* tensor, int64_t heads, int64_t rows, int64_t channels, int64_t number)
+      : at(const_cast<float*>(tensor) + number / heads * rows * channels + number % heads * (channels / heads)),
+        count(rows),
+        width(channels / heads),
+        pitch(channels) {}
   Head(const float* tensor, int64_t heads, const int64_t* shape, int64_t number)
-      : at(const_cast<float*>(tensor) + number / heads * shape[1] * shape[2] + number % heads * (shape[2] / heads)),
-        count(shape[1]),
-        width(shape[2] / heads),
-        pitch(shape[2]) {}
+      : Head(tensor, heads, shape[1], shape[2], number) {}
   Left rows(int64_t first) const { return {at + first * pitch, pitch, 1}; }
   Left columns(int64_t first) const { return {at + first * pitch, 1, pitch}; }
 };

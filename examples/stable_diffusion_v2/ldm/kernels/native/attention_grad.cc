@@ -31,13 +31,6 @@ INLINE void to_gradients(V log_sum, V dot, float* p, float* ds) {
   store(ds, e * (load(ds) - dot));
 }
 
-// Lanes from an array with `left` entries; zeros behind them.
-INLINE V lanes(const float* from, int64_t left) {
-  float room[kLanes] = {};
-  for (int64_t i = 0; i < kLanes && i < left; i++) room[i] = from[i];
-  return load(room);
-}
-
 template <int VECTORS>
 void query_gradients(const Gradients& all, int64_t number, int64_t first) {
   constexpr int64_t kSize = VECTORS * kLanes;
@@ -50,8 +43,8 @@ void query_gradients(const Gradients& all, int64_t number, int64_t first) {
   V log_sum[VECTORS], dot[VECTORS], scale[VECTORS];
   for (int u = 0; u < VECTORS; u++) {
     const int64_t row = first + u * kLanes, left = q.count - row;
-    log_sum[u] = lanes(all.log_sums + number * q.count + row, left);
-    dot[u] = lanes(all.dots + number * q.count + row, left);
+    log_sum[u] = load_some(all.log_sums + number * q.count + row, left);
+    dot[u] = load_some(all.dots + number * q.count + row, left);
     scale[u] = spread(of.scale());
   }
   read_panel<VECTORS>(q, first, queries, of.scale());
@@ -91,7 +84,7 @@ void key_gradients(const Gradients& all, int64_t number, int64_t first) {
       for (int u = 0; u < VECTORS; u++) {
         float *pu = p + (r * VECTORS + u) * kLanes, *dsu = ds + (r * VECTORS + u) * kLanes;
         const int64_t key = first + u * kLanes;
-        if (of.mask) store(pu, load(pu) + lanes(of.mask + (i + r) * of.keys() + key, of.keys() - key));
+        if (of.mask) store(pu, load(pu) + load_some(of.mask + (i + r) * of.keys() + key, of.keys() - key));
         to_gradients(spread(all.log_sums[query]), spread(all.dots[query]), pu, dsu);
       }
     }

@@ -3,6 +3,7 @@
 // tiles.
 #include <algorithm>
 #include <omp.h>
+#include <vector>
 
 #include "operator.h"
 #include "winograd.h"
@@ -10,10 +11,24 @@
 namespace {
 
 constexpr int64_t kOutputs = 32, kInputs = 160;  // of the filters that are transformed at a time, 0.7 MiB
-constexpr int64_t kBlockFloats = 3000000;        // of the transformed patches of a block of tiles, at least one panel
+constexpr int64_t kBlockFloats = 1500000;        // of the transformed patches of a block of tiles, at least one panel
 constexpr int64_t kMostTiles = 128;              // in a block
+constexpr int64_t kFewTiles = kLanes;            // of all pictures: so few do not fill vectors
 
 int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of a tile: its picture, its corner in the plane, and how much of it is in the picture.
+struct Place {
+  int64_t picture, corner, rows, columns;
+
+  Place(const Tiling& of, int64_t tile) {
+    const int64_t line = tile / of.across, top = line % of.down * kTile, left = tile % of.across * kTile;
+    picture = line / of.down;
+    corner = top * of.width + left;
+    rows = std::min<int64_t>(kTile, of.height - top);
+    columns = std::min<int64_t>(kTile, of.width - left);
+  }
+};
 
 // y [B, O, H, W] of x [B, C, H, W].
 struct Convolution {
@@ -25,6 +40,7 @@ struct Convolution {
   Filters filters;
 
   void run() const;
+  void run_few() const;
   int64_t plane() const { return tiling.height * tiling.width; }
 };
 
@@ -36,15 +52,15 @@ class Worker {
         patches_(of.tiling, most_tiles),
         domain_(of.inputs, most_tiles),
         products_(kOutputs, most_tiles),
-        filters_(kPoints * kFilterPoint),
-        places_(new Place[most_tiles]) {}
+        filters_(kPoints * kFilterPoint) {}
 
   // Outputs [first_output, last_output) at `tiles` tiles.
   void run(int64_t first_tile, int64_t tiles, int64_t first_output, int64_t last_output) {
     first_ = first_tile;
     tiles_ = tiles;
     vectors_ = ceiling(tiles, kLanes);
-    find_places();
+    places_.clear();
+    for (int64_t i = 0; i < tiles; i++) places_.emplace_back(of_.tiling, first_tile + i);
     transform_patches();
     for (int64_t o = first_output; o < last_output; o += kOutputs) {
       const int64_t rows = std::min(kOutputs, last_output - o);
@@ -141,31 +157,104 @@ class Worker {
     return load(lanes);
   }
 
-  void find_places() {
-    const Tiling& t = of_.tiling;
-    for (int64_t i = 0; i < tiles_; i++) {
-      const int64_t tile = first_ + i, line = tile / t.across;
-      const int64_t top = line % t.down * kTile, left = tile % t.across * kTile;
-      places_[i] = {line / t.down, top * t.width + left, std::min<int64_t>(kTile, t.height - top),
-                    std::min<int64_t>(kTile, t.width - left)};
-    }
-  }
-
-  struct Place {  // of a tile: its picture, its corner in the plane, and how much of it is in the picture
-    int64_t picture, corner, rows, columns;
-  };
-
   const Convolution& of_;
   Patches<kPatch> patches_;
   Panels domain_, products_;
   Scratch filters_;
-  std::unique_ptr<Place[]> places_;
+  std::vector<Place> places_;
   int64_t first_ = 0, tiles_ = 0, vectors_ = 0;
 };
+
+// The same for at most kFewTiles tiles. Here a vector's lanes are outputs.
+class FewTilesWorker {
+ public:
+  explicit FewTilesWorker(const Convolution& of)
+      : of_(of),
+        tiles_(of.tiling.count()),
+        domain_(kPoints * of.inputs * kLanes),
+        products_(kPoints * kProductPoint),
+        filters_(kPoints * kFilterPoint) {
+    for (int64_t i = 0; i < tiles_; i++) places_.emplace_back(of.tiling, i);
+    transform_patches();
+  }
+
+  // kWide outputs from o on.
+  void run(int64_t o) {
+    for (int64_t c = 0; c < of_.inputs; c += kDepth) {
+      const int64_t depth = std::min(kDepth, of_.inputs - c);
+      for (int64_t k = 0; k < depth; k++)
+        for (int64_t v = 0; v < kWide; v += kLanes) transform_filters(o + v, c + k, filters_ + k * kWide + v);
+      for (int i = 0; i < kPoints; i++) {
+        const Left patches{domain_ + (i * of_.inputs + c) * kLanes, 1, kLanes};
+        product<2>(tiles_, depth, patches, filters_ + i * kFilterPoint, products_ + i * kProductPoint, c > 0);
+      }
+    }
+    for (int64_t v = 0; v < kWide && o + v < of_.outputs; v += kLanes)
+      for (int64_t tile = 0; tile < tiles_; tile++) write(o + v, tile, products_ + tile * kWide + v);
+  }
+
+ private:
+  // One vector more than needed lies between points: at powers of two they would share the cache's places.
+  static constexpr int64_t kDepth = 128, kFilterPoint = kDepth * kWide + kLanes;
+  static constexpr int64_t kProductPoint = kFewTiles * kWide + kLanes;
+
+  void transform_patches() {
+    Patches<kPatch> patches(of_.tiling, tiles_);
+    patches.at(0, tiles_);
+    for (int64_t c = 0; c < of_.inputs; c++) {
+      V d[kPatch][kPatch], u[kPatch][kPatch];
+      patches.read(of_.x + c * of_.plane(), of_.inputs * of_.plane());
+      patches.get(0, d);
+      transform<PatchTransform>(d, u);
+      for (int i = 0; i < kPoints; i++) store(domain_ + (i * of_.inputs + c) * kLanes, u[i / kPatch][i % kPatch]);
+    }
+  }
+
+  void transform_filters(int64_t o, int64_t c, float* to) const {
+    const Filters& f = of_.filters;
+    const Filters by_outputs{f.w, f.end, f.input, f.output, f.turned};
+    V g[kFilter][kFilter], u[kPatch][kPatch];
+    by_outputs.get(c, o, std::max<int64_t>(0, of_.outputs - o), g);
+    transform<FilterTransform>(g, u);
+    for (int i = 0; i < kPoints; i++) store(to + i * kFilterPoint, u[i / kPatch][i % kPatch]);
+  }
+
+  // Outputs o, o + 1, ... of a tile.
+  void write(int64_t o, int64_t tile, const float* from) const {
+    V m[kPatch][kPatch], y[kTile][kTile];
+    for (int i = 0; i < kPoints; i++) m[i / kPatch][i % kPatch] = load(from + i * kProductPoint);
+    transform<OutputTransform>(m, y);
+    const Place& place = places_[tile];
+    const int64_t left = of_.outputs - o;
+    const V bias = of_.bias ? load_some(of_.bias + place.picture * of_.next_bias + o, left) : V{};
+    float* corner = of_.y + (place.picture * of_.outputs + o) * of_.plane() + place.corner;
+    for (int64_t i = 0; i < place.rows; i++) {
+      for (int64_t j = 0; j < place.columns; j++) {
+        const V pixel = y[i][j] + bias;
+        float* to = corner + i * of_.tiling.width + j;
+        for (int64_t l = 0; l < kLanes && l < left; l++) to[l * of_.plane()] = pixel[l];
+      }
+    }
+  }
+
+  const Convolution& of_;
+  int64_t tiles_;
+  Scratch domain_, products_, filters_;
+  std::vector<Place> places_;
+};
+
+void Convolution::run_few() const {
+  PRAGMA(omp parallel) {
+    FewTilesWorker worker(*this);
+    PRAGMA(omp for schedule(dynamic))
+    for (int64_t o = 0; o < outputs; o += kWide) worker.run(o);
+  }
+}
 
 // Blocks of tiles in one parallel loop. Where the threads would have unequal numbers of them, the outputs are divided
 // too: then the patches are transformed several times, which costs less than to transform the filters more often.
 void Convolution::run() const {
+  if (tiling.count() <= kFewTiles) return run_few();
   const int64_t threads = omp_get_max_threads(), tiles = tiling.count(), panels = ceiling(outputs, kOutputs);
   const int64_t fit = kBlockFloats / (kPoints * inputs) / kWide * kWide;
   const int64_t most = std::min(std::max(fit, kWide), kMostTiles), least = ceiling(tiles, most);

@@ -248,23 +248,12 @@ KERNEL(gelu_grad) {
   return 0;
 }
 
-// inputs x [..., C], bias [C]; output x + bias
-KERNEL(add_bias) {
-  const float *x = in(p, 0), *bias = in(p, 1);
-  float* y = out(p, 2);
-  const int64_t width = shape[1][0], rows = count(rank[0], shape[0]) / width;
-  PARALLEL for (int64_t r = 0; r < rows; r++) {
-    VECTOR for (int64_t i = 0; i < width; i++) y[r * width + i] = x[r * width + i] + bias[i];
-  }
-  return 0;
-}
-
-// inputs dy [..., C], bias [C]; output dbias
-KERNEL(add_bias_grad) {
+// inputs dy [N, C], bias [C]; output dbias
+KERNEL(affine_bias_grad) {
   constexpr int64_t kColumns = 64;
   const float* dy = in(p, 0);
   float* dbias = out(p, 2);
-  const int64_t width = shape[1][0], rows = count(rank[0], shape[0]) / width;
+  const int64_t rows = shape[0][0], width = shape[1][0];
   PARALLEL for (int64_t first = 0; first < width; first += kColumns) {
     const int64_t n = first + kColumns < width ? kColumns : width - first;
     double sum[kColumns] = {};

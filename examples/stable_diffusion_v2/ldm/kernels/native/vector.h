@@ -30,6 +30,13 @@ typedef float VAnywhere __attribute__((vector_size(4 * kLanes), aligned(4), may_
 
 INLINE V load(const float* p) { return *reinterpret_cast<const VAnywhere*>(p); }
 INLINE void store(float* p, V v) { *reinterpret_cast<VAnywhere*>(p) = v; }
+// Lanes from an array with `left` entries; zeros behind them.
+INLINE V load_some(const float* p, int64_t left) {
+  if (left >= kLanes) return load(p);
+  float room[kLanes] = {};
+  for (int64_t i = 0; i < kLanes && i < left; i++) room[i] = p[i];
+  return load(room);
+}
 INLINE V spread(float x) { return x - V{}; }
 
 // exp(x) for x up to 88, to 2 ulp: 2^n e^r, |r| <= ln2/2, polynomial of degree 6. Below -87 it is 0; NaN passes
@@ -112,8 +119,26 @@ struct Left {
   int64_t row, step;
 };
 
+// How one step of a product multiplies: here one float of the left row with a vector of floats. Another way is in
+// bfloat16.h.
+struct Floats {
+  static constexpr int kNumbers = 1;  // of a row that one step of a product takes
+  static INLINE V multiply_add(V sum, const float* left, V right) { return sum + spread(*left) * right; }
+  // A panel of `rows` rows of floats becomes what the steps take; for this way it is that.
+  template <int VECTORS>
+  static void pack(int64_t, float*) {}
+  // The same for `count` rows of n floats that lie one after the other; `room` has as many floats.
+  static const float* rows(const float* from, int64_t, int64_t, float*) { return from; }
+};
+
+// Steps of a product over so many numbers.
+template <class How>
+int64_t steps(int64_t numbers) {
+  return (numbers + How::kNumbers - 1) / How::kNumbers;
+}
+
 // R rows of `product`, whose sums stay in registers.
-template <int VECTORS, int R>
+template <class How, int VECTORS, int R>
 INLINE void product_of_rows(int64_t depth, Left a, const float* b, float* c, bool add) {
   V sum[R][VECTORS];
   for (int r = 0; r < R; r++)
@@ -121,32 +146,30 @@ INLINE void product_of_rows(int64_t depth, Left a, const float* b, float* c, boo
   for (int64_t k = 0; k < depth; k++, b += VECTORS * kLanes, a.at += a.step) {
     V right[VECTORS];
     for (int v = 0; v < VECTORS; v++) right[v] = load(b + v * kLanes);
-    for (int r = 0; r < R; r++) {
-      const V left = spread(a.at[r * a.row]);
-      for (int v = 0; v < VECTORS; v++) sum[r][v] += left * right[v];
-    }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < VECTORS; v++) sum[r][v] = How::multiply_add(sum[r][v], a.at + r * a.row, right[v]);
   }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < VECTORS; v++) store(c + (r * VECTORS + v) * kLanes, sum[r][v]);
 }
 
 // The rows that are left, fewer than kRows.
-template <int VECTORS, int R = kRows - 1>
+template <class How, int VECTORS, int R = kRows - 1>
 inline void product_of_last_rows(int64_t rows, int64_t depth, Left a, const float* b, float* c, bool add) {
   if constexpr (R > 0) {
-    if (rows == R) return product_of_rows<VECTORS, R>(depth, a, b, c, add);
-    product_of_last_rows<VECTORS, R - 1>(rows, depth, a, b, c, add);
+    if (rows == R) return product_of_rows<How, VECTORS, R>(depth, a, b, c, add);
+    product_of_last_rows<How, VECTORS, R - 1>(rows, depth, a, b, c, add);
   }
 }
 
 // c = a b, or c += a b: a is rows x depth, b is depth x VECTORS vectors, c is rows x VECTORS vectors; b and c are
 // packed.
-template <int VECTORS>
+template <int VECTORS, class How = Floats>
 __attribute__((noinline)) void product(int64_t rows, int64_t depth, Left a, const float* b, float* c, bool add) {
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows)
-    product_of_rows<VECTORS, kRows>(depth, {a.at + r * a.row, a.row, a.step}, b, c + r * VECTORS * kLanes, add);
-  product_of_last_rows<VECTORS>(rows - r, depth, {a.at + r * a.row, a.row, a.step}, b, c + r * VECTORS * kLanes, add);
+    product_of_rows<How, VECTORS, kRows>(depth, {a.at + r * a.row, a.row, a.step}, b, c + r * VECTORS * kLanes, add);
+  product_of_last_rows<How, VECTORS>(rows - r, depth, {a.at + r * a.row, a.row, a.step}, b, c + r * VECTORS * kLanes, add);
 }
 
 // Uninitialized floats, aligned to a cache line.
