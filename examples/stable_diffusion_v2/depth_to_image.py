@@ -1,4 +1,4 @@
-"""Where MindONE has its script for depth to image: tells the command that does it here."""
+"""Stands where MindONE has its script for depth to image, and names the command that does the same here."""
 
 from ldm.config.moved import DRAWING, answer
 

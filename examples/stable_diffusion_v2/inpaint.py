@@ -1,4 +1,4 @@
-"""Where MindONE has its script for inpainting: tells the command that does it here."""
+"""Stands where MindONE has its script for inpainting, and names the command that does the same here."""
 
 from ldm.config.moved import DRAWING, answer
 

@@ -71,20 +71,20 @@ def build_parser() -> Parser:
     add(
         "--latent_channels",
         type=int,
-        help="to train with (default: the model config's); those that learn nothing are not exported",
+        help="latent channels (default: the model config's); those that learn nothing are not exported",
     )
     _add_training(add)
     add("--save_interval", type=int, default=1000, help="steps between resume states and pictures")
     add("--resume", nargs="?", const="True", default="False", help="True, or the path of a resume state")
-    add("--seed", type=seed, default=42, help="of order, noise and random weights")
+    add("--seed", type=seed, default=42, help="decides order, noise and random weights")
     runtime.add_device_options(add)
     return parser
 
 
 def _add_training(add: Callable) -> None:
-    add("--kl_weight", type=float, default=1e-6, help="of the divergence from the unit Gaussian")
-    add("--squared_weight", type=float, default=1.0, help="of the squared error beside the absolute one")
-    add("--edge_weight", type=float, default=0.0, help="of the error in differences between neighbouring pixels")
+    add("--kl_weight", type=float, default=1e-6, help="weight of the divergence from the unit Gaussian")
+    add("--squared_weight", type=float, default=1.0, help="weight of the squared error; the absolute error has 1")
+    add("--edge_weight", type=float, default=0.0, help="weight of the error in differences between neighbouring pixels")
     add("--optim", choices=list(OPTIMIZERS), default="adamw", help="muon learns faster from random weights")
     add("--betas", type=float, nargs=2, default=[0.9, 0.99], help="decay of the optimizer's averages")
     add("--weight_decay", type=float, default=0.0, help="not applied to norms and biases")
@@ -92,13 +92,18 @@ def _add_training(add: Callable) -> None:
         "--scheduler",
         choices=[name for name in SCHEDULES if name != MULTI_STEP],
         default="cosine",
-        help="of the learning rate, after the warm-up",
+        help="how the learning rate goes on after the warm-up",
     )
-    add("--start_learning_rate", type=float, default=1e-3, help="after the warm-up")
-    add("--end_learning_rate", type=float, default=1e-5, help="at the last step")
-    add("--warmup_steps", type=steps_or_share, default=200, help="in which the rate rises; below 1 a share of all")
+    add("--start_learning_rate", type=float, default=1e-3, help="learning rate after the warm-up")
+    add("--end_learning_rate", type=float, default=1e-5, help="learning rate at the last step")
+    add(
+        "--warmup_steps",
+        type=steps_or_share,
+        default=200,
+        help="steps in which the rate rises; a number below 1 is a share of all steps",
+    )
     add("--max_grad_norm", type=float, default=1.0, help="larger gradients are scaled down to it")
-    add("--ema_decay", type=float, default=0.999, help="of the moving average, which is saved")
+    add("--ema_decay", type=float, default=0.999, help="decay of the moving average, which is saved")
 
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:

@@ -68,19 +68,24 @@ def build_parser() -> Parser:
 def _add_distillation(add: Callable) -> None:
     usual = f"a student's own, otherwise {USUAL_STEPS}"
     add("--start_steps", type=int, help=f"the teacher's sampling steps (default: {usual})")
-    add("--end_steps", type=int, default=1, help="the last student's: the first ones halved once or more often")
+    add(
+        "--end_steps",
+        type=int,
+        default=1,
+        help="the last student's sampling steps: start_steps, halved once or more often",
+    )
     add(
         "--updates_per_halving",
         type=int,
         nargs="+",
         default=[5000],
-        help="training steps of each student, or of the first one, the second one and so on",
+        help="training steps of each student: one number for all, or one for each",
     )
     add(
         "--scale",
         type=float,
         nargs="+",
-        help="the teacher's guidance; two: the least and the largest that students are told (default: the model's)",
+        help="the teacher's guidance scale; two numbers: the range that students are told (default: the model's)",
     )
 
 

@@ -36,7 +36,7 @@ def build_parser() -> Parser:
     _add_times_and_rate(parser.add_argument_group("times and learning rate").add_argument)
     add = parser.add_argument_group("adapters (LoRA)").add_argument
     options.add_adapters(add)
-    add("--lora_dropout", type=float, default=0.0, help="share of the input features that a step leaves out")
+    add("--lora_dropout", type=float, default=0.0, help="share of the adapters' input features that a step leaves out")
     add("--lora_ft_unet", type=str2bool, default=True, help="adapters in the UNet")
     add("--lora_ft_text_encoder", type=str2bool, default=False, help="adapters in the text encoder")
     _add_output(parser.add_argument_group("output").add_argument)
@@ -57,23 +57,34 @@ def _add_times_and_rate(add: Callable) -> None:
     options.add_weighting(add)
     add("--timestep_bias_strategy", choices=list(STRATEGIES), default="none", help="which timesteps come more often")
     add("--timestep_bias_multiplier", type=float, default=1.0, help="how many times as often as the others")
-    add("--timestep_bias_portion", type=float, default=0.25, help="of all timesteps, with earlier or later")
-    add("--timestep_bias_begin", type=int, default=0, help="with range: its first")
-    add("--timestep_bias_end", type=int, help="with range: the one after its last (default: after the last of all)")
+    add("--timestep_bias_portion", type=float, default=0.25, help="share of all timesteps that earlier or later means")
+    add("--timestep_bias_begin", type=int, default=0, help="first timestep of range")
+    add("--timestep_bias_end", type=int, help="range ends before this timestep (default: after the last one)")
     options.add_rate(add)
-    add("--decay_steps", type=int, default=0, help="in which it falls (0: to the last step)")
-    add("--milestones", type=int, nargs="*", default=[], help="of multi_step_decay: steps after the warm-up")
-    add("--decay_rate", type=float, default=0.9, help="of multi_step_decay: what the rate is multiplied by there")
+    add("--decay_steps", type=int, default=0, help="steps in which the rate falls (0: to the last step)")
+    add(
+        "--milestones",
+        type=int,
+        nargs="*",
+        default=[],
+        help="with multi_step_decay: steps after the warm-up where the rate falls",
+    )
+    add("--decay_rate", type=float, default=0.9, help="with multi_step_decay: what the rate is multiplied by there")
 
 
 def _add_output(add: Callable) -> None:
     options.add_output(add)
     add("--step_mode", type=str2bool, default=False, help="count ckpt_save_interval in steps instead of epochs")
-    add("--ckpt_max_keep", type=int, default=10, help="the last so many checkpoints are kept (0: all)")
-    add("--validation_epochs", type=int, default=0, help="epochs between them, in the place of steps (0: by steps)")
-    add("--validation_sampler", choices=list(SAMPLERS), help="as --sampler when drawing (default: the model's)")
-    add("--validation_steps", type=int, help="sampling steps (default: the model's)")
-    add("--validation_scale", type=float, help="guidance scale (default: the model's)")
+    add("--ckpt_max_keep", type=int, default=10, help="how many of the last checkpoints stay (0: all)")
+    add(
+        "--validation_epochs",
+        type=int,
+        default=0,
+        help="epochs between validation pictures, instead of steps (0: by steps)",
+    )
+    add("--validation_sampler", choices=list(SAMPLERS), help="sampler of validation pictures (default: the model's)")
+    add("--validation_steps", type=int, help="sampling steps of validation pictures (default: the model's)")
+    add("--validation_scale", type=float, help="guidance scale of validation pictures (default: the model's)")
 
 
 def check(args: argparse.Namespace, config: ModelConfig) -> None:

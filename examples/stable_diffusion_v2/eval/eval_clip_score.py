@@ -52,14 +52,18 @@ def build_parser() -> Parser:
         f"it wrote into each picture (default: {RECORD} in the folder of the pictures)",
     )
     add("--load_checkpoint", "--ckpt_path", help="CLIP's file or folder (default: the first published one in models/)")
-    add("--activation", choices=list(ACTIVATIONS), help="default: as the checkpoint's config or its size says")
+    add(
+        "--activation",
+        choices=list(ACTIVATIONS),
+        help="the towers' activation (default: by the checkpoint's config or its size)",
+    )
     add("--batch_size", type=int, default=32, help="pictures or texts at once; changes the speed, not the scores")
     add("--reference_path", help="real pictures, one for each picture or for each group of them: CLIP-I")
     add("--source_prompt", help="for directional similarity: a text or a file, what the source pictures show")
     add("--source_path", help="for directional similarity: the pictures that --image_path was made from")
     add("--output", help="a JSON file for the results, with the score of every picture")
     runtime.add_device_options(add)
-    add("--use_parallel", type=str2bool, default=False, help="with scripts/run_clip_score_distributed.sh: one of many")
+    add("--use_parallel", type=str2bool, default=False, help="this process is one of several; the launcher sets it")
     parser.ignore(WITHOUT_EFFECT)
     return parser
 

@@ -38,16 +38,30 @@ def build_parser() -> Parser:
     add("--real_dir", required=True, help="a folder with real pictures, its img_txt.csv, or an .npz with mu and sigma")
     add("--gen_dir", help="a folder with generated pictures, or an .npz file; may be left out with --save_stats")
     add("--load_checkpoint", help="the Inception network's weights (default: a known file in models/)")
-    add("--resize", choices=list(pictures.RESIZE), default="clean", help="as clean-fid does it, or as pytorch-fid")
-    add("--batch_size", type=int, default=32, help="changes speed and memory, not the figures")
+    add("--resize", choices=list(pictures.RESIZE), default="clean", help="resize as clean-fid or as pytorch-fid")
+    add("--batch_size", type=int, default=32, help="pictures at once; changes speed and memory, not the figures")
     add("--save_stats", help="an .npz file for mean and covariance of real_dir, to be given as --real_dir later")
-    add("--kid", type=str2bool, help=f"default: where there are fewer than {ENOUGH:,} pictures on a side")
-    add("--inception_score", type=str2bool, nargs="?", const=True, default=False, help="of the generated pictures")
-    add("--precision_recall", type=str2bool, nargs="?", const=True, default=False, help="with k = 3")
+    add("--kid", type=str2bool, help=f"compute KID (default: if a side has fewer than {ENOUGH:,} pictures)")
+    add(
+        "--inception_score",
+        type=str2bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="compute the Inception score of the generated pictures",
+    )
+    add(
+        "--precision_recall",
+        type=str2bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="compute precision and recall, with k = 3",
+    )
     add("--output", help="a JSON file for the figures and the settings")
-    add("--seed", type=seed, default=0, help="of KID's subsets and the Inception score's splits")
+    add("--seed", type=seed, default=0, help="decides KID's subsets and the Inception score's splits")
     runtime.add_device_options(add)
-    add("--use_parallel", type=str2bool, default=False, help="with scripts/run_eval_distributed.sh: one of several")
+    add("--use_parallel", type=str2bool, default=False, help="this process is one of several; the launcher sets it")
     parser.ignore({"backend": "the network runs in MindSpore"})
     return parser
 

@@ -46,9 +46,9 @@ def build_parser() -> Parser:
     add("--n_samples", type=int, default=1, help="pictures per caption")
     add("--limit", type=int, help="the first captions only, for a trial; real pictures are always all of them")
     add("--inception_checkpoint", help="the Inception network's file (default: a known one in models/)")
-    add("--resize", choices=list(RESIZE), default="clean", help="for Inception: as clean-fid does it, or pytorch-fid")
+    add("--resize", choices=list(RESIZE), default="clean", help="for Inception: resize as clean-fid or as pytorch-fid")
     add("--clip_checkpoint", help="CLIP's file or folder (default: the first published one in models/)")
-    add("--activation", choices=list(ACTIVATIONS), help="CLIP's, where its file does not say")
+    add("--activation", choices=list(ACTIVATIONS), help="CLIP's activation, where its file does not say it")
     add("--shown", type=int, default=8, help="pictures on each row's sheet")
     return parser
 

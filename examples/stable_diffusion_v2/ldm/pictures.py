@@ -211,7 +211,9 @@ def captioned_rows(columns: dict[str, np.ndarray], captions: list[str], scale: i
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     _, h, w, _ = next(iter(columns.values())).shape
     h, w = h * scale, w * scale
-    head, text_width = 28, 220
+    texts = [textwrap.fill(caption, 28) for caption in captions]
+    widest = max(small.getlength(line) for text in texts for line in text.split("\n"))
+    head, text_width = 28, int(widest) + 24 if widest else 0
     sheet = Image.new("RGB", ((w + GAP) * len(columns) + text_width, head + (h + GAP) * len(captions)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, (heading, pictures) in enumerate(columns.items()):
@@ -220,10 +222,9 @@ def captioned_rows(columns: dict[str, np.ndarray], captions: list[str], scale: i
         for row, picture in enumerate(pictures):
             enlarged = Image.fromarray(picture).resize((w, h), Image.NEAREST)
             sheet.paste(enlarged, (left, head + row * (h + GAP)))
-    for row, caption in enumerate(captions):
+    for row, text in enumerate(texts):
         middle = head + row * (h + GAP) + h / 2
-        left = (w + GAP) * len(columns) + 12
-        draw.multiline_text((left, middle), textwrap.fill(caption, 28), "black", small, anchor="lm")
+        draw.multiline_text(((w + GAP) * len(columns) + 12, middle), text, "black", small, anchor="lm")
     return sheet
 
 

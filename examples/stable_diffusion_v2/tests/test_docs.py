@@ -56,3 +56,9 @@ def test_commands_name_what_exists(page):
         assert script, f"there is no {name}"
         known = options_of(script)
         assert [word for word in given if re.match(r"--?[a-zA-Z]", word) and word not in known] == [], " ".join(words)
+
+
+def test_the_map_names_every_file():
+    text = (HERE / "docs/architecture.md").read_text(encoding="utf-8")
+    files = {path.stem for pattern in ("ldm/**/*.py", "eval/*.py", "tools/*.py", "*.py") for path in HERE.glob(pattern)}
+    assert [name for name in sorted(files - {"__init__"}) if not re.search(rf"\b{name}\b", text)] == []

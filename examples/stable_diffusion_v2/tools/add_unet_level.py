@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("destination", type=Path)
     parser.add_argument("--config", default="configs/tiny-vpred.yaml", help="the larger model's YAML file")
     add_set(parser.add_argument)
-    parser.add_argument("--seed", type=seed, default=42, help="of the new level's random weights")
+    parser.add_argument("--seed", type=seed, default=42, help="decides the new level's random weights")
     args = parser.parse_args()
     config = changed(load_model_config(args.config), args.set)
     smaller = replace(config, unet=without_first_level(config.unet))

@@ -53,7 +53,7 @@ def build_parser() -> Parser:
     add("--steps", type=int, default=10, help="timed steps")
     add("--ranks", type=int, nargs="+", default=[1, 2])
     add("--launcher", choices=("mpirun", "msrun"), default="msrun")
-    add("--port", type=int, default=DEFAULT_PORT, help="the launcher's")
+    add("--port", type=int, default=DEFAULT_PORT, help="port of the launcher")
     add("--device_target", choices=runtime.DEVICES, help="default: Ascend where there is one, else CPU")
     add("--use_parallel", type=str2bool, default=False, help="the launcher sets it")
     return parser

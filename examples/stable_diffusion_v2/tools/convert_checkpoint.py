@@ -37,12 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source")
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--dtype", choices=("float32", "float16"), help="of the numbers (default: the source's)")
+    parser.add_argument("--dtype", choices=("float32", "float16"), help="type of the numbers (default: the source's)")
     parser.add_argument("--config", help="the model's YAML file, where the source does not describe itself")
     parser.add_argument("--version", choices=list(VERSIONS), help="the published model whose config it is")
-    parser.add_argument("--lora_format", choices=lora.FORMS, help="of a LoRA (default: by the destination's name)")
+    parser.add_argument("--lora_format", choices=lora.FORMS, help="form of a LoRA (default: by the destination's name)")
     parser.add_argument(
-        "--lora_scale", type=float, default=1.0, help="the scale that MindONE's LoRA files go with (default: 1)"
+        "--lora_scale", type=float, default=1.0, help="the scale of a LoRA file of MindONE (default: 1)"
     )
     add_set(parser.add_argument)
     return parser

@@ -54,9 +54,11 @@ def parse() -> argparse.Namespace:
         "--lora_scale", nargs="+", type=float, default=[1.0], help="a factor for each, or one for all (default: 1)"
     )
     parser.add_argument("--difference", nargs=2, metavar=("TUNED", "BASE"), help="two checkpoints of one model")
-    parser.add_argument("--rank", type=int, help="of the difference")
-    parser.add_argument("--lora_format", choices=lora.FORMS, help="of the difference (default: by DESTINATION's name)")
-    parser.add_argument("--dtype", choices=("float32", "float16"), help="of the numbers (default: as they are)")
+    parser.add_argument("--rank", type=int, help="rank of the difference")
+    parser.add_argument(
+        "--lora_format", choices=lora.FORMS, help="form of the difference (default: by DESTINATION's name)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "float16"), help="type of the numbers (default: as they are)")
     parser.add_argument("--config", help="the model's YAML file, where the base does not describe itself")
     parser.add_argument("--version", choices=list(VERSIONS), help="the published model whose config it is")
     args = parser.parse_args()

@@ -79,8 +79,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("destination", type=Path)
     parser.add_argument("--config", default="configs/tiny-sdxl-vpred.yaml", help="the larger model's YAML file")
-    parser.add_argument("--data_path", default="datasets/emoji", help="captions, to see how large their features are")
-    parser.add_argument("--seed", type=seed, default=42, help="of the new parts' random weights")
+    parser.add_argument(
+        "--data_path", default="datasets/emoji", help="a data folder; the size of its captions' features is measured"
+    )
+    parser.add_argument("--seed", type=seed, default=42, help="decides the new parts' random weights")
     args = parser.parse_args()
     if args.destination.exists():
         raise UserError(f"{args.destination} exists; remove it or give another name")

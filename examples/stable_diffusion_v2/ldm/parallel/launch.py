@@ -47,15 +47,15 @@ PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 def build_parser() -> Parser:
     parser = Parser(description="Start a script on several devices.")
     add = parser.add_argument
-    add("script", help="to be started")
-    add("--launcher", choices=("mpirun", "msrun"), default="msrun", help="OpenMPI's, or MindSpore's own")
+    add("script", help="the script to start")
+    add("--launcher", choices=("mpirun", "msrun"), default="msrun", help="OpenMPI's launcher, or MindSpore's")
     add("--device", choices=("Ascend", "CPU"), help="default: Ascend where there is one, else CPU")
     add("--ranks", type=int, help="processes in all (default: the hosts' devices; 2 on a CPU)")
     add(
         "--hosts", help="a file with a host per line, the first is where you are, each with as many ranks: name slots=N"
     )
-    add("--port", type=int, default=DEFAULT_PORT, help="of MindSpore's scheduler; the next one is used too")
-    add("--log_dir", default="output/ranks", help="msrun's: a file per rank")
+    add("--port", type=int, default=DEFAULT_PORT, help="port of MindSpore's scheduler; the next one is used too")
+    add("--log_dir", default="output/ranks", help="folder for msrun's files, one per rank")
     return parser
 
 

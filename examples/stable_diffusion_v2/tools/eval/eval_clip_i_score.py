@@ -1,4 +1,4 @@
-"""Where MindONE has its script for the CLIP image score: tells the command that does it here."""
+"""Stands where MindONE has its script for the CLIP image score, and names the command that does the same here."""
 
 import sys
 from pathlib import Path

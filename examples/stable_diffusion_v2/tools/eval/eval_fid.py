@@ -1,4 +1,4 @@
-"""Where MindONE has its script for the Fréchet Inception Distance: tells the command that does it here."""
+"""Stands where MindONE has its script for the FID, and names the command that does the same here."""
 
 import sys
 from pathlib import Path
