@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +69,15 @@ def write_model(folder: Path, model: str, width: int, dtype: str) -> None:
     initialize(networks, 0)
     save_model_config(config, folder / "model.yaml")
     checkpoint.save(folder / "model", networks.tensors(), words_of(config), "diffusers", dtype)
+
+
+@contextmanager
+def made_model(model: str, width: int, dtype: str) -> Iterator[Path]:
+    """A folder with what `write_model` writes. Another process makes it, and takes its memory with it."""
+    with tempfile.TemporaryDirectory() as name:
+        words = ["--model", model, "--width", str(width), "--stored", dtype]
+        subprocess.run([sys.executable, __file__, "--make", name, *words], check=True)
+        yield Path(name)
 
 
 def draw_with_diffusers(folder: Path, size: int, steps: int) -> None:
@@ -148,10 +159,7 @@ def main() -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Make the model, run both sides at each size, print a line for each."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        words = ["--model", args.model, "--width", str(args.width), "--stored", args.stored]
-        subprocess.run([sys.executable, __file__, "--make", name, *words], check=True)
+    with made_model(args.model, args.width, args.stored) as folder:
         kind = f"SD {args.model} at width {args.width}, computed in float32, stored in {args.stored}"
         print(f"{kind}, {os.cpu_count()} cores, one picture, {args.steps} steps")
         for size in args.sizes:
