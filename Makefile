@@ -16,7 +16,7 @@ help:
 	@echo "make test    all tests that need no PyTorch"
 	@echo "make ascend  drawing and training as on Ascend, on stand-ins for its libraries"
 	@echo "make parity  compare with diffusers and transformers (installs PyTorch)"
-	@echo "make bench   the full SD 2 beside diffusers, its UNet and whole runs (installs PyTorch)"
+	@echo "make bench   the full SD 2 beside diffusers, networks and a drawing (installs PyTorch)"
 	@echo "make lint    ruff;  make format: rewrite the files as ruff wants them"
 
 $(VENV)/run: $(HERE)/requirements.txt
@@ -47,8 +47,7 @@ parity: $(VENV)/parity
 	$(PY) -m pytest -m parity -rs
 
 bench: $(VENV)/parity
-	cd $(HERE) && $(PY) tools/benchmark_unet.py
-	cd $(HERE) && $(PY) tools/benchmark_sampling.py
+	cd $(HERE) && $(PY) tools/benchmark.py
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .

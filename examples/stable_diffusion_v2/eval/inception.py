@@ -18,10 +18,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
+from ldm import kernels
 from ldm.checkpoint import formats, match
 from ldm.config.versions import PUBLISHED
 from ldm.config.yaml_file import SCRIPTS, search
 from ldm.errors import UserError
+from ldm.kernels import plain
 from ldm.networks.layers import Linear, fill, parameter
 
 FEATURES, CLASSES = 2048, 1008
@@ -40,12 +42,14 @@ class Conv(nn.Cell):
         super().__init__()
         h, w = kernel
         self.weight, self.bias = parameter(outputs, inputs, h, w), parameter(outputs)
-        edge = (h // 2, h // 2, w // 2, w // 2) if pad else 0
-        self.conv = ops.Conv2D(outputs, kernel, pad_mode="pad", pad=edge, stride=stride)
-        self.bias_add, self.relu = ops.BiasAdd(), ops.ReLU()
+        if (kernel, stride, pad) == ((3, 3), 1, True):
+            self.conv = kernels.select().Conv2d(outputs, 3, 1, 1)
+        else:
+            self.conv = plain.Conv2d(outputs, kernel, stride, (h // 2, h // 2, w // 2, w // 2) if pad else 0)
+        self.relu = ops.ReLU()
 
     def construct(self, x):
-        return self.relu(self.bias_add(self.conv(x, self.weight), self.bias))
+        return self.relu(self.conv(x, self.weight, self.bias))
 
 
 def average() -> ops.AvgPool:
