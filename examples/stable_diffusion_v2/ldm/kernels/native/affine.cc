@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t kChunk = 64;         // rows of x that meet a panel at a time
+constexpr int64_t kChunk = whole_rows(64);  // rows of x that meet a panel at a time
 constexpr int64_t kBlock = 1024;       // rows of x for which a thread packs panels
 constexpr int64_t kCached = 128 << 10;  // floats of packed panels
 

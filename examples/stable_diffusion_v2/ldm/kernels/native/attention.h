@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 64;  // rows that meet a panel at a time
+constexpr int64_t kBlock = whole_rows(64);  // rows that meet a panel at a time
 
 // One head of a tensor [B, N, C]: `count` rows of `width` floats, `pitch` apart.
 struct Head {

@@ -10,9 +10,9 @@
 
 namespace {
 
-constexpr int64_t kOutputs = 32, kInputs = 160;  // of the filters that are transformed at a time, 0.7 MiB
-constexpr int64_t kBlockFloats = 1500000;        // of the transformed patches of a block of tiles, at least one panel
-constexpr int64_t kMostTiles = 128;              // in a block
+constexpr int64_t kOutputs = whole_rows(32), kInputs = 160;  // of the filters that are transformed at a time, 0.7 MiB
+constexpr int64_t kBlockFloats = 1500000;        // of the transformed patches of a block of tiles
+constexpr int64_t kLeastTiles = 64, kMostTiles = 128;  // in a block
 constexpr int64_t kFewTiles = kLanes;            // of all pictures: so few do not fill vectors
 
 int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -257,7 +257,7 @@ void Convolution::run() const {
   if (tiling.count() <= kFewTiles) return run_few();
   const int64_t threads = omp_get_max_threads(), tiles = tiling.count(), panels = ceiling(outputs, kOutputs);
   const int64_t fit = kBlockFloats / (kPoints * inputs) / kWide * kWide;
-  const int64_t most = std::min(std::max(fit, kWide), kMostTiles), least = ceiling(tiles, most);
+  const int64_t most = std::min(std::max(fit, kLeastTiles), kMostTiles), least = ceiling(tiles, most);
   const int64_t block = ceiling(ceiling(tiles, least), kLanes) * kLanes, blocks = ceiling(tiles, block);
   const int64_t parts = blocks % threads == 0 || blocks > 8 * threads ? 1 : std::min(threads, panels);
   const int64_t part = ceiling(panels, parts) * kOutputs;

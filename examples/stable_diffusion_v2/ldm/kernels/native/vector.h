@@ -24,6 +24,9 @@ constexpr int kLanes = 4, kRows = 4;
 #endif
 constexpr int64_t kWide = 2 * kLanes;  // floats in a row of a wide panel
 
+// The number of rows from n on that leaves a product no last rows, which are slower.
+constexpr int64_t whole_rows(int64_t n) { return (n + kRows - 1) / kRows * kRows; }
+
 typedef float V __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VI __attribute__((vector_size(4 * kLanes)));
 typedef float VAnywhere __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
