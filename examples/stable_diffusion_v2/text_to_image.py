@@ -88,7 +88,11 @@ def build_parser() -> Parser:
     add_sdxl(parser.add_argument_group("Stable Diffusion XL").add_argument)
     add_output(add)
     runtime.add_device_options(add)
-    add("--dtype", choices=list(runtime.DTYPES), help="default: float16 on Ascend, float32 on a CPU")
+    add(
+        "--dtype",
+        choices=list(runtime.DTYPES),
+        help="default: float16 on Ascend, float32 on a CPU (bfloat16 needs AVX-512 BF16)",
+    )
     add("--use_parallel", type=str2bool, default=False, help="with scripts/run_infer_distributed.sh: one of several")
     parser.ignore(IGNORED_DRAW_OPTIONS)
     parser.refuse(REFUSED_DRAW_OPTIONS)
