@@ -4,6 +4,7 @@ VENV := .venv
 PY := "$(CURDIR)/$(VENV)/bin/python"
 HERE := examples/stable_diffusion_v2
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 export GLOG_v ?= 3
 RIGHT_PYTHON := import sys; v = sys.version_info[:2]; (3, 9) <= v <= (3, 12) or \
 	sys.exit("error: MindSpore 2.8.0 wants Python 3.9 to 3.12, this is %d.%d: make PYTHON=python3.11 ..." % v)
@@ -38,13 +39,13 @@ demo: $(VENV)/run
 	cd $(HERE) && $(PY) tools/demo.py
 
 test: $(VENV)/dev
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not ascend"
+	$(PY) -m pytest $(WORKERS) -m "not ascend"
 
 ascend: $(VENV)/dev
-	$(PY) -m pytest -m ascend -rs
+	$(PY) -m pytest $(WORKERS) -m ascend -rs
 
 parity: $(VENV)/parity
-	$(PY) -m pytest -m parity -rs
+	$(PY) -m pytest $(if $(FULL_SIZE),,$(WORKERS)) -m parity -rs
 
 bench: $(VENV)/parity
 	cd $(HERE) && $(PY) tools/benchmark.py

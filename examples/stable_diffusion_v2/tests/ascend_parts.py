@@ -37,10 +37,17 @@ NARROW_TEXT = ["model.text.width=64", "model.text.heads=2", "model.text.layers=4
 NARROW_TEXT += ["model.unet.context_dim=64"]
 NARROW_VAE = ["model.vae.ch=32", "model.vae.num_res_blocks=1"]
 SD2 = ["model.unet.model_channels=64", *NARROW_TEXT, *NARROW_VAE]
-SD1 = ["model.unet.model_channels=160", "model.unet.num_heads=4", "model.unet.channel_mult=[1,2,4]"]
-SD1 += ["model.unet.num_res_blocks=1", *NARROW_TEXT, *NARROW_VAE]
+SD1 = ["model.unet.model_channels=160", "model.unet.num_heads=4", "model.unet.num_res_blocks=1"]
+SD1 += [*NARROW_TEXT, *NARROW_VAE]
+SHORT_SD1 = [*SD1, "model.unet.channel_mult=[1,2]", "model.unet.attention_resolutions=[2,1]"]
+SD1 += ["model.unet.channel_mult=[1,2,4]"]
 SHORT = [*SD2, "model.unet.channel_mult=[1,2]", "model.unet.attention_resolutions=[2,1]", "model.unet.num_res_blocks=1"]
-KINDS = {"sd2": ("v2-vpred-inference", SD2), "short": ("v2-vpred-inference", SHORT), "sd1": ("v1-inference", SD1)}
+KINDS = {
+    "sd2": ("v2-vpred-inference", SD2),
+    "short": ("v2-vpred-inference", SHORT),
+    "sd1": ("v1-inference", SD1),
+    "short-sd1": ("v1-inference", SHORT_SD1),
+}
 
 
 def mark(title: str) -> None:
@@ -141,7 +148,7 @@ PARTS = {
     "sd2-bfloat16": lambda: draw("sd2", "bfloat16"),
     **{f"{kind}-train": lambda kind=kind: train(kind) for kind in ("sd2", "short", "sdxl")},
     **{f"{kind}-lora": lambda kind=kind: train(kind, lora=True) for kind in ("sd2", "short", "sdxl")},
-    "short-bfloat16-train": lambda: train("short", dtype="bfloat16"),
+    "short-sd1-bfloat16-train": lambda: train("short-sd1", dtype="bfloat16"),
 }
 
 

@@ -11,7 +11,7 @@ import text_to_image
 import train_text_to_image
 from mindspore import Tensor
 from PIL import Image
-from test_scripts import CONFIG, call, fill_place, refusal, sampling, tensors, training
+from test_scripts import SMALLER, call, fill_place, refusal, sampling, tensors, training
 
 from ldm import checkpoint
 from ldm.checkpoint import lora
@@ -107,7 +107,7 @@ def test_a_unet_with_adapters_is_the_merged_one(plain, targets):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_text_encoder_with_adapters_is_the_merged_one(variant):
-    config = replace(CONFIG.text, variant=variant, vocab_size=600)
+    config = replace(SMALLER.text, variant=variant, vocab_size=600)
     ids = Tensor(np.random.default_rng(0).integers(600, size=(2, config.context_length)).astype(np.int32))
     net = filled(VARIANTS[variant][0](config))
     places = adapted(net, ["all-linear"])
@@ -209,7 +209,7 @@ def test_targets_that_mean_nothing(targets, message):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
-    fill_place(folder, CONFIG)
+    fill_place(folder, SMALLER)
     return folder
 
 

@@ -21,7 +21,7 @@ import text_to_image
 import train_distillation
 import train_text_to_image
 from steps_on_ranks import STEPS
-from test_scripts import SMALLER, call, fill_place, quickly, refusal, run, sampling, tensors, training
+from test_scripts import QUICKLY, SMALLER, call, fill_place, refusal, run, sampling, tensors, training
 
 from ldm import checkpoint
 from ldm.errors import UserError
@@ -369,11 +369,16 @@ def ranks_of(pids: list[int]) -> dict[int, int]:
     return found
 
 
+def step_of(output: Path) -> int:
+    """The step that a run has saved last."""
+    return json.loads(checkpoint.formats.read(output / STATE)[1]["train_state"])["progress"]["step"]
+
+
 def copy_of_state(process: subprocess.Popen, output: Path, step: int) -> Path:
     """A copy of the run's folder, as soon as it has saved that step."""
     state, deadline = output / STATE, time.monotonic() + 250
     while time.monotonic() < deadline and process.poll() is None:
-        if state.exists() and json.loads(checkpoint.formats.read(state)[1]["train_state"])["progress"]["step"] == step:
+        if state.exists() and step_of(output) == step:
             being_written = shutil.ignore_patterns("*.partial", "*.png")
             return shutil.copytree(output, output.with_name(f"{output.name} at {step}"), ignore=being_written)
         time.sleep(0.01)
@@ -418,34 +423,41 @@ def test_steps_of_two_ranks_end_well_and_are_measured(small, name):
     assert sum(parts) == pytest.approx(float(found[1]), abs=0.003)
 
 
-@pytest.mark.parametrize("name", ["msrun", pytest.param("mpirun", marks=with_mpirun)])
-def test_two_ranks_equal_one_with_twice_the_batch_and_a_lost_one_costs_nothing(small, tmp_path, name):
-    """20 steps of one process with 6 pictures against two with 3; then 10 more of both, resumed and not; a kill -9."""
+@pytest.mark.parametrize(("name", "victim"), [("msrun", 0), pytest.param("mpirun", 1, marks=with_mpirun)])
+def test_two_ranks_equal_one_with_twice_the_batch_and_a_lost_one_costs_nothing(small, tmp_path, name, victim):
+    """20 steps of one process with 6 pictures against two with 3. A rank is killed while rank 0 saves a later step. The
+    state before is intact, is the one that a single process reaches from step 20, and the run goes on from there."""
     alone(steps(small, tmp_path / "one", 20, "--train_batch_size", 6))
-    words = [*launcher(name, "--log_dir", tmp_path / "logs"), *steps(small, tmp_path / "two", 1000)]
+    output = tmp_path / "two"
+    words = [*launcher(name, "--log_dir", tmp_path / "logs"), *steps(small, output, 1000)]
     started = distributed("run_train_distributed.sh", words, tmp_path)
-    at_20, at_30 = (copy_of_state(started, tmp_path / "two", step) for step in (20, 30))
-    kill_when(lambda: True, 1, started, tmp_path / "two")
-    assert not list((tmp_path / "two").glob("**/rank_1"))  # rank 0 alone writes
+    at_20 = copy_of_state(started, output, 20)
+    folder, being_written = (output / STATE).parent, f"{STATE.name}.*.partial"
+    kill_when(lambda: any(folder.glob(being_written)) and step_of(output) > 20, victim, started, output)
+    assert not list(output.glob("**/rank_1"))  # rank 0 alone writes
 
     assert (
         relative_difference(weights(tmp_path / "one" / STATE), weights(at_20 / STATE)) < 1e-5
     )  # 3.6e-6 where measured
     np.testing.assert_allclose(*(losses(folder)[:20] for folder in (tmp_path / "one", at_20)), rtol=1e-5)
-    alone(steps(small, at_20, 30, "--train_batch_size", 6, "--resume", True))
-    assert relative_difference(weights(at_30 / STATE), weights(at_20 / STATE)) < 1e-5
+    step, more = step_of(output), ["--train_batch_size", 6, "--resume", True]
+    assert step > 20 and step % 10 == 0
+    alone(steps(small, at_20, step, *more))
+    assert relative_difference(weights(output / STATE), weights(at_20 / STATE)) < 1e-5
+    alone(steps(small, output, step + 2, *more))
+    assert (output / "result.log").read_text().splitlines()[-1].startswith(f"{step + 2}\t")
 
 
 def test_a_distillation_on_two_ranks_is_that_on_one(small, tmp_path):
     """Across the end of a halving, guided, with a moving average: students of 2 and 1 steps."""
-    words = ["--start_steps", 4, "--updates_per_halving", 2, "--scale", 3, "--ckpt_save_interval", 10]
+    words = ["--start_steps", 4, "--updates_per_halving", 2, "--scale", 3, "--ckpt_save_interval", 10, *QUICKLY]
     alone(training(small, tmp_path / "one", *words, "--train_batch_size", 6), train_distillation)
     options = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *training(small, tmp_path / "two", *words)]
     started = distributed("run_distillation_distributed.sh", options, tmp_path)
     assert started.wait(300) == 0, (tmp_path / "console.log").read_text()[-3000:]
     assert not list((tmp_path / "two").glob("**/rank_1"))
     both = tmp_path / "one", tmp_path / "two"
-    assert relative_difference(*(weights(folder / STATE) for folder in both)) < 4e-6  # 1.4e-6 where measured
+    assert relative_difference(*(weights(folder / STATE, least=4) for folder in both)) < 4e-6
     for student in ("student-2.safetensors", "student-1.safetensors"):
         assert relative_difference(*(tensors(folder / "ckpt/rank_0" / student) for folder in both)) < 4e-5
     np.testing.assert_allclose(*map(losses, both), rtol=1e-5)
@@ -453,7 +465,7 @@ def test_a_distillation_on_two_ranks_is_that_on_one(small, tmp_path):
 
 def test_a_rank_killed_in_the_first_pass_of_the_data(small, tmp_path):
     """Its share of the cache is begun; what is there is taken over, and the run is that of one process."""
-    more = [*quickly(small), "--data_path", ROOT / "datasets/emoji/openmoji/test", "--cache_path"]
+    more = [*QUICKLY, "--data_path", ROOT / "datasets/emoji/openmoji/test", "--cache_path"]
     one, two = (steps(small, tmp_path / name, 20, *more, tmp_path / name / "cache") for name in ("one", "two"))
     started = distributed("run_train_distributed.sh", launcher("msrun", "--log_dir", tmp_path / "logs") + two, tmp_path)
     rows = tmp_path / "two/cache"
@@ -467,11 +479,11 @@ def test_a_rank_killed_in_the_first_pass_of_the_data(small, tmp_path):
 
 
 def test_a_signal_to_the_launcher_or_to_a_rank_is_a_place_to_go_on_from(small, tmp_path):
-    """Three parts of a run, each ended by a signal but for the last, are the run in one part."""
-    alone(steps(small, tmp_path / "one", 60, "--train_batch_size", 6, *quickly(small)))
+    """Two parts of a run, each ended by a signal, and the rest by one process are the run in one part."""
+    alone(steps(small, tmp_path / "one", 60, "--train_batch_size", 6, *QUICKLY))
     output, done = tmp_path / "two", 0
     more = ["--resume", True, "--ckpt_save_interval", 1000]  # the signal saves, not the interval
-    words = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *steps(small, output, 60, *quickly(small))]
+    words = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *steps(small, output, 60, *QUICKLY)]
     for number, rank in ((signal.SIGTERM, None), (signal.SIGHUP, 1)):
         started, log = distributed("run_train_distributed.sh", words, tmp_path), output / "result.log"
         deadline = time.monotonic() + 250
@@ -488,25 +500,11 @@ def test_a_signal_to_the_launcher_or_to_a_rank_is_a_place_to_go_on_from(small, t
         assert "error" not in console and "Traceback" not in console
         assert not set(pids) & set(processes_with(str(output)))
         done = len(log.read_text().splitlines()) - 1
-        state = json.loads(checkpoint.formats.read(output / STATE)[1]["train_state"])
-        assert 3 <= done < 60 and state["progress"]["step"] == done
-        words = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *steps(small, output, 60, *quickly(small), *more)]
-    assert distributed("run_train_distributed.sh", words, tmp_path).wait(250) == 0
+        assert 3 <= done < 60 and step_of(output) == done
+        words = [*launcher("msrun", "--log_dir", tmp_path / "logs"), *steps(small, output, 60, *QUICKLY, *more)]
+    alone(steps(small, output, 60, "--train_batch_size", 6, *QUICKLY, *more))
     assert relative_difference(*(weights(folder / STATE, least=4) for folder in (tmp_path / "one", output))) < 2e-6
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(output), rtol=1e-5)
-
-
-def test_rank_0_killed_while_it_saves(small, tmp_path):
-    """The state before is intact, and the run goes on from there."""
-    output = tmp_path / "two"
-    words = launcher("msrun", "--log_dir", tmp_path / "logs") + steps(small, output, 1000)
-    started = distributed("run_train_distributed.sh", words, tmp_path)
-    folder, being_written = (output / STATE).parent, f"{Path(STATE).name}.*.partial"
-    kill_when(lambda: (output / STATE).exists() and any(folder.glob(being_written)), 0, started, output)
-    step = json.loads(checkpoint.formats.read(output / STATE)[1]["train_state"])["progress"]["step"]
-    assert step >= 10 and step % 10 == 0
-    alone(steps(small, output, step + 2, "--train_batch_size", 6, "--resume", True))
-    assert (output / "result.log").read_text().splitlines()[-1].startswith(f"{step + 2}\t")
 
 
 @pytest.mark.parametrize("name", ["msrun", pytest.param("mpirun", marks=with_mpirun)])

@@ -22,6 +22,7 @@ import text_to_image
 import train_autoencoder
 import train_text_to_image
 from full_disk import files_of_at_most
+from kept_networks import keep_networks
 from PIL import Image
 
 from eval import clip_weights, inception, results_table
@@ -119,15 +120,12 @@ def training(place: Path, output: Path, *more) -> list[str]:
     words = ["--model_config", place / "model.yaml", "--pretrained_model_path", place / "base.safetensors"]
     words += ["--data_path", place / "data", "--output_path", output, "--train_batch_size", 3, "--warmup_steps", 2]
     words += ["--start_learning_rate", 1e-3, "--use_ema", True, "--clip_grad", True, "--caption_dropout", 0.2]
+    words += ["--cache_path", place / "cache"]  # what the frozen networks say of the data is computed once
     return list(map(str, [*words, *more]))
 
 
-def quickly(place: Path) -> list:
-    """Options of a run whose gradients are not what is tested: it trains the last layers, the shortest graph.
-
-    What the frozen networks say of the data is computed once for all such runs.
-    """
-    return ["--cache_path", place / "cache", "--trainable_modules", r"^out\."]
+# Options of a run whose gradients are not what is tested: it trains the last layers, the shortest graph.
+QUICKLY = ["--trainable_modules", r"^out\."]
 
 
 def sampling(place: Path, output: Path, *more) -> list[str]:
@@ -207,11 +205,10 @@ def test_a_killed_run_goes_on_bit_for_bit(trained, place):
 def test_precision_recomputation_and_mode_change_no_loss(tiny, tmp_path, monkeypatch):
     save_model_config(replace(SMALLER, unet=replace(SMALLER.unet, use_checkpoint=True)), tmp_path / "recompute.yaml")
     monkeypatch.setattr(finetune, "LayerByLayer", None)  # so small a UNet is not trained block by block
-    shared = ["--cache_path", tmp_path / "cache"]
     ways = {
-        "plain": shared,
-        "recompute": ["--model_config", tmp_path / "recompute.yaml", *shared],
-        "pynative": ["--mode", 1],
+        "plain": [],
+        "recompute": ["--model_config", tmp_path / "recompute.yaml"],
+        "pynative": ["--mode", 1, "--cache_path", tmp_path / "cache"],
         "half": ["--dtype", "float16", "--init_loss_scale", 1024],
     }
     losses = {}
@@ -223,7 +220,7 @@ def test_precision_recomputation_and_mode_change_no_loss(tiny, tmp_path, monkeyp
 
 
 def test_timestep_bias_chooses_what_is_trained(tiny, tmp_path, monkeypatch, capsys):
-    steps, output = ["--step_mode", True, "--train_steps", 2, *quickly(tiny)], tmp_path / "biased"
+    steps, output = ["--step_mode", True, "--train_steps", 2, *QUICKLY], tmp_path / "biased"
     only = ["--timestep_bias_strategy", "range", "--timestep_bias_begin", 600, "--timestep_bias_end", 601]
     only += ["--timestep_bias_multiplier", 1e9]
     call(monkeypatch, train_text_to_image, training(tiny, output, *steps, *only))
@@ -237,7 +234,7 @@ def test_timestep_bias_chooses_what_is_trained(tiny, tmp_path, monkeypatch, caps
 def test_only_the_chosen_modules_are_trained(place, tmp_path, monkeypatch, capsys):
     """Of weights and moving average; the others come out as they went in, also of a run that was resumed."""
     chosen = ["--trainable_modules", r"^out\.", "attn2.to_[kv]"]
-    steps = ["--step_mode", True, "--ckpt_format", "safetensors", "--cache_path", place / "cache"]
+    steps = ["--step_mode", True, "--ckpt_format", "safetensors"]
 
     before = tensors(place / "base.safetensors")
     for count, resume in ((2, False), (3, True)):
@@ -298,7 +295,7 @@ def test_filling_the_caches_names_what_is_wrong_and_goes_on(monkeypatch, capsys,
     data = bytearray(picture.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
     picture.write_bytes(data)
-    more = [*quickly(tiny), "--data_path", broken, "--cache_path", tmp_path / "cache", "--train_steps", 1]
+    more = [*QUICKLY, "--data_path", broken, "--cache_path", tmp_path / "cache", "--train_steps", 1]
     assert picture.name in refused_training(monkeypatch, capsys, tiny, tmp_path, *more)
     call(
         monkeypatch,
@@ -315,7 +312,7 @@ def test_filling_the_caches_names_what_is_wrong_and_goes_on(monkeypatch, capsys,
 def test_epochs_accumulation_text_encoder_and_safetensors(place, tmp_path, monkeypatch):
     output = tmp_path / "epochs"
     more = ["--epochs", 2, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--train_text_encoder", True]
-    more += ["--cache_path", place / "cache", "--ckpt_format", "safetensors", "--optim", "sgd"]
+    more += ["--ckpt_format", "safetensors", "--optim", "sgd"]
     call(monkeypatch, train_text_to_image, training(place, output, *more))
     names = sorted(path.name for path in (output / "ckpt/rank_0").iterdir())
     assert names == ["sd-1.safetensors", "sd-2.safetensors", "train_resume.safetensors"]
@@ -343,7 +340,7 @@ def test_random_networks_of_other_sizes_take_the_rest_of_a_file(place, tmp_path,
 
 def test_a_diffusers_folder_is_written_and_sampled_from(place, tmp_path, monkeypatch):
     more = ["--train_steps", 2, "--step_mode", True, "--ckpt_max_keep", 1, "--ckpt_format", "diffusers"]
-    call(monkeypatch, train_text_to_image, training(place, tmp_path, *more, *quickly(place)))
+    call(monkeypatch, train_text_to_image, training(place, tmp_path, *more, *QUICKLY))
     folder = tmp_path / "ckpt/rank_0"
     assert sorted(path.name for path in folder.iterdir()) == ["sd-2", "train_resume.safetensors"]
     words = sampling(place, tmp_path, "--ckpt_path", folder / "sd-2", "--n_iter", 1, "--n_samples", 1)
@@ -406,12 +403,13 @@ def test_weights_that_are_not_numbers_are_warned_of(place, tmp_path, monkeypatch
     assert "NaN or infinity in 1 of" in caplog.text and "out.2.bias" in caplog.text
 
 
-def test_pictures_are_numbered_on_and_say_how_they_were_made(trained, place):
+def test_pictures_are_numbered_on_and_say_how_they_were_made(trained, place, monkeypatch):
+    """The same again in another process, with other networks: every bit is the same."""
     output = place / "drawn"
     words = sampling(place, output, "--prompt", "a cat", "--n_iter", 2, "--n_samples", 2)
     words[words.index(str(place / "base.safetensors"))] = str(trained / "ckpt/rank_0/sd-20.ckpt")
-    for _ in range(2):
-        run("text_to_image.py", *words)
+    run("text_to_image.py", *words)
+    call(monkeypatch, text_to_image, words)
     *names, record = sorted(path.name for path in (output / "samples").iterdir())
     assert names == [f"{i:05}.png" for i in range(8)] and record == "prompts.jsonl"
     assert sorted(path.name for path in output.glob("grid-*.png")) == ["grid-00000.png", "grid-00004.png"]
@@ -614,6 +612,7 @@ def test_a_decoder_learns_from_denoised_latents_and_the_rest_stays(place, tmp_pa
 
 def call(monkeypatch, script, words) -> None:
     """The script's main in this process."""
+    keep_networks(monkeypatch)
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
     runtime.run(script.main)
 
@@ -669,7 +668,7 @@ def test_a_bad_picture_can_be_skipped(monkeypatch, caplog, tiny, broken, tmp_pat
     picture = next(iter(broken.glob("*.png")))
     picture.write_bytes(picture.read_bytes()[:200])
     more = ["--data_path", broken, "--on_bad_image", "skip", "--train_steps", 1, "--ckpt_dtype", "float16"]
-    more += quickly(tiny)
+    more += QUICKLY
     with caplog.at_level("INFO"):
         call(monkeypatch, train_text_to_image, training(tiny, tmp_path / "out", *more))
     assert "11 captioned pictures" in caplog.text and "1 unreadable skipped" in caplog.text
@@ -773,7 +772,7 @@ def test_wrong_numbers_are_noticed_before_the_data_is_read(monkeypatch, capsys, 
 
 def test_a_run_goes_on_with_its_own_data_and_weights_alone(monkeypatch, capsys, tiny, broken, tmp_path):
     """Files of the same names and numbers, but other captions, or another checkpoint behind what is not trained."""
-    base, steps = tmp_path / "base.safetensors", ["--step_mode", True, *quickly(tiny)]
+    base, steps = tmp_path / "base.safetensors", ["--step_mode", True, *QUICKLY]
     shutil.copy(tiny / "base.safetensors", base)
     words = ["--pretrained_model_path", base, "--data_path", broken, *steps]
     call(monkeypatch, train_text_to_image, training(tiny, tmp_path / "out", *words, "--train_steps", 1))
@@ -803,7 +802,7 @@ def test_changes_of_the_command_belong_to_the_run(monkeypatch, capsys, tiny, tmp
     change = ["--set", "model.unet.use_checkpoint=true", "model.sampling.steps=2", "model.schedule.beta_end=0.02"]
     checkpoint.save(tmp_path / "base.safetensors", tensors(tiny / "base.safetensors"), {}, "safetensors")
     more = ["--pretrained_model_path", tmp_path / "base.safetensors", "--step_mode", True, "--train_steps", 1]
-    words = training(tiny, tmp_path, *more, *quickly(tiny))
+    words = training(tiny, tmp_path, *more, *QUICKLY)
     call(monkeypatch, train_text_to_image, [*words, *change])
     saved = load_model_config(tmp_path / "model_config.yaml")
     assert (saved.unet.use_checkpoint, saved.sampling.steps, saved.schedule.beta_end) == (True, 2, 0.02)
@@ -918,7 +917,7 @@ def test_a_large_unet_is_trained_block_by_block(place, tmp_path, monkeypatch):
     for number, config in enumerate((place / "model.yaml", tmp_path / "model.yaml")):
         words = training(place, tmp_path / str(number), "--train_steps", 3, "--gradient_accumulation_steps", 2)
         words += ["--validation_prompts", "a cat", "--validation_interval", 2, "--validation_steps", 2]
-        call(monkeypatch, train_text_to_image, [*words, "--model_config", config, "--cache_path", place / "cache"])
+        call(monkeypatch, train_text_to_image, [*words, "--model_config", config])
         assert len(made) == number
         losses.append(read_log(tmp_path / str(number) / "result.log")["loss"])
     assert len(losses[0]) == 3

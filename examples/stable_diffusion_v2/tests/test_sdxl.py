@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import text_to_image
+from kept_networks import keep_networks
 from mindspore import nn
 from PIL import Image
-from tiny_sdxl import random_tensors, tiny_refiner_config, tiny_sdxl_config
+from tiny_sdxl import random_tensors, smaller_sdxl_config, tiny_refiner_config
 
 from ldm import checkpoint, runtime
 from ldm.conditioning import Condition, Sizes, embed_numbers
@@ -24,7 +25,25 @@ from ldm.pictures import read_facts
 from ldm.pipeline import Pipeline, Settings, sampler_of
 from ldm.weights import words_of
 
-CONFIG, REFINER = tiny_sdxl_config(), tiny_refiner_config()
+CONFIG, REFINER = smaller_sdxl_config(), tiny_refiner_config()
+SMALLER_REFINER = replace(  # for the base's latents, with one level and one transformer
+    REFINER,
+    schedule=CONFIG.schedule,
+    prediction_type="v",
+    unet=replace(
+        REFINER.unet,
+        num_res_blocks=1,
+        channel_mult=(1,),
+        attention_resolutions=(1,),
+        transformer_depth=1,
+        context_dim=32,
+        adm_in_channels=32 + 5 * 8,
+        size_channels=8,
+    ),
+    vae=CONFIG.vae,
+    text=CONFIG.text_2,
+)
+DEEP_REFINER = replace(SMALLER_REFINER, unet=replace(SMALLER_REFINER.unet, channel_mult=(1, 1, 1, 1)))
 
 
 def pipeline(config) -> Pipeline:
@@ -116,7 +135,8 @@ def test_the_refiner_draws_from_its_time_on():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_weights_are_lent_from_their_file_layer_by_layer(tmp_path, dtype):
     """The picture is that of the widened weights, and no layer's own parameter is filled."""
-    tensors = random_tensors(CONFIG)
+    config = replace(CONFIG, unet=replace(CONFIG.unet, transformer_depth=(1, 2)))
+    tensors = random_tensors(config)
     if dtype == "bfloat16":
         tensors = {
             n: (a.view(np.uint32) >> 16).astype("<u2").view(checkpoint.arrays.BFLOAT16) for n, a in tensors.items()
@@ -126,13 +146,13 @@ def test_half_weights_are_lent_from_their_file_layer_by_layer(tmp_path, dtype):
     wide = {name: checkpoint.widened(array).astype(np.float32) for name, array in tensors.items()}
     pictures = []
     for given, as_stored in ((tensors, True), (wide, False)):
-        model = StableDiffusion(CONFIG)
+        model = StableDiffusion(config)
         model.load(given, "random", as_stored=(UNET, TEXT) if as_stored else ())
         lent = blockwise.lent_parameters(model.unet, model.text_encoder)
         empty = [p for p in model.get_parameters() if id(p) in lent and not p.asnumpy().any()]
         assert bool(empty) == as_stored
         model.compile_blockwise()
-        pictures.append(draw(Pipeline(CONFIG, model)))
+        pictures.append(draw(Pipeline(config, model)))
     assert (pictures[0] == pictures[1]).all()
 
 
@@ -142,10 +162,7 @@ def test_half_weights_are_lent_from_their_file_layer_by_layer(tmp_path, dtype):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     place = tmp_path_factory.mktemp("sdxl")
-    for name, config in (
-        ("base", CONFIG),
-        ("refiner", replace(REFINER, schedule=CONFIG.schedule, prediction_type="v")),
-    ):
+    for name, config in (("base", CONFIG), ("refiner", SMALLER_REFINER), ("deep", DEEP_REFINER)):
         checkpoint.save(place / f"{name}.safetensors", random_tensors(config), words_of(config), "safetensors")
     return place
 
@@ -154,6 +171,7 @@ def call(monkeypatch, place, out, *more) -> dict:
     """The facts of the one picture that the command draws."""
     words = ["--ckpt_path", place / "base.safetensors", "--output_path", out, "--n_iter", 1, "--n_samples", 1]
     words += ["--H", 64, "--W", 128, "--sampling_steps", 4, "--prompt", "a fox", "--skip_grid", *more]
+    keep_networks(monkeypatch)
     monkeypatch.setattr(sys, "argv", [text_to_image.__file__, *map(str, words)])
     runtime.run(text_to_image.main)
     return read_facts(out / "samples/00000.png")
@@ -179,7 +197,7 @@ def test_a_command_draws_with_base_and_refiner(monkeypatch, files, tmp_path):
         (["--guidance_rescale", 1.5], "--guidance_rescale must be between 0 and 1"),
         (["--refiner_start", -0.1], "--refiner_start must be between 0 and 1"),
         (["--refiner", "BASE"], "is no refiner of SDXL"),
-        (["--refiner", "REFINER", "--H", 96], "image size 96 is not divisible by 64"),
+        (["--refiner", "DEEP", "--H", 72], "image size 72 is not divisible by 16"),
         (
             ["--ckpt_path", "models/tiny-vpred.safetensors", "--H", 64, "--crop", 1, 1],
             "--crop is for Stable Diffusion XL",
@@ -187,7 +205,7 @@ def test_a_command_draws_with_base_and_refiner(monkeypatch, files, tmp_path):
     ],
 )
 def test_what_sdxl_cannot_be_told(monkeypatch, capsys, files, tmp_path, more, words):
-    names = {"BASE": files / "base.safetensors", "REFINER": files / "refiner.safetensors"}
+    names = {"BASE": files / "base.safetensors", "DEEP": files / "deep.safetensors"}
     more = [names.get(word, word) for word in more]
     with pytest.raises(SystemExit) as caught:
         call(monkeypatch, files, tmp_path / "out", *more)

@@ -11,7 +11,7 @@ import pytest
 import text_to_image
 import train_distillation
 import train_text_to_image
-from test_scripts import SMALLER, call, fill_place, quickly, refusal, run, sampling, tensors, training
+from test_scripts import QUICKLY, SMALLER, call, fill_place, refusal, run, sampling, tensors, training
 
 from ldm import checkpoint, drawing
 from ldm.checkpoint import lora
@@ -40,7 +40,7 @@ def place(tmp_path_factory):
 
 
 def distilling(place, output, *more) -> list[str]:
-    words = ["--updates_per_halving", 2, "--scale", 3, "--ckpt_save_interval", 1, "--cache_path", place / "cache"]
+    words = ["--updates_per_halving", 2, "--scale", 3, "--ckpt_save_interval", 1]
     return training(place, output, *words, *more)
 
 
@@ -171,7 +171,7 @@ def stopped_at(monkeypatch, step):
 def runs(place):
     """Two runs 8 -> 4 -> 2 -> 1: one undisturbed, one stopped in a stage and at the end of one."""
     whole, parts = place / "whole", place / "parts"
-    words = ["--start_steps", 8, "--updates_per_halving", 3, 2, 1, "--ema_decay", 0.5, *quickly(place)]
+    words = ["--start_steps", 8, "--updates_per_halving", 3, 2, 1, "--ema_decay", 0.5, *QUICKLY]
     words += ["--gradient_accumulation_steps", 2]
     prompts = ["--validation_prompts", "a cat", "--validation_interval", 0]
     with pytest.MonkeyPatch.context() as patch:
@@ -233,7 +233,7 @@ def test_the_teachers_yaml_file_does_not_hide_that_a_model_is_a_student(runs, pl
 
 
 def test_another_plan_is_another_run(runs, place, monkeypatch, capsys):
-    words = ["--start_steps", 8, "--updates_per_halving", 4, 2, 1, "--ema_decay", 0.5, *quickly(place)]
+    words = ["--start_steps", 8, "--updates_per_halving", 4, 2, 1, "--ema_decay", 0.5, *QUICKLY]
     words += ["--gradient_accumulation_steps", 2, "--resume", True]
     assert "halvings was" in refusal(monkeypatch, capsys, train_distillation, distilling(place, runs[0], *words))
 
@@ -271,7 +271,7 @@ def test_a_student_of_a_range_of_scales_is_told_one(place, tmp_path, monkeypatch
         drawn.append((output / "samples/00000.png").read_bytes())
     assert drawn[0] != drawn[1] and "without them" in caplog.text and "was distilled for" not in caplog.text
     further = ["--pretrained_model_path", path, "--data_path", place / "data", "--output_path", tmp_path / "further"]
-    call(monkeypatch, train_distillation, [*further, "--updates_per_halving", 1, "--train_batch_size", 2])
+    call(monkeypatch, train_distillation, [*further, "--updates_per_halving", 1, "--train_batch_size", 2, *QUICKLY])
     assert config_of(tmp_path / "further/ckpt/rank_0/student-1.safetensors").sampling.distilled_guidance == (1.0, 8.0)
     said = [*further[:2], "--data_path", place / "data", "--output_path", tmp_path / "no"]
     assert "was distilled" in _refused(monkeypatch, said)

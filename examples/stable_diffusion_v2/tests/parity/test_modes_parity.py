@@ -66,9 +66,9 @@ def pair(request, tmp_path_factory):
 def test_unet(pair):
     _, ours, theirs = pair
     unet, rng = theirs["unet"], np.random.default_rng(0)
-    z = rng.standard_normal((2, unet.config.in_channels, 16, 16), np.float32)
-    context = rng.standard_normal((2, 77, unet.config.cross_attention_dim), np.float32)
-    t = np.array([3, 977], np.int32)
+    z = rng.standard_normal((4, unet.config.in_channels, 16, 16), np.float32)  # shapes as in the steps, one graph
+    context = rng.standard_normal((4, 77, unet.config.cross_attention_dim), np.float32)
+    t = np.array([3, 977, 0, 500], np.int32)
     with torch.no_grad():
         wanted = unet(*map(torch.from_numpy, (z, t, context))).sample.numpy()
     assert relative_rms(ours.model.unet(*map(Tensor, (z, t, context))).asnumpy(), wanted) <= 1e-4

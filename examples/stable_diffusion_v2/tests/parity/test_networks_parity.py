@@ -47,9 +47,9 @@ def pair(request):
 def test_unet(pair):
     model, config, unet, _, _ = pair
     rng = np.random.default_rng(0)
-    z = rng.standard_normal((2, 4, side(config), side(config)), np.float32)
-    context = rng.standard_normal((2, 77, config.unet.context_dim), np.float32)
-    t = np.array([3, 977], np.int32)
+    z = rng.standard_normal((4, 4, side(config), side(config)), np.float32)  # shapes as in the guided steps, one graph
+    context = rng.standard_normal((4, 77, config.unet.context_dim), np.float32)
+    t = np.array([3, 977, 0, 500], np.int32)
     with torch.no_grad():
         wanted = unet(torch.from_numpy(z), torch.from_numpy(t), torch.from_numpy(context)).sample.numpy()
     got = model.unet(Tensor(z), Tensor(t), Tensor(context)).asnumpy()

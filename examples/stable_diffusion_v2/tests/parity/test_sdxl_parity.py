@@ -110,7 +110,7 @@ class Networks(NamedTuple):
 def networks_of(theirs) -> Networks:
     rng = np.random.default_rng(0)
     unet = theirs.unet.config
-    z = rng.standard_normal((2, 4, 16, 16), np.float32)
+    z = rng.standard_normal((2, 4, 8, 16), np.float32)  # the shape of the guided steps, one graph
     context = rng.standard_normal((2, 77, unet.cross_attention_dim), np.float32)
     pooled = theirs.text_encoder_2.config.projection_dim
     vector = rng.standard_normal((2, pooled), np.float32)
