@@ -29,7 +29,10 @@ RANK, ALPHA = 4, 6.0
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
+CASES = [("sd1", "eps"), ("sd2", "v"), ("sd2", "x0")]  # every network and every type; a network knows no type
+
+
+@pytest.fixture(scope="module")
 def pair(request):
     """(our model with adapters, its places by PEFT's names, PEFT's UNet, the config), A and B random and the same."""
     config = CONFIGS[request.param]
@@ -53,8 +56,9 @@ def pair(request):
     return model, found, theirs, config
 
 
-@pytest.mark.parametrize("name", PREDICTIONS)
+@pytest.mark.parametrize(("pair", "name"), CASES, indirect=["pair"])
 def test_gradients_are_pefts(pair, name):
+    assert {each for _, each in CASES} == {*PREDICTIONS}
     model, found, theirs, config = pair
     rng, schedule, prediction = np.random.default_rng(1), build_schedule(config.schedule), get_prediction(name)
     x0, eps = (rng.standard_normal((2, 4, 16, 16)).astype(np.float32) for _ in range(2))
