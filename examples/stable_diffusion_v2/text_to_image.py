@@ -25,6 +25,7 @@ from ldm.drawing import (
     Output,
     Picture,
     batches,
+    check_room,
     counted,
     file_facts,
     find_model,
@@ -127,15 +128,18 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Job:
             check_config(found.config, *way.sides)
         way.sampler.times(build_schedule(config.schedule), way.steps)  # raises for a wrong number of steps
     marks = marks_of(args.check_safety, args.add_watermark, {way.sides[-2:] for way in ways.values()})
-    with ranks.main_first("folder"):
-        samples = make_folder(Path(args.output_path) / "samples")
-        if ranks.is_main:
-            runtime.until_end(claimed(args.output_path, "drawing"))
-    ranks.check_shared(samples)
     facts = {own: run_facts(args, config, model.path, way) for own, way in ways.items()}
     if args.from_image:
         facts = {own: {**each, **file_facts(args, model.path)} for own, each in facts.items()}
         check_same(args, facts[pictures[0].own])
+    check_room(pictures, args, facts)
+    with ranks.main_first("folder"):
+        samples = make_folder(Path(args.output_path) / "samples")
+        if args.preview_interval:
+            make_folder(samples.with_name("previews"))
+        if ranks.is_main:
+            runtime.until_end(claimed(args.output_path, "drawing"))
+    ranks.check_shared(samples)
     if args.resume:
         files = file_facts(args, model.path) if next_number(samples) else {}
         facts = {own: {**each, **files} for own, each in facts.items()}

@@ -22,7 +22,7 @@ from ldm.config.model import REFINER_NUMBERS, ModelConfig, changed, load_model_c
 from ldm.config.options import require_at_least
 from ldm.config.versions import VERSIONS, existing, find_checkpoint, rest_of
 from ldm.config.yaml_file import search
-from ldm.data.prompts import own_settings, paired, read_lines
+from ldm.data.prompts import has_near_settings, own_settings, paired, read_lines
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
 from ldm.files import escaped
@@ -36,12 +36,13 @@ from ldm.pictures import (
     next_number,
     read_facts,
     read_png,
+    require_room,
     save_drawn,
     save_png,
 )
 from ldm.pipeline import Pipeline, Settings, sampler_of, settings_for
 from ldm.preview import Preview
-from ldm.text.emphasis import has_weights
+from ldm.text.emphasis import check_weights, has_weights
 from ldm.text.tokenizer import Tokenizer
 from ldm.weights import (
     choose_config,
@@ -66,6 +67,8 @@ WITHOUT = {
     "watermark": False,
     **dict.fromkeys(modes.FACTS),
 }  # facts that pictures once had not, and how they were drawn
+MOST_PICTURES = 1_000_000  # of a run; their list takes some hundred bytes for each
+ROOM_FOR_FILES = 1024  # bytes of the facts that are not known before pictures are drawn
 IN_GRID = 64  # the most pictures: those of a long prompt file would fill the memory
 
 
@@ -94,12 +97,18 @@ def paired_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
     without = sum(not negative for _, negative in pairs)
     if without and args.negative_data_path:
         log.info("%d of %d prompts have a blank line for a negative prompt, which is none", without, len(pairs))
-    for text in (text for pair in pairs for text in pair):
+    return pairs
+
+
+def _check_texts(pictures: list[Picture], weighted: bool) -> None:
+    """UserError where a prompt is no text, or has weights that nothing can be made of."""
+    for text in dict.fromkeys(text for picture in pictures for text in picture[:2]):
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(f"the prompt {text!r} is not UTF-8: convert it, or set the terminal's locale") from None
-    return pairs
+        if weighted:
+            check_weights(text)
 
 
 def plan(args: argparse.Namespace) -> list[Picture]:
@@ -110,14 +119,35 @@ def plan(args: argparse.Namespace) -> list[Picture]:
         raise UserError("--check_safety does not see previews: leave out --preview_interval, or the check")
     if args.from_image:
         own = (("seed", args.seed),)  # its noise is the seed's for this number
-        return [Picture(args.prompt, args.negative_prompt, 0, own, args.repeated["number"])]
+        pictures = [Picture(args.prompt, args.negative_prompt, 0, own, args.repeated["number"])]
+    else:
+        pictures = _pictures_of_lines(args)
+    _check_texts(pictures, args.prompt_weights)
+    return pictures
+
+
+def _pictures_of_lines(args: argparse.Namespace) -> list[Picture]:
     pictures: list[Picture] = []
     for line, negative in paired_prompts(args):
         prompt, own = own_settings(line) if args.data_path else (line, ())
         wanted = dict(own).get("n", args.n_iter * args.n_samples)
         own = tuple((key, value) for key, value in own if key != "n")
+        if len(pictures) + wanted > MOST_PICTURES:
+            raise UserError(f"more than {MOST_PICTURES:,} pictures are asked for: draw fewer in one run")
         pictures += [Picture(prompt, negative, len(pictures) + i, own, i) for i in range(wanted)]
+    if args.data_path:
+        _warn_of_near_settings(list(dict.fromkeys(picture.prompt for picture in pictures)))
     return pictures
+
+
+def _warn_of_near_settings(prompts: list[str]) -> None:
+    near = [prompt for prompt in prompts if has_near_settings(prompt)]
+    if near:
+        log.warning(
+            "%d prompts such as %s are read as words alone: settings stand behind ' | ', as in a fox | seed=3 steps=30",
+            len(near),
+            escaped(near[0]),
+        )
 
 
 class Model(NamedTuple):
@@ -184,6 +214,8 @@ def settings_of(args: argparse.Namespace, config: ModelConfig) -> Settings:
         guidance_rescale=args.guidance_rescale,
         zeros_for_empty=args.zeros_for_empty_prompt,
     )
+    if not np.isfinite(settings.guidance_scale):
+        raise UserError(f"--scale must be a finite number, got {settings.guidance_scale}")
     if not 0 <= settings.guidance_rescale <= 1:
         raise UserError(f"--guidance_rescale must be between 0 and 1, got {settings.guidance_rescale}")
     settings = replace(
@@ -211,6 +243,9 @@ def ways_to_draw(args: argparse.Namespace, config: ModelConfig, pictures: list[P
         if changes.get("scale") == 1:
             changes["guidance_interval"] = None
         ways[own] = settings_of(argparse.Namespace(**{**vars(args), **changes}), config)
+    most = max(way.runs for way in ways.values())
+    if args.preview_interval and args.preview_interval > most:
+        raise UserError(f"--preview_interval {args.preview_interval} shows nothing of {most} steps: make it smaller")
     return {(): next(iter(ways.values())), **ways}
 
 
@@ -376,6 +411,13 @@ def picture_facts(picture: Picture, args: argparse.Namespace, run: dict) -> dict
     }
     number = noise_number(picture, args)
     return {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt, "number": number, **read, **run}
+
+
+def check_room(pictures: list[Picture], args: argparse.Namespace, facts: dict) -> None:
+    """UserError where the file of a picture has no room for what it is to say; `facts` as in `missing`."""
+    longest = max(pictures, key=lambda picture: len(ascii(picture[:2])))
+    said = {**picture_facts(longest, args, facts[longest.own]), "files": "0" * ROOM_FOR_FILES}
+    require_room(args.image_format, said, a1111.parameters(said))
 
 
 def missing(pictures: list[Picture], samples: Path, args: argparse.Namespace, facts: dict) -> list[Picture]:

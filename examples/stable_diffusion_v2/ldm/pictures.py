@@ -29,6 +29,7 @@ PARAMETERS = "parameters"  # A1111's; the entry of the facts too, in pictures of
 RECORD = "prompts.jsonl"
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # suffixes of drawn pictures, and Pillow's names
 QUALITY = 95  # of JPEG and WebP
+JPEG_ROOM = 65_533  # bytes of the EXIF data of a JPEG
 
 
 def make_folder(path: str | Path) -> Path:
@@ -75,17 +76,18 @@ def save_png(
     _write(picture, path, new, "PNG", pnginfo=entries)
 
 
-def _save_with_exif(picture: np.ndarray, path: Path, facts: dict, text: str) -> None:
-    """Write a JPEG or WebP: the facts are its ImageDescription, the text its UserComment, as A1111 has it."""
+def _exif(facts: dict, text: str) -> Image.Exif:
+    """The facts as ImageDescription, the text as UserComment, as A1111 has it."""
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = json.dumps(facts)  # ASCII, as EXIF wants it
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text.encode("utf-16-be")
-    try:
-        _write(
-            Image.fromarray(picture), path, True, FORMATS[path.suffix[1:]], quality=QUALITY, subsampling=0, exif=exif
-        )
-    except ValueError as error:
-        raise UserError(f"cannot write {path}: {error}; a PNG has room for long prompts: --image_format png") from None
+    return exif
+
+
+def require_room(image_format: str, facts: dict, text: str) -> None:
+    """UserError where a picture of this format has no room for its facts and text."""
+    if image_format == "jpg" and len(_exif(facts, text).tobytes()) > JPEG_ROOM:
+        raise UserError("a JPEG has no room for prompts of such length: --image_format png or webp has")
 
 
 def _write(picture: Image.Image, path: Path, new: bool, form: str, **options) -> None:
@@ -111,7 +113,9 @@ def save_drawn(picture: np.ndarray, path: Path, facts: dict, parameters: str = "
         text = {PARAMETERS: parameters} if parameters else {}
         save_png(picture, path, {**text, ENTRY: json.dumps(facts, ensure_ascii=False)}, new=True)
     else:
-        _save_with_exif(picture, path, facts, parameters)
+        require_room(path.suffix[1:], facts, parameters)
+        options = {"quality": QUALITY, "subsampling": 0, "exif": _exif(facts, parameters)}
+        _write(Image.fromarray(picture), path, True, FORMATS[path.suffix[1:]], **options)
     line = json.dumps({"file": path.name, **facts}, ensure_ascii=False).encode() + b"\n"
     record = path.with_name(RECORD)
     try:
@@ -192,6 +196,7 @@ def pasted(pictures: np.ndarray, known: np.ndarray, hole: np.ndarray, edge: int)
 def grid(pictures: np.ndarray, rows: int) -> np.ndarray:
     """Pictures uint8 [N, H, W, 3] in a grid of so many rows on white."""
     n, h, w, _ = pictures.shape
+    rows = min(rows, n)
     columns = -(-n // rows)
     out = np.full((rows * (h + GAP) + GAP, columns * (w + GAP) + GAP, 3), 255, np.uint8)
     for i, picture in enumerate(pictures):

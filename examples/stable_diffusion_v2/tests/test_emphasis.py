@@ -5,7 +5,8 @@ import pytest
 from mindspore import Tensor
 
 from ldm.conditioning import AS_IT_IS, Conditioner, Wording, weighed
-from ldm.text.emphasis import has_weights, spans, weighted_tokens
+from ldm.errors import UserError
+from ldm.text.emphasis import check_weights, has_weights, spans, weighted_tokens
 from ldm.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(vocab_size=2000, context_length=7)
@@ -42,6 +43,20 @@ def test_every_text_of_brackets_is_read():
     for _ in range(2000):
         prompt = "".join(rng.choice(list("()[]:\\\\a1. "), 12))
         assert all(np.isfinite(weight) for _, weight in spans(prompt))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["(" * 200 + "fox", "(" * 9000 + "a" + ")" * 9000, f"(fox:{'9' * 400})", "(x:-1e)(fox:-1000001)"]
+)
+def test_weights_that_nothing_can_be_made_of(prompt):
+    with pytest.raises(UserError, match="has weights above 1,000,000: lower them, or use fewer brackets"):
+        check_weights(prompt)
+    assert has_weights(prompt)  # without an error, because brackets can be plain characters
+
+
+def test_thousands_of_brackets_that_say_little():
+    check_weights("(fox:1.3) " + "([" * 3000 + "x" + "])" * 3000 + "[" * 9000 + "fox")
+    check_weights("(" * 9000)
 
 
 def test_tokens_have_the_weights_of_their_words():

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import text_to_image
+from full_disk import files_of_at_most
 from PIL import ExifTags, Image
 from test_scripts import call, place, refusal, sampling  # noqa: F401
 
+from ldm import runtime
 from ldm.data.images import decode, to_float
 from ldm.errors import UserError
 from ldm.model import StableDiffusion
 from ldm.parts import VAE
-from ldm.pictures import find_drawn, next_number, read_facts, read_png, read_record, save_drawn
+from ldm.pictures import GAP, find_drawn, grid, next_number, read_facts, read_png, read_record, save_drawn
 from ldm.preview import Preview
 from ldm.weights import choose_config, open_weights
 
@@ -54,10 +56,39 @@ def test_a_jpeg_is_drawn_again_and_resumed(place, tmp_path, monkeypatch, capsys)
     assert "00000.jpg was drawn with hires_scale 1.5, not None" in line
 
 
-def test_a_text_that_a_jpeg_has_no_room_for(tmp_path):
-    with pytest.raises(UserError, match="--image_format png"):
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_full_disk_leaves_no_half_picture(suffix, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    with pytest.raises(UserError, match="nothing is left behind; make room there"), files_of_at_most(500):
+        save_drawn(noise, tmp_path / f"00000.{suffix}", {"prompt": "a cat"}, "a cat")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "prompts.jsonl").write_bytes(b"\n" * 100_000)  # no room for a line, but for a picture
+    with pytest.raises(UserError, match="the picture itself is there"), files_of_at_most(100_010):
+        save_drawn(noise, tmp_path / f"00000.{suffix}", {"prompt": "a cat"}, "a cat")
+    assert read_facts(tmp_path / f"00000.{suffix}") == {"prompt": "a cat"}
+    save_drawn(noise, tmp_path / f"00001.{suffix}", {"prompt": "a dog"})
+    assert read_record(tmp_path / "prompts.jsonl").keys() == {f"00001.{suffix}"}
+
+
+def test_a_text_that_a_jpeg_has_no_room_for(place, tmp_path, monkeypatch, capsys):  # noqa: F811
+    with pytest.raises(UserError, match="--image_format png or webp has"):
         save_drawn(np.zeros((8, 8, 3), np.uint8), tmp_path / "00000.jpg", {"prompt": "緑" * 20000}, "x")
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(runtime, "start", None)
+    words = sampling(place, tmp_path / "out", "--image_format", "jpg", "--prompt", "緑の家" * 3000)
+    assert "a JPEG has no room for prompts of such length" in refusal(monkeypatch, capsys, text_to_image, words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_previews_is_tried_before_anything_is_drawn(place, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(runtime, "start", None)
+    (tmp_path / "previews").write_text("")
+    line = refusal(monkeypatch, capsys, text_to_image, sampling(place, tmp_path, *WORDS, "--preview_interval", 1))
+    assert "previews: File exists; choose another --output_path" in line
+
+
+def test_a_grid_has_no_more_rows_than_pictures():
+    assert grid(np.zeros((2, 4, 6, 3), np.uint8), 10**9).shape == (2 * 4 + 3 * GAP, 6 + 2 * GAP, 3)
 
 
 def test_the_linear_map_shows_the_picture():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm.data.prompts import own_settings, paired, read_lines
+from ldm.data.prompts import has_near_settings, own_settings, paired, read_lines
 from ldm.errors import UserError
 
 
@@ -84,6 +84,7 @@ def test_a_negative_prompt_beside_no_prompt_is_an_error(lines, number):
             (("H", 128), ("W", 64), ("n", 2), ("scale", 2.5), ("steps", 30)),
         ),
         ("a fox | red=1 blue", "a fox | red=1 blue", ()),
+        ("| seed=3", "", (("seed", 3),)),
         ("seed=3", "seed=3", ()),
         ("a fox| seed=3", "a fox| seed=3", ()),
     ],
@@ -96,6 +97,7 @@ def test_settings_of_a_line(line, prompt, own):
     ("tail", "word"),
     [
         ("seed=3 sede=4", "sede=4"),
+        ("seed=", "seed="),
         ("seed=-1", "seed=-1"),
         ("steps=3.5", "steps=3.5"),
         ("scale=nan", "scale=nan"),
@@ -109,3 +111,15 @@ def test_settings_of_a_line_that_mean_nothing(tail, word):
         UserError, match=f"says {word} behind.*seed=, scale=, steps=, W=, H=, n=, .*hires_strength=, each once"
     ):
         own_settings(f"a fox | {tail}")
+
+
+@pytest.mark.parametrize(
+    "line", ["a fox |seed=3", "a fox| steps = 9", "a fox seed=3", "a fox | sed=3", "a fox | SEED=3"]
+)
+def test_words_that_were_perhaps_meant_for_settings(line):
+    assert own_settings(line) == (line, ()) and has_near_settings(line)
+
+
+@pytest.mark.parametrize("line", ["a fox", "a | b", "E=mc2 on a blackboard", "Steps: 20, Seed: 3", "n=2"])
+def test_words_that_were_not(line):
+    assert not has_near_settings(line)

@@ -1,5 +1,7 @@
 """Lines of a prompt file with settings of their own, prompts of several lengths, and pictures drawn again."""
 
+import json
+
 import numpy as np
 import pytest
 import text_to_image
@@ -8,8 +10,9 @@ from test_scripts import call, place, refusal, sampling  # noqa: F401
 from ldm import checkpoint
 from ldm.a1111 import parameters
 from ldm.drawing import batches
-from ldm.pictures import read_facts, read_png, save_png
-from ldm.repeat import take_facts
+from ldm.errors import UserError
+from ldm.pictures import ENTRY, read_facts, read_png, save_png
+from ldm.repeat import LARGEST_BATCH, take_facts
 
 LINES = "a cat\na dog | seed=7 steps=2 n=2\na cow | W=64 scale=1\n"
 
@@ -95,9 +98,56 @@ def test_a_picture_is_drawn_again_from_what_its_file_says(drawn, place, tmp_path
         (["--from_image", place / "no.png"], "no.png does not exist"),
     ):
         assert said in refusal(monkeypatch, capsys, text_to_image, again(place, tmp_path / "no", drawn, *more))
+        assert not (tmp_path / "no").exists()
     save_png(read_png(drawn), tmp_path / "plain.png")
     line = refusal(monkeypatch, capsys, text_to_image, again(place, tmp_path / "no", tmp_path / "plain.png"))
     assert "does not say how it was made" in line
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        *[("number", -1), ("number", 1.0), ("batch_size", 0), ("seed", "x"), ("seed", [1]), ("sampler", "sgd")],
+        *[("prompt", None), ("prompt_weights", 1), ("H", 2.5), ("scale", {}), ("dtype", "int8")],
+        *[("guidance_interval", [1]), ("guidance_interval", "ab"), ("hires_scale", "x"), ("sizes", 5)],
+        *[("refiner", [1]), ("init_image", 3), ("long_prompts", None)],
+    ],
+)
+def test_a_picture_whose_text_was_changed(fact, value, place, tmp_path):  # noqa: F811
+    facts = {"prompt": "a cat", "number": 0, "seed": 1, "sampler": "ddim", "checkpoint": "base.safetensors"}
+    save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "x.png", {ENTRY: json.dumps({**facts, fact: value})})
+    parser = text_to_image.build_parser()
+    args = parser.parse_args(["--from_image", str(tmp_path / "x.png")])
+    with pytest.raises(UserError, match=r"x\.png: it says \w+ .*, so its text was changed"):
+        take_facts(args, parser)
+
+
+def test_a_picture_asks_for_a_batch_of_some_size_at_most(tmp_path):
+    facts = {"prompt": "a \ud800", "number": 0, "seed": 1, "sampler": "ddim", "checkpoint": "../x", "batch_size": 10**9}
+    save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "x.png", {ENTRY: json.dumps(facts)})
+    parser = text_to_image.build_parser()
+    args = parser.parse_args(["--from_image", str(tmp_path / "x.png")])
+    take_facts(args, parser)
+    assert args.batch_size == LARGEST_BATCH and not args.ckpt_path
+    with pytest.raises(UserError, match="is not UTF-8"):
+        text_to_image.plan(args)
+
+
+@pytest.mark.parametrize("tail", ["n=99999999999", "n=600000"])
+def test_more_pictures_than_a_list_can_hold(tail, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"a cat | {tail}\n" * 2)
+    args = text_to_image.build_parser().parse_args(["--data_path", str(tmp_path / "prompts.txt")])
+    with pytest.raises(UserError, match="more than 1,000,000 pictures are asked for"):
+        text_to_image.plan(args)
+
+
+def test_near_settings_are_told(tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("a cat |seed=3\na dog | seed=3\n")
+    text_to_image.plan(text_to_image.build_parser().parse_args(["--data_path", str(tmp_path / "prompts.txt")]))
+    assert caplog.messages == [
+        "1 prompts such as a cat |seed=3 are read as words alone: settings stand behind ' | ', as in a fox | seed=3 "
+        "steps=30"
+    ]
 
 
 def test_what_the_options_change_of_a_picture(drawn, place):  # noqa: F811

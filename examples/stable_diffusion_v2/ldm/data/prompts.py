@@ -85,6 +85,12 @@ LINE_SETTINGS = {  # of a line, and how its text is read
 }
 
 
+def has_near_settings(prompt: str) -> bool:
+    """Whether a prompt has words that look as if they were meant for settings."""
+    keys = "|".join(key for key in LINE_SETTINGS if len(key) > 1)
+    return bool(re.search(rf"\|[^|]*\b\w+\s*=|\b(?:{keys})\s*=", prompt))
+
+
 def own_settings(line: str) -> tuple[str, tuple[tuple[str, float | str], ...]]:
     """The prompt of a line, and its own settings: the words key=value behind the last " | ".
 
@@ -93,14 +99,14 @@ def own_settings(line: str) -> tuple[str, tuple[tuple[str, float | str], ...]]:
     Raises:
         UserError: settings beside other words, a value that is none, or a setting that is said twice.
     """
-    prompt, bar, tail = line.rpartition(" | ")
-    pairs = [re.fullmatch(r"(\w+)=(\S+)", word) for word in tail.split()]
+    prompt, bar, tail = f" {line}".rpartition(" | ")
+    pairs = [re.fullmatch(r"(\w+)=(\S*)", word) for word in tail.split()]
     if not bar or not any(pair and pair[1] in LINE_SETTINGS for pair in pairs):
         return line, ()
     said: dict[str, float | str] = {}
     for word, pair in zip(tail.split(), pairs):
         try:
-            if not pair or pair[1] in said:
+            if not pair or not pair[2] or pair[1] in said:
                 raise KeyError
             said[pair[1]] = LINE_SETTINGS[pair[1]](pair[2])
         except (KeyError, ValueError):

@@ -8,26 +8,32 @@ to the end of the prompt; one that nothing opens is a plain character.
 from __future__ import annotations
 
 import re
+from itertools import groupby
 
+import numpy as np
+
+from ldm.errors import UserError
+from ldm.files import escaped
 from ldm.text.tokenizer import Tokenizer
 
 STEP = 1.1  # of one pair of brackets
+LARGEST = 1_000_000  # weight; far larger ones would overflow
 _PART = re.compile(r"\\[()\[\]\\]|[(\[)\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|.", re.DOTALL)
 
 
 def spans(prompt: str) -> list[tuple[str, float]]:
     """The prompt's text in pieces with the weight of each; neighbours have different weights."""
-    parts: list[list] = []  # [text, weight]
+    texts: list[str] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
+    closed: list[tuple[int, int, float]] = []  # from one text to another, and the factor of what is between
 
     def close(bracket: str, factor: float) -> None:
-        for part in parts[opened[bracket].pop() :]:
-            part[1] *= factor
+        closed.append((opened[bracket].pop(), len(texts), factor))
 
     for match in _PART.finditer(prompt):
         text, weight = match.group(), match.group(1)
         if text in opened:
-            opened[text].append(len(parts))
+            opened[text].append(len(texts))
         elif weight is not None and opened["("]:
             close("(", float(weight))
         elif text == ")" and opened["("]:
@@ -35,16 +41,30 @@ def spans(prompt: str) -> list[tuple[str, float]]:
         elif text == "]" and opened["["]:
             close("[", 1 / STEP)
         else:
-            parts.append([text[1:] if len(text) == 2 and text[0] == "\\" else text, 1.0])
+            texts.append(text[1:] if len(text) == 2 and text[0] == "\\" else text)
     for bracket, factor in (("(", STEP), ("[", 1 / STEP)):
         while opened[bracket]:
             close(bracket, factor)
-    joined: list[tuple[str, float]] = []
-    for text, weight in parts:
-        if joined and joined[-1][1] == weight:
-            text = joined.pop()[0] + text
-        joined.append((text, weight))
-    return joined
+    weights = _products(len(texts), closed)
+    parts = groupby(zip(texts, weights.tolist()), key=lambda part: part[1])
+    return [("".join(text for text, _ in alike), weight) for weight, alike in parts]
+
+
+def _products(count: int, closed: list[tuple[int, int, float]]) -> np.ndarray:
+    """The product of all factors that each text is inside of, [count]."""
+    weights = np.ones(count)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start, end, factor in closed:
+            weights[start:end] *= factor
+    return np.nan_to_num(weights, nan=np.inf)
+
+
+def check_weights(prompt: str) -> None:
+    """UserError where a weight is above LARGEST."""
+    if any(abs(weight) > LARGEST for _, weight in spans(prompt)):
+        raise UserError(
+            f"the prompt {escaped(prompt)} has weights above {LARGEST:,}: lower them, or use fewer brackets"
+        )
 
 
 def has_weights(prompt: str) -> bool:
