@@ -10,8 +10,9 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import BinaryIO
 
@@ -196,6 +197,27 @@ def sha256(path: str | Path) -> bytes:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.digest()
+
+
+def once_for_each_file(function: Callable) -> Callable:
+    """The function of a file's path and more; each result is kept as long as the file's length and times are the same.
+
+    A path that leads to no file goes to the function every time.
+    """
+    kept: dict[tuple, object] = {}
+
+    @wraps(function)
+    def of(path, *more):
+        try:
+            found = os.stat(path)
+        except (OSError, ValueError):  # ValueError: a NUL in the name
+            return function(path, *more)
+        key = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, *more
+        if key not in kept:
+            kept[key] = function(path, *more)
+        return kept[key]
+
+    return of
 
 
 def quoted(word: object, length: int = 80) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from ldm.config.model import NEEDS, ModelConfig
 from ldm.data.inputs import Inputs
 from ldm.errors import UserError
-from ldm.files import escaped, sha256
-from ldm.pipeline import Settings
+from ldm.files import escaped, once_for_each_file, sha256
+from ldm.pipeline import Settings, check_config
 
 STRENGTH, LARGER_STRENGTH = 0.8, 0.5  # where the command says none
 FILES = tuple(field.name for field in fields(Inputs))  # the options that name a picture file
@@ -39,7 +39,8 @@ def with_inputs(settings: Settings, args: argparse.Namespace, config: ModelConfi
     inputs = Inputs(**{name: getattr(args, name) or None for name in FILES})
     step = config.vae.factor * config.unet.factor
     height, width = inputs.sides(args.H or None, args.W or None, config.image_size, step)
-    inputs.check()
+    check_config(config, height, width)
+    inputs.check(height, width)
     strength = 1.0
     if inputs.init_image:
         strength = (1.0 if inputs.mask else STRENGTH) if args.strength is None else args.strength
@@ -108,6 +109,7 @@ def facts(settings: Settings) -> dict:
     return found
 
 
+@once_for_each_file
 def _sha256(path: str) -> str:
     try:
         return sha256(path).hex()

@@ -25,6 +25,7 @@ from ldm.pictures import enlarged, pasted, to_uint8
 from ldm.randomness import between, generator
 from ldm.runtime import give_back_memory
 
+LARGEST_SIDE = 1 << 14  # of a picture, in pixels
 CACHED_PROMPTS = 256  # their features take 80 MB in SD 2.x
 
 
@@ -32,12 +33,14 @@ def check_config(config: ModelConfig, *sides: int) -> None:
     """Check a config, and a picture's sides in pixels, before any network is built.
 
     Raises:
-        UserError: unknown prediction type or schedule, or two that do not go together; a side that is not divisible by
-            the factors of autoencoder and UNet.
+        UserError: unknown prediction type or schedule, or two that do not go together; a side that is too large, or not
+            divisible by the factors of autoencoder and UNet.
     """
     build_schedule(config.schedule).check(get_prediction(config.prediction_type))
     step = config.vae.factor * config.unet.factor
     for side in sides:
+        if side > LARGEST_SIDE:
+            raise UserError(f"image size {side} is too large: at most {LARGEST_SIDE}")
         if side < step or side % step:
             near = max(step, round(side / step) * step)
             raise UserError(

@@ -1,21 +1,26 @@
 """What a drawing begins with: a picture, a mask, a depth map, two seeds, and the larger picture that follows."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import text_to_image
 import train_text_to_image
-from PIL import Image
+from PIL import ExifTags, Image
 from test_samplers import SD, ZERO, mixture
 from test_scripts import CONFIG, call, place, refusal, sampling, training  # noqa: F401
 
-from ldm import checkpoint, runtime
+from ldm import checkpoint, modes, runtime
 from ldm.a1111 import parameters
 from ldm.config.model import load_model_config, save_model_config
+from ldm.data import inputs
+from ldm.data.images import decode_grey
 from ldm.data.inputs import Inputs
 from ldm.diffusion.denoiser import Blend
 from ldm.diffusion.samplers import SAMPLERS, get_sampler
+from ldm.drawing import run_facts, ways_to_draw
 from ldm.errors import UserError
 from ldm.model import StableDiffusion
 from ldm.parts import UNET
@@ -114,6 +119,14 @@ def test_a_file_covers_the_drawing(files):
     assert (depth.min(), depth.max()) == (-1, 1) and len(np.unique(depth)) > 256  # 16 bits
 
 
+def test_a_grey_picture_of_16_bits_is_turned_too(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera's top is at the right
+    values = np.arange(8, dtype=np.uint16).reshape(2, 4) * 9000
+    Image.fromarray(values).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_allclose(decode_grey(tmp_path / "turned.png") * 65535, np.rot90(values, -1), atol=0.01)
+
+
 # ---- drawing ----
 
 
@@ -204,6 +217,34 @@ def test_lines_begin_with_pictures_of_their_own(files, place, tmp_path, monkeypa
     assert drawn[0].shape == (32, 48, 3) and drawn[1].shape == (32, 32, 3)
 
 
+def test_each_file_is_decoded_and_hashed_once_for_all_lines(files, tmp_path, monkeypatch):
+    """Before drawing, by every line that names it; a file that has changed is read again."""
+    init, mask = (Path(shutil.copy(files / name, tmp_path)) for name in ("init.png", "mask.png"))
+    line = f"a red house | init_image={init} mask={mask} strength="
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{line}{0.4 + k / 100}" for k in range(20)))
+    read = []
+
+    def counted(function):
+        return lambda path: read.append((function.__name__, Path(path).name)) or function(path)
+
+    for module, name in ((inputs, "decode"), (inputs, "decode_grey"), (modes, "sha256")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    args = text_to_image.build_parser().parse_args(["--data_path", str(tmp_path / "prompts.txt")])
+
+    def facts():
+        ways = ways_to_draw(args, CONFIG, text_to_image.plan(args))
+        assert len(ways) == 21
+        return [run_facts(args, CONFIG, "base", way) for way in ways.values()]
+
+    first = [facts(), facts()][0]
+    both = [("sha256", "init.png"), ("sha256", "mask.png")]
+    assert sorted(read) == [("decode", "init.png"), ("decode_grey", "mask.png"), *both]
+    assert len({each["strength"] for each in first}) == 20
+    Image.fromarray(255 - read_png(init)).save(init)
+    assert facts()[0]["init_image_sha256"] != first[0]["init_image_sha256"]
+    assert read[4:] == [("decode", "init.png"), ("sha256", "init.png")]
+
+
 @pytest.fixture
 def nowhere(place, tmp_path):  # noqa: F811
     """(options of a drawing, its folder)."""
@@ -222,11 +263,19 @@ def nowhere(place, tmp_path):  # noqa: F811
         (["--init_image", "init.png", "--strength", 1.5], "--strength must be above 0, and at most 1, got 1.5"),
         (["--init_image", "init.png", "--strength", 0.3], "--strength 0.3 of 3 steps is less than one step"),
         (["--init_image", "init.png", "--mask", "depth.png"], "has 32x32 pixels, --init_image 48x32"),
-        (["--init_image", "init.png", "--mask", "black.png"], "is black: paint white what is to be drawn anew"),
+        (
+            ["--init_image", "init.png", "--mask", "black.png"],
+            "has no white in the drawn part: paint white what",
+        ),
         (["--init_image", "init.png", "--W", 50], "50 is not divisible by 4"),
         (["--depth_map", "depth.png"], "--depth_map is for a depth model"),
         (["--variation_seed", 5, "--variation_strength", 2], "--variation_strength must be between 0 and 1"),
         (["--hires_scale", 1], "--hires_scale must be above 1"),
+        (["--strength", "nan", "--init_image", "init.png"], "--strength must be above 0, and at most 1, got nan"),
+        (["--scale", "nan"], "--scale must be a finite number, got nan"),
+        (["--preview_interval", 4], "--preview_interval 4 shows nothing of 3 steps"),
+        (["--H", 10**6], "image size 1000000 is too large: at most 16384"),
+        (["--init_image", "a\0b"], "cannot read the picture 'a\\x00b': embedded null byte"),
         (["--hires_scale", 2, "--hires_strength", 0.1], "--hires_strength 0.1 of 3 steps is less than one step"),
         (["--init_image", "init.png", "--mask", "mask.png", "--hires_scale", 2], "does not go with a mask"),
     ],

@@ -103,10 +103,10 @@ def decode(path: str | Path) -> np.ndarray:
 def decode_grey(path: str | Path) -> np.ndarray:
     """The brightness of a picture, float32 [height, width] from 0 to 1; 16 bits stay 16. BadImageError as above."""
     with opened(path) as image, _room.take(image.width * image.height):
-        image.load()
+        image = _upright(image)
         if image.mode.startswith("I"):
-            return np.asarray(image).astype(np.float32) / 65535
-        return np.asarray(_upright_rgb(image).convert("L"), np.float32) / 255
+            return _values_of_16_bits(image).astype(np.float32) / 65535
+        return np.asarray(_to_rgb(image).convert("L"), np.float32) / 255
 
 
 def check_image(path: str) -> tuple[int, int]:
@@ -191,12 +191,17 @@ def _is_turned(image: Image.Image) -> bool:
     return False
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, turned by the camera's orientation mark."""
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned by the camera's orientation mark."""
     image.load()
     with suppress(Exception):  # pixels are usable beside a damaged camera record
         ImageOps.exif_transpose(image, in_place=True)
-    return _to_rgb(image)
+    return image
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB, turned by the camera's orientation mark."""
+    return _to_rgb(_upright(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -214,12 +219,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits as grey of 8 bits. Pillow's own conversion would clip every value above 255 to white."""
+    grey = Image.fromarray(np.round(_values_of_16_bits(image) / 257).astype(np.uint8))
+    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}  # it has 16 bits
+    return grey
+
+
+def _values_of_16_bits(image: Image.Image) -> np.ndarray:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("pixels of more than 16 bits, save it with 8 or 16 bits")
-    grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
-    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}  # it has 16 bits
-    return grey
+    return values
 
 
 def _scale(image: Image.Image, size: int) -> Image.Image:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm.data.images import LONGEST, decode, decode_grey, measure
+from ldm.data.images import LONGEST, decode, decode_grey
 from ldm.errors import UserError
-from ldm.files import escaped
+from ldm.files import escaped, once_for_each_file
+
+WHITE = 0.5  # the brightness from which a mask is white
 
 
 @dataclass(frozen=True)
@@ -37,47 +38,63 @@ class Inputs:
         file = self.init_image or self.depth_map
         if file is None or (height and width):
             return height or short, width or short
-        own = measure(file, short).original
+        own = _sides(file)
         by = short / min(own)
         if height or width:
             by = height / own[0] if height else width / own[1]
         found = (max(step, round(min(side * by, LONGEST * short) / step) * step) for side in own)
         return tuple(asked or side for asked, side in zip((height, width), found))
 
-    def check(self) -> None:
-        """UserError where a file cannot be read, or says nothing; all of them are decoded."""
-        own = decode(self.init_image).shape[:2] if self.init_image else None
+    def check(self, height: int, width: int) -> None:
+        """UserError where a file cannot be read, or says nothing in a drawing of these sides. All files are decoded."""
+        own = _sides(self.init_image) if self.init_image else None
         if self.mask:
-            other = decode_grey(self.mask).shape
+            other, _, most = _brightness(self.mask, height, width)
             if own != other:
                 raise UserError(
                     f"--mask {escaped(self.mask, 200)} has {other[1]}x{other[0]} pixels, --init_image "
                     f"{own[1]}x{own[0]}: give a mask of the same size"
                 )
-            if not self.hole(*own).any():
-                raise UserError(f"--mask {escaped(self.mask, 200)} is black: paint white what is to be drawn anew")
+            if most < WHITE:
+                raise UserError(
+                    f"--mask {escaped(self.mask, 200)} has no white in the drawn part: paint white what is drawn anew"
+                )
         if self.depth_map:
-            self.depth(*decode_grey(self.depth_map).shape)
+            _, far, near = _brightness(self.depth_map, height, width)
+            if far == near:
+                raise UserError(
+                    f"--depth_map {escaped(self.depth_map, 200)} has one brightness everywhere: it says nothing"
+                )
 
     def picture(self, height: int, width: int) -> np.ndarray:
         """init_image, uint8 [H, W, 3]."""
-        return _fitted(self.init_image, decode, height, width, Image.LANCZOS)
+        return _fitted(decode(self.init_image), height, width, Image.LANCZOS)
 
     def hole(self, height: int, width: int) -> np.ndarray:
         """Where the mask is white, truth values [H, W]."""
-        return _fitted(self.mask, decode_grey, height, width, Image.NEAREST) >= 0.5
+        return _fitted(decode_grey(self.mask), height, width, Image.NEAREST) >= WHITE
 
     def depth(self, height: int, width: int) -> np.ndarray:
-        """The depth map, float32 [H, W], from -1, the farthest, to 1; UserError where all is equally far away."""
-        grey = _fitted(self.depth_map, decode_grey, height, width, Image.BICUBIC)
+        """The depth map, float32 [H, W], from -1, the farthest, to 1."""
+        grey = _fitted(decode_grey(self.depth_map), height, width, Image.BICUBIC)
         far, near = grey.min(), grey.max()
-        if far == near:
-            raise UserError(
-                f"--depth_map {escaped(self.depth_map, 200)} has one brightness everywhere: it says nothing"
-            )
-        return 2 * (grey - far) / (near - far) - 1
+        return 2 * (grey - far) / max(near - far, np.finfo(np.float32).tiny) - 1
 
 
-def _fitted(file: str, read: Callable, height: int, width: int, method: int) -> np.ndarray:
+@once_for_each_file
+def _sides(file: str) -> tuple[int, int]:
+    """(height, width) of a picture that was decoded to its end."""
+    return decode(file).shape[:2]
+
+
+@once_for_each_file
+def _brightness(file: str, height: int, width: int) -> tuple[tuple[int, int], float, float]:
+    """(height, width) of a picture in grey, and its least and greatest brightness in a drawing of these sides."""
+    grey = decode_grey(file)
+    shown = _fitted(grey, height, width, Image.NEAREST)
+    return grey.shape, float(shown.min()), float(shown.max())
+
+
+def _fitted(picture: np.ndarray, height: int, width: int, method: int) -> np.ndarray:
     """The middle of a picture, scaled until it covers these sides."""
-    return np.asarray(ImageOps.fit(Image.fromarray(read(file)), (width, height), method))
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (width, height), method))
