@@ -8,6 +8,7 @@ It runs text_to_image.py with a prompt file. The sheet is OUTPUT/sheet.png.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,35 +22,61 @@ from ldm.config.options import Parser
 from ldm.pictures import GAP, read_png, save_png
 
 HERE = Path(__file__).resolve().parents[1]
-TEST = Path("datasets/emoji/noto/test")  # of HERE, without blanks for the prompt file
-TILE, HEAD, LEFT = 128, 24, 110
-STRENGTHS = 0.1, 0.2, 0.3, 0.5
-CHANGED = "tomato.png", "a drawing of an apple, green, noto style"
-MASKED = "tomato.png", "a drawing of a tomato, red, noto style"
+EMOJI = Path("datasets/emoji/noto/train")  # of HERE, without blanks for the prompt file
+TILE, HEAD, LEFT = 128, 24, 130
+STRENGTHS = 0.1, 0.2, 0.3, 0.6
+MASKED = "medical mask", "tongue", "open mouth"
+HIRES = 0.05, 0.1
 SAMPLER = ["--version", "tiny", "--sampling_steps", "20", "--batch_size", "1", "--n_iter", "1", "--n_samples", "1"]
+
+Cells = list[tuple[str, str]]  # of a row: the word above a picture, and its file or its line of the prompt file
+
+
+def from_picture(name: str, caption: str) -> Cells:
+    picture = EMOJI / name
+    line = f"{caption} | seed=1 init_image={picture} strength="
+    return [("the picture", str(picture)), *((f"strength {by}", f"{line}{by}") for by in STRENGTHS)]
+
+
+def masked(name: str, mask: Path) -> Cells:
+    picture = EMOJI / name
+    line = "a drawing of a face with {}, yellow, noto style | seed=1 init_image={} mask={}"
+    cells = [(what, line.format(what, picture, mask)) for what in MASKED]
+    return [("the picture", str(picture)), ("the mask", str(mask)), *cells]
+
+
+def larger(caption: str) -> Cells:
+    line = f"{caption} | seed=1"
+    cells = [(f"strength {by}", f"{line} hires_scale=1.5 hires_strength={by}") for by in HIRES]
+    return [("64x64", line), *cells, ("96x96 at once", f"{line} H=96 W=96")]
+
+
+def rows(mask: Path) -> list[tuple[str, Cells]]:
+    """What stands before each row, and its pictures."""
+    return [
+        ("--init_image", from_picture("grinning-face.png", "a drawing of an angry face with horns, pink, noto style")),
+        ("--init_image", from_picture("red-heart.png", "a drawing of a blue heart, noto style")),
+        ("--mask", masked("grinning-face.png", mask)),
+        ("--hires_scale 1.5", larger("a drawing of a fox, orange, noto style")),
+    ]
 
 
 def main() -> None:
     args = _options()
-    out = Path(args.output_path)
+    out = Path(args.output_path).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    changed, masked = TEST / CHANGED[0], TEST / MASKED[0]
     mask = Image.new("L", (64, 64))
-    ImageDraw.Draw(mask).rectangle((0, 0, 63, 27), 255)
+    ImageDraw.Draw(mask).rectangle((0, 34, 63, 63), 255)
     mask.save(out / "mask.png")
-    lines = [f"{CHANGED[1]} | init_image={changed} strength={strength} seed=1" for strength in STRENGTHS]
-    lines += [f"{MASKED[1]} | init_image={masked} mask={out / 'mask.png'} seed={seed}" for seed in (1, 2, 3)]
+    wanted = rows(Path(os.path.relpath(out / "mask.png", HERE)))
+    lines = [line for _, row in wanted for _, line in row if " | " in line]
     (out / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
-    drawn = _run(out, "--data_path", out / "prompts.txt")
-    rows = [
-        (
-            "--init_image",
-            ["the picture", *(f"strength {s}" for s in STRENGTHS)],
-            [read_png(HERE / changed), *drawn[:4]],
-        ),
-        ("--mask", ["the picture", "the mask", "seed 1", "2", "3"], [read_png(HERE / masked), _rgb(mask), *drawn[4:7]]),
+    drawn = dict(zip(lines, _run(out, "--data_path", out / "prompts.txt")))
+    sheet = [
+        (name, [word for word, _ in row], [drawn[line] if line in drawn else read_png(HERE / line) for _, line in row])
+        for name, row in wanted
     ]
-    save_png(_sheet(rows), out / "sheet.png")
+    save_png(_sheet(sheet), out / "sheet.png")
     print(f"the sheet is {out / 'sheet.png'}")
 
 
@@ -64,10 +91,6 @@ def _run(folder: Path, *words) -> list[np.ndarray]:
     command = [sys.executable, str(HERE / "text_to_image.py"), *SAMPLER, "--output_path", folder, "--resume"]
     subprocess.run([*map(str, command), *map(str, words), "--skip_grid"], cwd=HERE, check=True)
     return [read_png(path) for path in sorted((folder / "samples").glob("*.png"))]
-
-
-def _rgb(mask: Image.Image) -> np.ndarray:
-    return np.asarray(mask.convert("RGB"))
 
 
 def _sheet(rows: list[tuple[str, list[str], list[np.ndarray]]]) -> Image.Image:
