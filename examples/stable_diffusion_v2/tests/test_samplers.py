@@ -21,6 +21,7 @@ from ldm.diffusion.schedule import CLEAN, build_schedule
 from ldm.diffusion.spacing import SPACINGS, sampling_times
 from ldm.errors import UserError
 from ldm.randomness import generator
+from tools.compare_samplers import calls_of, steps_of
 
 SD = build_schedule(ScheduleConfig())
 ZERO = build_schedule(ScheduleConfig(zero_terminal_snr=True))
@@ -430,3 +431,20 @@ def test_a_line_drawn_out_too_far_is_what_spoils_few_steps(monkeypatch):
     good = distance(sampler, 10)
     monkeypatch.setattr("ldm.diffusion.samplers.LONGEST_LINE", np.inf)
     assert distance(sampler, 10) > 3 * good
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "steps"),
+    [
+        ("euler", 5, 5),
+        ("uni_pc", 10, 10),
+        ("plms", 5, 4),
+        ("heun", 5, 3),
+        ("heun", 20, 10),
+        ("dpm_solver_pp_2s", 10, 5),
+    ],
+)
+def test_steps_of_equal_numbers_of_calls(name, calls, steps):
+    sampler = get_sampler(name, SD, final_sigma="zero")
+    assert steps_of(sampler, calls, SD) == steps
+    assert calls_of(sampler, steps, SD) <= calls < calls_of(sampler, steps + 1, SD)
