@@ -24,6 +24,7 @@ import check_versions
 import compare_prediction_types as compare
 import convert_checkpoint
 import demo
+import measure_few_steps
 import measure_offline as offline
 import merge_lora
 import sdxl_from_tiny
@@ -468,3 +469,9 @@ def test_every_version_gets_a_line_and_a_failure_its_reason(tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         check_versions.main()
     assert capsys.readouterr().err.count("check_versions.py: error") == 1
+
+
+def test_students_that_are_not_there_are_an_error_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["measure_few_steps.py", "--students", str(tmp_path), "--output_path", "nowhere"])
+    with pytest.raises(UserError, match="no student-N.safetensors in"):
+        measure_few_steps.main()

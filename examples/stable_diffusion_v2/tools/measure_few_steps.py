@@ -33,7 +33,8 @@ from ldm import runtime
 from ldm.config.model import ModelConfig
 from ldm.data.captions import read_captions
 from ldm.data.images import load_image
-from ldm.files import replacing
+from ldm.errors import UserError
+from ldm.files import quoted, replacing
 from ldm.model import StableDiffusion
 from ldm.parts import PARTS
 from ldm.pictures import captioned_rows, make_folder, save_png
@@ -210,6 +211,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="names of the rows to measure, the teacher's first (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="of the noise")
     args = parser.parse_args()
+    if not any(args.students.glob("student-*.safetensors")):
+        raise UserError(f"no student-N.safetensors in {quoted(args.students)}: train_distillation.py leaves them there")
     runtime.start()
     features, table = open_features(), []
     for chosen in prompt_sets(args.count):
