@@ -209,7 +209,7 @@ def captioned_rows(columns: dict[str, np.ndarray], captions: list[str], scale: i
     """A sheet with one row per caption: one picture of every column, then the caption.
 
     Args:
-        columns: heading -> uint8 [N, H, W, 3].
+        columns: heading, of one line or several -> uint8 [N, H, W, 3].
         captions: N captions.
         scale: the factor by which the pictures are enlarged, pixel by pixel.
     """
@@ -218,12 +218,13 @@ def captioned_rows(columns: dict[str, np.ndarray], captions: list[str], scale: i
     h, w = h * scale, w * scale
     texts = [textwrap.fill(caption, 28) for caption in captions]
     widest = max(small.getlength(line) for text in texts for line in text.split("\n"))
-    head, text_width = 28, int(widest) + 24 if widest else 0
+    head = 10 + 18 * max(heading.count("\n") + 1 for heading in columns)
+    text_width = int(widest) + 24 if widest else 0
     sheet = Image.new("RGB", ((w + GAP) * len(columns) + text_width, head + (h + GAP) * len(captions)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, (heading, pictures) in enumerate(columns.items()):
         left = column * (w + GAP)
-        draw.text((left + w / 2, head / 2), heading, "black", font, anchor="mm")
+        draw.multiline_text((left + w / 2, head / 2), heading, "black", font, anchor="mm", align="center")
         for row, picture in enumerate(pictures):
             enlarged = Image.fromarray(picture).resize((w, h), Image.NEAREST)
             sheet.paste(enlarged, (left, head + row * (h + GAP)))

@@ -55,8 +55,11 @@ def test_the_demo_trains_beside_what_is_there(tmp_path, monkeypatch):
     (tmp_path / "train/ckpt/rank_0/sd-9.ckpt").write_text("somebody's")
     assert demo.unused(tmp_path / "train") == tmp_path / "train-3"
 
-    def drawn(checkpoint, prompts, output):
-        return np.zeros((len(prompts.read_text().splitlines()), 64, 64, 3), np.uint8)
+    def drawn(checkpoint, prompts, output, *more):
+        paths = [output / f"{number}.png" for number, _ in enumerate(prompts.read_text().splitlines())]
+        for path in paths:
+            Image.new("RGB", (64, 64)).save(path)
+        return paths
 
     monkeypatch.setattr(demo, "draw", drawn)
 

@@ -23,9 +23,10 @@ from ldm.data.captions import read_captions
 from ldm.pictures import captioned_rows, save_png
 from ldm.pipeline import normal_draws
 from ldm.weights import choose_config, open_weights
-from tools.demo import SHOWN, TEST, draw, run
+from tools.demo import TEST, draw, load, run
 
 SEED = 1  # of `demo.draw`
+SHOWN = ("banana", "tomato", "cactus", "mouse-face", "house", "broken-heart", "tropical-fish", "neutral-face")
 
 
 def draw_with_diffusers(folder: Path, adapters: Path, prompts: list[str], noise: np.ndarray, config) -> np.ndarray:
@@ -59,8 +60,8 @@ def main() -> None:
     captions = {Path(sample.path).stem: sample.text for sample in read_captions(TEST)}
     prompts, place = [captions[name] for name in SHOWN], output / "prompts.txt"
     place.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    columns = {"base": draw(args.base, place, output)}
-    columns["LoRA, here"] = draw(args.base, place, output, "--lora_ckpt_path", str(args.adapters))
+    columns = {"base": load(draw(args.base, place, output))}
+    columns["LoRA, here"] = load(draw(args.base, place, output, "--lora_ckpt_path", str(args.adapters)))
     shape = (config.vae.embed_dim, *[config.image_size // config.vae.factor] * 2)
     noise = normal_draws(SEED, "sampling noise", shape, list(range(len(prompts))))(-1)
     with tempfile.TemporaryDirectory() as name:

@@ -1,10 +1,11 @@
-"""The main job in small: what the embedded model draws, then its fine-tuning to a new style, before and after.
+"""The demo: what the embedded model draws, and what it draws before and after it has learnt a new style.
 
     python tools/demo.py [--output_path output/demo] [option of train_text_to_image.py ...]
 
-It runs the project's own commands and prints them. OUTPUT/index.html shows what came out: base.png, ten concepts in the
-model's own three styles; before_after.png, concepts as OpenMoji draws them, before and after the fine-tuning, half of
-them held out of it; the last column is drawn by a student of four steps (docs/distillation.md).
+It runs the project's own commands and prints them. The page OUTPUT/index.html shows the results. base.png has ten
+concepts in the model's own three styles. before_after.png has ten concepts in four rows: as OpenMoji draws them, as the
+model draws them before the fine-tuning, how the fine-tuned model redraws these pictures, and how a student draws the
+concepts in four steps (docs/distillation.md). The fine-tuning has seen half of the concepts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from itertools import count
+from os.path import relpath
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +38,10 @@ TEST = EMOJI / "openmoji/test"
 BASE, STUDENT = "models/tiny-vpred.safetensors", "models/tiny-4step.safetensors"
 STYLES = ("noto", "twemoji", "fluent")
 BEST = ("fox", "octopus", "tomato", "frog", "rocket", "lady-beetle", "robot", "penguin", "mushroom", "teapot")
-LEARNT = ("fox", "octopus", "hamburger", "rocket")
-SHOWN = ("banana", "tomato", "cactus", "mouse-face", "house", "broken-heart", "tropical-fish", "neutral-face")
-HELD_OUT = SHOWN[:2] + SHOWN[3:5]
+LEARNT = ("fox", "octopus", "hamburger", "rocket", "penguin")
+STRENGTH = 0.5  # half of the steps: shapes stay, and lines, surfaces and colours become those of the new style
+SIZE = 64
+HELD_OUT = ("banana", "tomato", "mouse-face", "cactus", "broken-heart")
 
 
 def run(*words: str) -> None:
@@ -48,13 +51,18 @@ def run(*words: str) -> None:
         sys.exit(f"error: {words[0]} failed; its message is above")
 
 
-def draw(checkpoint: str, prompts: Path, output: Path, *more: str) -> np.ndarray:
-    """One picture per prompt, uint8 [N, H, W, 3]; `more`: further words of the command."""
+def draw(checkpoint: str, prompts: Path, output: Path, *more: str) -> list[Path]:
+    """The files of one picture per prompt; `more`: further words of the command."""
     first = len(list((output / "samples").glob("*.png")))
-    words = f"--n_iter 1 --n_samples 1 --batch_size {len(SHOWN)} --seed 1".split()
+    words = ["--n_iter", "1", "--n_samples", "1", "--batch_size", "10", "--seed", "1"]
     words += ["--ckpt_path", checkpoint, "--data_path", str(prompts), "--output_path", str(output), *more]
     run("text_to_image.py", *words)
-    return np.stack([np.asarray(Image.open(path)) for path in sorted((output / "samples").glob("*.png"))[first:]])
+    return sorted((output / "samples").glob("*.png"))[first:]
+
+
+def load(paths: list[Path]) -> np.ndarray:
+    """The pictures of files, uint8 [N, H, W, 3]."""
+    return np.stack([np.asarray(Image.open(path)) for path in paths])
 
 
 def unused(folder: Path) -> Path:
@@ -68,18 +76,18 @@ def captions(folder: Path) -> dict[str, Sample]:
     return {Path(sample.path).stem: sample for sample in read_captions(folder)}
 
 
-def draw_texts(checkpoint: str, texts: list[str], output: Path) -> np.ndarray:
+def draw_texts(checkpoint: str, texts: list[str], output: Path, *more: str) -> list[Path]:
     """`draw` for prompts that are not in a file yet."""
     output.mkdir(parents=True, exist_ok=True)
     prompts = output / "prompts.txt"
     prompts.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-    return draw(checkpoint, prompts, output)
+    return draw(checkpoint, prompts, output, *more)
 
 
 def draw_best(output: Path) -> None:
     """Draw the base's own styles, as OUTPUT/base.png."""
     of_styles = [captions(EMOJI / style / "train") for style in STYLES]
-    pictures = draw_texts(BASE, [found[name].text for name in BEST for found in of_styles], output / "base")
+    pictures = load(draw_texts(BASE, [found[name].text for name in BEST for found in of_styles], output / "base"))
     columns = {name.replace("-", " "): part for name, part in zip(BEST, np.split(pictures, len(BEST)))}
     save_png(captioned_rows(columns, [f"{style} style" for style in STYLES], scale=2), output / "base.png")
 
@@ -98,19 +106,21 @@ def newest_of(trained: Path) -> Path:
 
 def compare(output: Path, tuned: Path) -> None:
     """Draw before and after the fine-tuning, and by the student, as OUTPUT/before_after.png."""
-    learnt, held_out = captions(EMOJI / "openmoji/train"), captions(TEST)
-    chosen = [learnt[name] for name in LEARNT] + [held_out[name] for name in HELD_OUT]
-    texts = [sample.text for sample in chosen]
-    before = draw_texts(BASE, texts, output / "before")
-    columns = {
-        "real": np.stack([load_image(sample.path, before.shape[1]) for sample in chosen]),
-        "before": before,
-        "after": draw_texts(str(tuned), texts, output / "after"),
-        "noto, 4 steps": draw_texts(STUDENT, [f"{text}, noto style" for text in texts], output / "few_steps"),
+    names, samples = LEARNT + HELD_OUT, {**captions(EMOJI / "openmoji/train"), **captions(TEST)}
+    fluent, noto = ([captions(EMOJI / style / "train")[name].text for name in names] for style in ("fluent", "noto"))
+    before = draw_texts(BASE, fluent, output / "before")
+    starts = [f"init_image={relpath(path, HERE)} strength={STRENGTH}" for path in before]
+    texts = [f"{samples[name].text} | {start}" for name, start in zip(names, starts)]
+    rows = {
+        "OpenMoji's pictures": np.stack([load_image(samples[name].path, SIZE) for name in names]),
+        "before: fluent style": load(before),
+        "after, from the picture above": load(draw_texts(str(tuned), texts, output / "after", "--batch_size", "1")),
+        "noto style, in 4 steps": load(draw_texts(STUDENT, noto, output / "few_steps")),
     }
     words = ["learnt"] * len(LEARNT) + ["held out"] * len(HELD_OUT)
-    labels = [f"{word}: {text}" for word, text in zip(words, texts)]
-    save_png(captioned_rows(columns, labels, scale=2), output / "before_after.png")
+    headings = [f"{word}:\n{name.replace('-', ' ')}" for word, name in zip(words, names)]
+    columns = dict(zip(headings, np.stack([*rows.values()], 1)))
+    save_png(captioned_rows(columns, [*rows], scale=2), output / "before_after.png")
 
 
 def main() -> None:

@@ -18,10 +18,13 @@ _NEXT = {
     "Draw something else.": 'python text_to_image.py --version tiny --prompt "a drawing of a turtle, blue, noto style"',
     "Draw it in four steps.": "python text_to_image.py --version tiny-4step --prompt "
     '"a drawing of a turtle, blue, noto style"',
-    "Draw in the new style.": 'python text_to_image.py --ckpt_path {newest} --prompt "a drawing of a turtle, blue"',
+    "Redraw a picture in the new style.": "python text_to_image.py --ckpt_path {newest} "
+    '--prompt "a drawing of a turtle, blue" --init_image output/samples/00000.png --strength 0.5',
+    "Draw in the new style from noise. Concepts lose some of their shape.": "python text_to_image.py "
+    '--ckpt_path {newest} --prompt "a drawing of a turtle, blue"',
     "Teach it your own pictures: a folder with img_txt.csv, columns dir,text.": "python train_text_to_image.py "
     "--train_config {config} --data_path DATA --output_path output/mine",
-    "Train an adapter in the place of the weights.": "python train_text_to_image.py "
+    "Train an adapter instead of the weights.": "python train_text_to_image.py "
     "--train_config configs/train/train_config_lora_tiny.yaml",
 }
 
@@ -42,13 +45,14 @@ def page(output: Path, trained: Path, config: str, newest: Path) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>Stable Diffusion with v-prediction: the demo</title>
 <style>{_STYLE}</style></head><body>
 <h1>What the tiny model draws, and what it has just learnt</h1>
-<p>A model of 10 million numbers with v-prediction, for pictures of 64×64 pixels. It knows 1,277 concepts in three
+<p>The tiny model has 10 million weights and v-prediction. It draws pictures of 64×64 pixels, of 1,277 concepts in three
 styles. Each picture below took 20 steps.</p>
 <img src="base.png" alt="Ten concepts in three styles">
 <h2>Fine-tuning to a fourth style</h2>
-<p>OpenMoji draws with dark outlines. From left to right: OpenMoji's own picture, the model before and after the
-fine-tuning, and a student that draws Noto's style in four steps. The fine-tuning has seen the rows that say
-<b>learnt</b>. It has not seen those that say <b>held out</b>.</p>
+<p>OpenMoji draws dark outlines. From top to bottom: OpenMoji's own pictures; what the model draws before the
+fine-tuning, in Fluent's style; these pictures, redrawn by the fine-tuned model; and a student that draws Noto's style
+in four steps. Redrawing makes half of the steps: the shapes stay, and the style is new. The fine-tuning has seen the
+concepts that say <b>learnt</b>. It has not seen those that say <b>held out</b>.</p>
 <img src="before_after.png" alt="Concepts before and after the fine-tuning">
 <h2>The loss</h2>
 <img src="{escape(relpath(trained / "loss_curve.png", output))}" alt="The loss over the steps">
