@@ -17,7 +17,7 @@ help:
 	@echo "make test    all tests that need no PyTorch"
 	@echo "make ascend  drawing and training as on Ascend, on stand-ins for its libraries"
 	@echo "make parity  compare with diffusers and transformers (installs PyTorch)"
-	@echo "make bench   the full SD 2 beside diffusers, networks and a drawing (installs PyTorch)"
+	@echo "make bench   the networks of the full SD 2 beside diffusers' (installs PyTorch)"
 	@echo "make lint    ruff;  make format: rewrite the files as ruff wants them"
 
 $(VENV)/run: $(HERE)/requirements.txt
