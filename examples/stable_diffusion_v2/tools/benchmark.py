@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm import runtime
 from ldm.kernels import products
 from tools import benchmark_sampling as sampling
 from tools.benchmark_sides import DECODER, HALF, NETWORKS, TRAINING, Answer, Work, diffusers_worker, our_worker
@@ -172,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main)
