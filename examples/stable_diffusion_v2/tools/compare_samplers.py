@@ -27,7 +27,7 @@ from ldm.diffusion.samplers import SAMPLERS, Sampler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.pictures import captioned_rows, make_folder, save_png
 from ldm.pipeline import sampler_of, settings_for
-from tools.measure_few_steps import HERE, pipelines
+from tools.measure_few_steps import HERE, pipelines, rms
 
 CALLS = (5, 10, 20)
 REFERENCES = {"dpm_solver_pp_3m": 250, "heun": 250}  # sampler -> steps; the first one is what all are compared with
@@ -93,10 +93,6 @@ def main() -> None:
     print(f"| sampler | {' | '.join(heads)} |\n{'| --- ' * (len(heads) + 1)}|")
     for name in samplers:
         print(f"| `{name}` | {' | '.join(f'{each:.1f}' for kind in table for each in table[kind][name])} |")
-
-
-def rms(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.sqrt(((one.astype(np.float64) - other) ** 2).mean()))
 
 
 def _options() -> argparse.Namespace:

@@ -107,7 +107,8 @@ def newest_of(trained: Path) -> Path:
 def compare(output: Path, tuned: Path) -> None:
     """Draw before and after the fine-tuning, and by the student, as OUTPUT/before_after.png."""
     names, samples = LEARNT + HELD_OUT, {**captions(EMOJI / "openmoji/train"), **captions(TEST)}
-    fluent, noto = ([captions(EMOJI / style / "train")[name].text for name in names] for style in ("fluent", "noto"))
+    of_styles = (captions(EMOJI / style / "train") for style in ("fluent", "noto"))
+    fluent, noto = ([found[name].text for name in names] for found in of_styles)
     before = draw_texts(BASE, fluent, output / "before")
     starts = [f"init_image={relpath(path, HERE)} strength={STRENGTH}" for path in before]
     texts = [f"{samples[name].text} | {start}" for name, start in zip(names, starts)]

@@ -144,12 +144,21 @@ def drawn(folder: Path, chosen: PromptSet, ways: list[Row], seed: int) -> Iterat
             yield row, kept["pictures"], int(kept["calls"])
 
 
+def rms(one: np.ndarray, other: np.ndarray) -> float:
+    """The root mean square of two sets of pictures' distance, in units of 255."""
+    return float(np.sqrt(((one.astype(np.float64) - other) ** 2).mean()))
+
+
 def figures(pictures: np.ndarray, teacher: np.ndarray, features: Features, real: np.ndarray) -> dict[str, float]:
     """The figures of a row; `real`: the real pictures' features."""
     own = features([Image.fromarray(picture) for picture in pictures])
     precision, recall = precision_recall(real, own)
-    rms = float(np.sqrt(((pictures.astype(np.float64) - teacher) ** 2).mean()))
-    found = {"kid_x1000": 1000 * kid(own, real), "precision": precision, "recall": recall, "rms": rms}
+    found = {
+        "kid_x1000": 1000 * kid(own, real),
+        "precision": precision,
+        "recall": recall,
+        "rms": rms(pictures, teacher),
+    }
     return {name: round(value, 3) for name, value in found.items()}
 
 
